@@ -1,0 +1,213 @@
+"""From a validated request to frames, each stage timed apart."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from lib.errors import UserError
+from lib.models import ModelSpec
+from lib.pipelines import any_size_allowed, build_scheduler
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+MAX_SEED = 2**63 - 1
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to generate; every field settled and checked against a ModelSpec by `build_request`."""
+
+    prompt: str
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    num_frames: int
+    width: int
+    height: int
+    fps: int
+    seed: int
+    use_dynamic_cfg: bool
+    scheduler: Literal["default", "ddim", "dpm"]
+    image: "Image.Image | None" = None
+    """First frame, already of width x height; image-to-video only."""
+
+    def settings(self) -> dict[str, str]:
+        """Everything but the prompts and the image, for the file's metadata."""
+        names = (
+            "num_inference_steps guidance_scale num_frames width height fps seed use_dynamic_cfg scheduler"
+        )
+        return {name: str(getattr(self, name)) for name in names.split()}
+
+
+def build_request(
+    spec: ModelSpec,
+    *,
+    prompt: str,
+    negative_prompt: str,
+    num_inference_steps: int,
+    guidance_scale: float,
+    num_frames: int | None,
+    width: int | None,
+    height: int | None,
+    fps: int | None,
+    seed: int | None,
+    use_dynamic_cfg: bool,
+    scheduler: Literal["default", "ddim", "dpm"],
+    image: "Image.Image | None" = None,
+    image_fit: Literal["crop", "pad", "stretch"] = "crop",
+) -> Request:
+    """Fill what is empty from the spec and check the rest; image is of any size and is fitted here.
+
+    Raises UserError naming what was given, what is allowed and the nearest valid value.
+    """
+    num_frames = spec.frames if num_frames is None else num_frames
+    spec.check_frames(num_frames)
+    if width is None and height is None and image is not None:
+        width, height = spec.nearest_size(image.width, image.height)
+    width = spec.width if width is None else width
+    height = spec.height if height is None else height
+    spec.check_size(width, height, any_size=any_size_allowed())
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "big")
+    if not 0 <= seed <= MAX_SEED:
+        nearest = min(max(seed, 0), MAX_SEED)
+        raise UserError(f"seed={seed} is out of range: 0 to {MAX_SEED}. The nearest is {nearest}.")
+    if image is not None:
+        from lib.video import fit_image
+
+        image = fit_image(image, width, height, image_fit)
+    return Request(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_frames=num_frames,
+        width=width,
+        height=height,
+        fps=spec.fps if fps is None else fps,
+        seed=seed,
+        use_dynamic_cfg=use_dynamic_cfg,
+        scheduler=scheduler,
+        image=image,
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class Generator:
+    """A loaded pipeline and its spec; `frames` turns requests into pixels."""
+
+    spec: ModelSpec
+    pipeline: "DiffusionPipeline"
+    report: Report = print
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds of the last request by stage."""
+    _scheduler: object = field(init=False)
+    """The checkpoint's own; a request's choice never outlives it."""
+
+    def __post_init__(self) -> None:
+        self._scheduler = self.pipeline.scheduler
+
+    def frames(self, request: Request) -> "np.ndarray":
+        """Generate one clip: uint8 [frames, height, width, 3].
+
+        The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress
+        as lines "progress: denoising 3/50" and can be interrupted between any two steps.
+        """
+        import torch
+
+        self.timings.clear()
+        self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
+        with torch.inference_mode():
+            with self.timed("text_encoding"):
+                prompt, negative = self._encode(request)
+            with self.timed("denoising"):
+                latents = self._denoise(request, prompt, negative)
+            with self.timed("decoding"):
+                return self._decode(latents, request.num_frames)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record the seconds a stage takes, waiting for the GPU to finish it."""
+        started = time.perf_counter()
+        yield
+        self._synchronize()
+        self.timings[stage] = round(time.perf_counter() - started, 3)
+
+    def _encode(self, request: Request) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        tokens = len(self.pipeline.tokenizer(request.prompt).input_ids)
+        if tokens > self.spec.text_tokens:
+            self.report(
+                f"The prompt has {tokens} tokens; {self.spec.name} reads the first {self.spec.text_tokens}."
+            )
+        return self.pipeline.encode_prompt(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            do_classifier_free_guidance=request.guidance_scale > 1,
+            max_sequence_length=self.spec.text_tokens,
+        )
+
+    def _denoise(
+        self, request: Request, prompt: "torch.Tensor", negative: "torch.Tensor | None"
+    ) -> "torch.Tensor":
+        import torch
+
+        def on_step(pipeline, step: int, timestep: int, tensors: dict) -> dict:
+            self.report(f"progress: denoising {step + 1}/{request.num_inference_steps}")
+            return tensors
+
+        image = {} if request.image is None else {"image": request.image}
+        return self.pipeline(
+            **image,
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            use_dynamic_cfg=request.use_dynamic_cfg,
+            num_frames=request.num_frames,
+            width=request.width,
+            height=request.height,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            callback_on_step_end=on_step,
+            max_sequence_length=self.spec.text_tokens,
+            output_type="latent",
+        ).frames
+
+    def _decode(self, latents: "torch.Tensor", num_frames: int) -> "np.ndarray":
+        """Latents [1, f, C, h, w] -> frames. 1.5 pads f to a multiple of its temporal patch, in front."""
+        import numpy as np
+        import torch
+
+        kept = (num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        latents = latents[:, latents.shape[1] - kept :]
+        try:
+            video = self.pipeline.decode_latents(latents)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.report("Decoding did not fit into GPU memory; decoding in tiles.")
+            video = self._decode_tiled(latents)
+        self.pipeline.maybe_free_model_hooks()
+        pixels = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
+        return (pixels * 255).round().astype(np.uint8)
+
+    def _decode_tiled(self, latents: "torch.Tensor") -> "torch.Tensor":
+        vae = self.pipeline.vae
+        was_tiling = vae.use_tiling
+        vae.enable_tiling()
+        try:
+            return self.pipeline.decode_latents(latents)
+        finally:
+            vae.use_tiling = was_tiling
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()

@@ -1,0 +1,116 @@
+"""The Hugging Face Hub: which files of a repository a model needs, and how to ask for them.
+
+The files then come through lib/download.py, which continues inside a file after an interruption;
+huggingface_hub's own download begins an interrupted file anew, up to 5 GB for these checkpoints.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from urllib.parse import quote
+
+from lib.download import FetchError, read
+from lib.errors import UserError
+from lib.layout import INDEX
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+FOLDERS = frozenset({"scheduler", "text_encoder", "tokenizer", "transformer", "vae"})
+# Configurations, weights, vocabularies, licences. Neither code nor pickles: nothing loads them.
+SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt"})
+LISTING_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFile:
+    """One file of a repository: its path there, its bytes, its SHA-256 where it is stored as a large one."""
+
+    path: str
+    size: int | None
+    sha256: str | None
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The files that a model needs of a repository at one commit."""
+
+    repository: str
+    revision: str
+    commit: str
+    files: tuple[HubFile, ...]
+
+
+def snapshot(repository: str, revision: str) -> Snapshot:
+    """Resolve a revision and list the model's files. Raises UserError when the repository holds no model."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    address = f"{endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    try:
+        listing = json.loads(read(address, max_bytes=LISTING_BYTES, headers=headers()))
+        commit = str(listing["sha"])
+        entries = [(str(entry["rfilename"]), entry) for entry in listing["siblings"]]
+    except FetchError as error:
+        raise _rephrased(error, repository, revision) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{endpoint} did not answer as a Hugging Face Hub does about {repository}."
+        ) from error
+    wanted = _wanted([path for path, _ in entries], repository)
+    files = tuple(
+        HubFile(
+            path=path,
+            size=entry.get("size"),
+            sha256=(entry.get("lfs") or {}).get("sha256"),
+            url=f"{endpoint}/{repository}/resolve/{commit}/{quote(path)}",
+        )
+        for path, entry in entries
+        if path in wanted
+    )
+    return Snapshot(repository=repository, revision=revision, commit=commit, files=files)
+
+
+def headers() -> dict[str, str]:
+    """Return the headers that carry the user's Hub token, if there is one (HF_TOKEN or `hf auth login`)."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _wanted(paths: list[str], repository: str) -> set[str]:
+    """Return which files a model needs: the diffusers layout, else the root of a transformers one."""
+    places = [PurePosixPath(path) for path in paths]
+    if any(place.is_absolute() or ".." in place.parts for place in places):
+        raise UserError(f"{repository} lists a file outside itself; it is refused.")
+    known = [place for place in places if place.suffix in SUFFIXES or place.name.startswith("LICENSE")]
+    root = [place for place in known if len(place.parts) == 1]
+    if INDEX in paths:
+        chosen = [place for place in known if len(place.parts) == 2 and place.parts[0] in FOLDERS]
+        chosen += [place for place in root if place.name == INDEX or place.name.startswith("LICENSE")]
+    else:
+        chosen = root
+    if not any(place.suffix == ".safetensors" for place in chosen) or not {INDEX, "config.json"} & set(paths):
+        raise UserError(
+            f"{repository} on the Hub is not a model that can be loaded here: it needs {INDEX} and "
+            "safetensors weights in the diffusers layout. SAT checkpoints have to be converted first."
+        )
+    return {str(place) for place in chosen}
+
+
+def _rephrased(error: FetchError, repository: str, revision: str) -> UserError:
+    code = error.headers.get("X-Error-Code")
+    if code == "RevisionNotFound":
+        return UserError(
+            f"{repository} has no revision {revision!r} on the Hugging Face Hub. Check the revision."
+        )
+    if code == "GatedRepo":
+        return UserError(
+            f"{repository} is gated: accept its terms on its page on the Hugging Face Hub, then set HF_TOKEN."
+        )
+    if code == "RepoNotFound" or error.status in (401, 404):
+        return UserError(
+            f"The Hugging Face Hub has no repository {repository}, or it is private. "
+            "Check the name; for a private one set HF_TOKEN."
+        )
+    return error

@@ -1,0 +1,196 @@
+"""The commands behind script/predict, script/serve and script/schema."""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lib.errors import UserError
+from lib.serving.client import Canceled, PredictionError, fetch_schema, predict
+from lib.serving.configs import PredictorConfig, find_predictor, predictors
+from lib.serving.inputs import describe_inputs, input_properties, parse_inputs
+from lib.serving.outputs import save_output
+from lib.serving.progress import LogView
+from lib.serving.schema import openapi_schema, write_schema
+from lib.serving.server import Server, ServerError
+from lib.serving.signature import SignatureError
+
+EXAMPLE_PROMPT = "a red circle moves right on a black background"
+PREDICT_USAGE = "script/predict NAME [-i input=value ...] [--output PATH] [--url http://host:port]"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command; the exit status. Errors that the caller can mend are one line, not a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    commands = {"predict": predict_command, "serve": serve_command, "schema": schema_command}
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except (UserError, PredictionError, ServerError, SignatureError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Canceled):
+        print("cancelled", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def predict_command(arguments: list[str]) -> int:
+    """One prediction, on a server of its own or on a running one."""
+    parser = argparse.ArgumentParser(prog="script/predict", usage=PREDICT_USAGE, add_help=False)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("-i", "--input", action="append", default=[], metavar="input=value")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--url")
+    parser.add_argument("-h", "--help", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.name is None:
+        print(predict_help())
+        return 0 if given.help else 2
+    config = find_predictor(given.name)
+    document = fetch_schema(given.url) if given.url else schema_of(config)
+    if given.help:
+        print(predictor_help(config, document))
+        return 0
+    if given.output and not given.output.absolute().parent.is_dir():
+        raise UserError(f"--output {given.output}: the folder {given.output.parent} does not exist")
+    inputs = parse_inputs(given.input, document)
+    view = LogView()
+    try:
+        with _server(config, given.url, view) as url:
+            reply = predict(url, inputs, on_logs=view.logs)
+    finally:
+        view.close()
+    for path in save_output(reply["output"], target=given.output):
+        print(path)
+    _report(given, reply.get("metrics", {}), document)
+    return 0
+
+
+def serve_command(arguments: list[str]) -> int:
+    """A server in the foreground, until Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="script/serve", description="Runs the HTTP server in the foreground."
+    )
+    parser.add_argument("name", help=f"one of: {', '.join(predictors())}")
+    parser.add_argument("--port", type=int, default=5000, help="default 5000")
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
+    given = parser.parse_args(arguments)
+    config = find_predictor(given.name)
+    try:
+        with Server(config, host=given.host, port=given.port, prediction_logs=True) as server:
+            print(f"{config.name} is ready at {server.url} (Ctrl-C stops it). Try:", file=sys.stderr)
+            print(curl_example(server.url, schema_of(config)), file=sys.stderr, flush=True)
+            raise ServerError(f"the server ended with status {server.wait()}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 0
+
+
+def schema_command(arguments: list[str]) -> int:
+    """The OpenAPI document, printed or written."""
+    parser = argparse.ArgumentParser(
+        prog="script/schema", description="Prints a predictor's OpenAPI document, or writes it with --output."
+    )
+    parser.add_argument("name", nargs="?", help=f"one of: {', '.join(predictors())}; all names without it")
+    parser.add_argument("-o", "--output", type=Path)
+    given = parser.parse_args(arguments)
+    if given.name is None:
+        print("\n".join(predictors()))
+        return 0
+    document = schema_of(find_predictor(given.name))
+    if given.output:
+        write_schema(given.output, document)
+    else:
+        print(json.dumps(document, indent=1))
+    return 0
+
+
+def schema_of(config: PredictorConfig) -> dict[str, Any]:
+    """The document of one configuration, training included."""
+    return openapi_schema(
+        config.predictor, name=config.class_name, train=config.train, train_name=config.train_name
+    )
+
+
+def predict_help() -> str:
+    """What script/predict --help prints."""
+    names = [f"  {name:18}{config.summary()}" for name, config in predictors().items()]
+    return "\n".join(
+        [
+            f"usage: {PREDICT_USAGE}",
+            "",
+            "predictors:",
+            *names,
+            "",
+            "script/predict NAME --help lists a predictor's inputs.",
+            f'Example: script/predict t2v -i prompt="{EXAMPLE_PROMPT}"',
+        ]
+    )
+
+
+def predictor_help(config: PredictorConfig, document: dict[str, Any]) -> str:
+    """What script/predict NAME --help prints."""
+    usage = PREDICT_USAGE.replace("NAME", config.name)
+    return "\n".join([f"usage: {usage}", "", config.summary(), "", "inputs:", describe_inputs(document)])
+
+
+def curl_example(url: str, document: dict[str, Any]) -> str:
+    """A request that works as it stands, with every required input filled in."""
+    shapes = input_properties(document)
+    required = document["components"]["schemas"]["Input"].get("required", [])
+    inputs = {"prompt": EXAMPLE_PROMPT} if "prompt" in shapes else {}
+    inputs |= {name: _example(shapes[name]) for name in required}
+    body = shlex.quote(json.dumps({"input": inputs}))
+    return f"curl -s {url}/predictions -H 'Content-Type: application/json' -d {body}"
+
+
+@contextmanager
+def _server(config: PredictorConfig, url: str | None, view: LogView) -> Iterator[str]:
+    """The address of a server: the given one, or one started here and stopped afterwards."""
+    if url:
+        yield url
+        return
+    print(f"starting {config.name} ...", file=sys.stderr, flush=True)
+    with Server(config, local_sources=True, on_log=view.line) as server:
+        yield server.url
+
+
+def _report(given: argparse.Namespace, metrics: dict[str, Any], document: dict[str, Any]) -> None:
+    """The metrics, and the command that makes the same result again."""
+    shown = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in metrics.items()}
+    print(", ".join(f"{name} {value}" for name, value in shown.items()), file=sys.stderr)
+    seed = metrics.get("seed")
+    if seed is None or "seed" not in input_properties(document):
+        return
+    pairs = [pair for pair in given.input if not pair.startswith("seed=")] + [f"seed={seed}"]
+    words = ["script/predict", given.name, *(word for pair in pairs for word in ("-i", pair))]
+    words += ["--url", given.url] if given.url else []
+    model = os.environ.get("COGVIDEOX_MODEL")
+    prefix = f"COGVIDEOX_MODEL={shlex.quote(model)} " if model and not given.url else ""
+    print(f"again: {prefix}{shlex.join(words)}", file=sys.stderr)
+
+
+def _example(shape: dict[str, Any]) -> Any:
+    if "enum" in shape:
+        return shape["enum"][0]
+    if shape.get("format") == "uri":
+        return "https://example.com/file"
+    return {"integer": shape.get("minimum", 1), "number": shape.get("minimum", 1), "boolean": True}.get(
+        shape["type"], "text"
+    )
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

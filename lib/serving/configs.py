@@ -1,0 +1,79 @@
+"""Which predictors there are: read from the cog*.yaml files, so that a new one appears by itself."""
+
+import ast
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from lib.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """One cog*.yaml: the predictor's file and class, and its training function, if any."""
+
+    name: str
+    file: Path
+    predictor: Path
+    class_name: str
+    train: Path | None = None
+    train_name: str = "train"
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """The predictor's docstring up to its first colon or line end."""
+        docstring = ast.get_docstring(ast.parse(self.predictor.read_text(encoding="utf-8"))) or self.name
+        return docstring.splitlines()[0].partition(":")[0].rstrip(".")
+
+
+def predictors(project: Path = PROJECT) -> dict[str, PredictorConfig]:
+    """Name -> configuration, sorted by name: `predict_t2v.py` is `t2v`."""
+    found = [read_config(file) for file in sorted(project.glob("cog*.yaml"))]
+    return {config.name: config for config in sorted(found, key=lambda config: config.name)}
+
+
+def read_config(file: Path) -> PredictorConfig:
+    """One cog*.yaml. Raises UserError when it names no predictor."""
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    target = document.get("run") or document.get("predict")
+    if not target:
+        raise UserError(f"{file.name} has no run: entry")
+    predictor, class_name = _target(file, target)
+    train, train_name = _target(file, document["train"]) if document.get("train") else (None, "train")
+    pairs = (entry.partition("=") for entry in document.get("environment") or [])
+    return PredictorConfig(
+        name=predictor.stem.removeprefix("predict_"),
+        file=file,
+        predictor=predictor,
+        class_name=class_name,
+        train=train,
+        train_name=train_name,
+        environment={name: value for name, _, value in pairs},
+    )
+
+
+def find_predictor(name: str, project: Path = PROJECT) -> PredictorConfig:
+    """The configuration called `name`. Raises UserError naming those that exist."""
+    known = predictors(project)
+    if name not in known:
+        raise UserError(f"there is no predictor {name!r}; there are: {', '.join(known)}")
+    return known[name]
+
+
+def local_environment(config: PredictorConfig) -> dict[str, str]:
+    """The variables of the file's `environment:`, under those already set, without the model.
+
+    The model named there is for images that are built; locally, without COGVIDEOX_MODEL, the embedded
+    one runs.
+    """
+    variables = {name: value for name, value in config.environment.items() if name != "COGVIDEOX_MODEL"}
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def _target(file: Path, target: str) -> tuple[Path, str]:
+    path, _, name = target.partition(":")
+    return (file.parent / path).resolve(), name

@@ -1,0 +1,154 @@
+"""Command-line inputs: `key=value` into what the schema asks for, and the help text made from it."""
+
+import base64
+import difflib
+import mimetypes
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+
+BOOLEANS = {
+    "true": True,
+    "yes": True,
+    "1": True,
+    "on": True,
+    "false": False,
+    "no": False,
+    "0": False,
+    "off": False,
+}
+
+
+def parse_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
+    """`["seed=7", "image=@photo.jpg"]` -> `{"seed": 7, "image": "data:image/jpeg;base64,..."}`.
+
+    Types follow the schema, text is kept as it is, an empty value of any other type leaves the input out,
+    and an input that takes a list may be repeated. Raises UserError for what the server would refuse or,
+    worse, ignore: unknown names, wrong types, values out of bounds, missing inputs, unreadable files.
+    """
+    properties = input_properties(document)
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"-i {pair}: write name=value")
+        if name not in properties:
+            raise UserError(_unknown(name, list(properties)))
+        shape = properties[name]
+        if shape.get("type") == "array":
+            values.setdefault(name, []).append(_convert(name, text, shape["items"]))
+        elif text or (shape["type"] == "string" and not shape.get("nullable")):
+            values[name] = _convert(name, text, shape)
+    missing = [
+        name for name in document["components"]["schemas"]["Input"].get("required", []) if name not in values
+    ]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)} (give it with -i {missing[0]}=...)")
+    return values
+
+
+def input_properties(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Input name -> its property with references resolved, in the order of the form."""
+    schemas = document["components"]["schemas"]
+    resolved = {}
+    for name, shape in schemas["Input"].get("properties", {}).items():
+        merged = {key: value for key, value in shape.items() if key != "allOf"}
+        for part in shape.get("allOf", []):
+            target = schemas[part["$ref"].rpartition("/")[2]]
+            merged |= {"type": target["type"], "enum": target["enum"]}
+        resolved[name] = merged
+    return dict(sorted(resolved.items(), key=lambda item: item[1].get("x-order", 0)))
+
+
+def describe_inputs(document: dict[str, Any]) -> str:
+    """All inputs with type, bounds, default and description, for --help."""
+    required = document["components"]["schemas"]["Input"].get("required", [])
+    blocks = []
+    for name, shape in input_properties(document).items():
+        facts = [_type_name(shape)]
+        if "minimum" in shape or "maximum" in shape:
+            facts.append(f"{shape.get('minimum', '')}..{shape.get('maximum', '')}")
+        if "enum" in shape:
+            facts.append(" | ".join(str(choice) for choice in shape["enum"]))
+        facts.append(_default_text(shape, name in required))
+        text = textwrap.fill(
+            shape.get("description", ""), 96, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+        blocks.append(f"  {name}  ({', '.join(facts)})" + (f"\n{text}" if text else ""))
+    return "\n".join(blocks)
+
+
+def data_uri(path: Path) -> str:
+    """The file as a data URI, typed by its name. Raises UserError when it cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _convert(name: str, text: str, shape: dict[str, Any]) -> Any:
+    kind = shape["type"]
+    if kind == "string":
+        value: Any = _file(name, text) if shape.get("format") == "uri" else text
+    elif kind == "boolean":
+        value = BOOLEANS.get(text.lower())
+        if value is None:
+            raise UserError(f"{name}: {text} is not true or false")
+    else:
+        value = _number(name, text, kind)
+    _check(name, value, shape)
+    return value
+
+
+def _number(name: str, text: str, kind: str) -> int | float:
+    try:
+        return int(text) if kind == "integer" else float(text)
+    except ValueError:
+        wanted = "a whole number" if kind == "integer" else "a number"
+        raise UserError(f"{name}: {text} is not {wanted}") from None
+
+
+def _file(name: str, text: str) -> str:
+    if text.startswith("@"):
+        return data_uri(Path(text[1:]).expanduser())
+    if "://" not in text and not text.startswith("data:"):
+        raise UserError(f"{name}: write @{text} to send the file, or give a URL")
+    return text
+
+
+def _check(name: str, value: Any, shape: dict[str, Any]) -> None:
+    """The server's own checks, in its words, before anything is started."""
+    if "enum" in shape and value not in shape["enum"]:
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(map(str, shape['enum']))}")
+    if "minimum" in shape and not value >= shape["minimum"]:
+        raise UserError(f"{name}: {value} is less than the minimum of {shape['minimum']}")
+    if "maximum" in shape and not value <= shape["maximum"]:
+        raise UserError(f"{name}: {value} is greater than the maximum of {shape['maximum']}")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no input {name!r}.{hint} Inputs: {', '.join(known)}"
+
+
+def _type_name(shape: dict[str, Any]) -> str:
+    if shape["type"] == "array":
+        return f"list of {_type_name(shape['items'])}"
+    names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+    return "@file or URL" if shape.get("format") == "uri" else names.get(shape["type"], shape["type"])
+
+
+def _default_text(shape: dict[str, Any], required: bool) -> str:
+    if required:
+        return "required"
+    default = shape.get("default")
+    if default is None:
+        return "may be empty"
+    if isinstance(default, bool):
+        return f"default {str(default).lower()}"
+    return f"default {default!r}" if default == "" else f"default {textwrap.shorten(str(default), 60)}"

@@ -1,0 +1,78 @@
+"""A prediction's output onto disk or the terminal."""
+
+import base64
+import binascii
+import json
+import mimetypes
+import os
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+# mimetypes knows these by other or no endings on some systems.
+ENDINGS = {"application/x-tar": ".tar", "image/jpeg": ".jpg", "video/webm": ".webm", "text/plain": ".txt"}
+
+
+def save_output(output: Any, *, target: Path | None = None, folder: Path | None = None) -> list[Path]:
+    """Writes every file in `output` (data URIs and URLs) and returns where; other values print as text.
+
+    A single file goes to `target` if given. Otherwise names are `output.mp4`, `output.1.mp4`, ... in
+    `folder` (the working directory by default), and nothing is overwritten.
+    """
+    if isinstance(output, list):
+        return [
+            path for item in output for path in save_output(item, folder=folder or (target and target.parent))
+        ]
+    if isinstance(output, dict):
+        files = {key: value for key, value in output.items() if _is_file(value)}
+        rest = {key: value for key, value in output.items() if key not in files}
+        if rest:
+            print(json.dumps(rest, indent=2, ensure_ascii=False))
+        single = target if len(files) == 1 else None
+        return [path for value in files.values() for path in save_output(value, target=single, folder=folder)]
+    if _is_file(output):
+        content, ending = _read(output)
+        return [_replace(target, content) if target else _create(folder or Path(), ending, content)]
+    text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
+    if target:
+        return [_replace(target, f"{text}\n".encode())]
+    print(text)
+    return []
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("data:", "http://", "https://"))
+
+
+def _read(source: str) -> tuple[bytes, str]:
+    """`(content, file ending)` of a data URI or a URL."""
+    if not source.startswith("data:"):
+        with urllib.request.urlopen(source) as reply:
+            return reply.read(), Path(source.partition("?")[0]).suffix
+    header, _, payload = source.partition(",")
+    kind = header.removeprefix("data:").partition(";")[0]
+    try:
+        content = base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the server's output is not valid base64 ({error})") from error
+    return content, ENDINGS.get(kind) or mimetypes.guess_extension(kind) or ".bin"
+
+
+def _create(folder: Path, ending: str, content: bytes) -> Path:
+    """A new file; the first free name, even when several of us look for one at once."""
+    number = 0
+    while True:
+        path = folder / (f"output{ending}" if number == 0 else f"output.{number}{ending}")
+        try:
+            with path.open("xb") as file:
+                file.write(content)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+    return path

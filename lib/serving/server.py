@@ -1,0 +1,234 @@
+"""Starts and stops a local coglet server: the HTTP server that Replicate runs, without Docker.
+
+Each server has a scratch directory of its own as working directory, because coglet reads the input schema
+from `.cog/openapi_schema.json` there; the project is on PYTHONPATH, so several servers run side by side.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.serving.client import health
+from lib.serving.configs import PROJECT, PredictorConfig, find_predictor, local_environment
+from lib.serving.host import GRACE_SECONDS
+from lib.serving.schema import openapi_schema, write_schema
+
+HEALTH_POLL_SECONDS = 0.05
+# What coglet puts before the reason when setup() fails.
+SETUP_FAILED = "Setup failed: "
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or ended; the message holds its reason and the end of its log."""
+
+
+def print_log(line: str) -> None:
+    """The default place for a server's log: standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Server:
+    """A local server as a context manager: `with Server("t2v") as server: predict(server.url, {...})`.
+
+    `predictor` is a name from the cog*.yaml files or a configuration. `mode` is "predict" or "train".
+    `local_sources` lets requests name files of this machine. `on_log` receives every line that the
+    predictor prints during setup, and with `prediction_logs` those of predictions too. Entering raises
+    ServerError when the server does not become ready (within `timeout` seconds, if given).
+    """
+
+    def __init__(
+        self,
+        predictor: str | PredictorConfig,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        mode: str = "predict",
+        local_sources: bool = False,
+        environment: dict[str, str] | None = None,
+        on_log: Callable[[str], None] = print_log,
+        prediction_logs: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        self.config = find_predictor(predictor) if isinstance(predictor, str) else predictor
+        self.host = host
+        self.port = port or free_port(host)
+        self.mode = mode
+        self.local_sources = local_sources
+        self.environment = environment or {}
+        self.on_log = on_log
+        self.prediction_logs = prediction_logs
+        self.timeout = timeout
+        self.log: deque[str] = deque(maxlen=1000)
+        self.scratch: Path | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    def __enter__(self) -> "Server":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the process and waits until it is ready. Raises ServerError."""
+        config = self.config
+        document = openapi_schema(
+            config.predictor, name=config.class_name, train=config.train, train_name=config.train_name
+        )
+        check_port(self.host, self.port)
+        self.scratch = Path(tempfile.mkdtemp(prefix="cogvideox-server-"))
+        write_schema(self.scratch / ".cog" / "openapi_schema.json", document)
+        (self.scratch / "tmp").mkdir()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "lib.serving.host", str(self.scratch), self.host, self.mode],
+            cwd=self.scratch,
+            env=self._variables(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Its own group: Ctrl-C in the terminal reaches only the client, which then cancels and stops.
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._relay_log, daemon=True)
+        self._reader.start()
+        self._wait_until_ready()
+
+    def stop(self) -> None:
+        """Ends the process and all its children, and removes the scratch directory. Safe to repeat."""
+        if self.process is not None:
+            process, self.process = self.process, None
+            process.stdin.close()  # the signal to end, see host.py
+            try:
+                process.wait(timeout=GRACE_SECONDS + 2)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                print_log("the server did not stop in time and is killed")
+            _kill_group(process)
+            process.wait()
+            self._reader.join(timeout=2)
+            process.stdout.close()
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def wait(self) -> int:
+        """Blocks until the process ends by itself; its exit status."""
+        return self.process.wait()
+
+    def _variables(self) -> dict[str, str]:
+        """The server's environment: this process's, the configuration's, and what coglet needs."""
+        variables = dict(os.environ) | local_environment(self.config)
+        # coglet starts its worker as plain `python`: it must be this one.
+        variables["PATH"] = os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        )
+        paths = [str(self.config.file.parent), str(PROJECT), os.environ.get("PYTHONPATH", "")]
+        variables["PYTHONPATH"] = os.pathsep.join(path for path in dict.fromkeys(paths) if path)
+        variables["PYTHONUNBUFFERED"] = "1"
+        variables["TMPDIR"] = str(self.scratch / "tmp")
+        variables["PORT"] = str(self.port)
+        variables["COG_PREDICT_TYPE_STUB"] = f"{self.config.predictor}:{self.config.class_name}"
+        if self.config.train is not None:
+            variables["COG_TRAIN_TYPE_STUB"] = f"{self.config.train}:{self.config.train_name}"
+        if self.local_sources:
+            variables["COGVIDEOX_LOCAL_SOURCES"] = "1"
+        return variables | self.environment
+
+    def _wait_until_ready(self) -> None:
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        while True:
+            if self.process.poll() is not None:
+                self._reader.join(timeout=2)
+                raise ServerError(self._failure(f"the server ended with status {self.process.returncode}"))
+            state = health(self.url)
+            status = state.get("status")
+            if status in ("READY", "BUSY"):
+                return
+            if status in ("SETUP_FAILED", "DEFUNCT"):
+                raise ServerError(self._failure(_setup_reason(state)))
+            if deadline is not None and time.monotonic() > deadline:
+                raise ServerError(self._failure(f"the server was not ready after {self.timeout:g} s"))
+            time.sleep(HEALTH_POLL_SECONDS)
+
+    def _failure(self, reason: str) -> str:
+        return "\n".join([f"{self.config.name} did not start: {reason}", *list(self.log)[-20:]])
+
+    def _relay_log(self) -> None:
+        """Keeps what the predictor prints, and passes it on; must run for as long as the server does."""
+        for raw in self.process_output():
+            for line, in_prediction in _readable(raw):
+                self.log.append(line)
+                if self.prediction_logs or not in_prediction:
+                    self.on_log(line)
+
+    def process_output(self) -> Iterator[bytes]:
+        """Lines of the process's output until it closes."""
+        return iter(self.process.stdout.readline, b"")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError when the port cannot be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another port"
+            ) from error
+
+
+def _readable(raw: bytes) -> Iterator[tuple[str, bool]]:
+    """`(line, printed during a prediction)` for what is worth showing of one line of coglet's JSON log."""
+    text = raw.decode(errors="replace").rstrip("\r\n")
+    try:
+        record = json.loads(text)
+        fields, target = record["fields"], record.get("target", "")
+    except (ValueError, KeyError, TypeError):
+        # Not coglet's own: a traceback, or something printed before it took over the streams.
+        yield text, False
+        return
+    # What is printed at the very end of setup comes as coglet::user.
+    printed = target in ("coglet::setup", "coglet::user") or "source" in fields
+    if printed or record.get("level") in ("WARN", "ERROR"):
+        for line in str(fields.get("message", "")).split("\n"):
+            yield line.rstrip(), target == "coglet::prediction"
+
+
+def _setup_reason(state: dict) -> str:
+    """`RuntimeError: no weights here` out of coglet's sentence around it."""
+    logs = state.get("setup", {}).get("logs", "") or state.get("status", "")
+    reason = logs.rpartition(SETUP_FAILED)[2].strip()
+    return reason.removeprefix("setup failed: ")
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    """Ends what is left of the process and its children."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # nothing was left

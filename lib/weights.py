@@ -1,0 +1,303 @@
+"""A model's name -> its whole folder on this disk: embedded, the user's own, or downloaded once.
+
+    locate("tiny-t2v")                  an embedded model
+    locate("cogvideox-5b")              a name of weights/manifest.toml
+    locate("/data/my-model")            a folder
+    locate("owner/name@revision")       a repository on the Hugging Face Hub
+
+The cache is `COGVIDEOX_CACHE`, by default ~/.cache/cogvideox. In it a model's folder appears by renaming,
+with a record of where it came from; until then the work happens in a sibling `.partial`, which the next
+start continues. Only this module and those below it reach the network.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from lib import hub
+from lib.download import NoSpaceError, extract_tar, fetch, remote_size, require_free_space, sha256_of
+from lib.errors import UserError
+from lib.layout import find_model, missing_files
+from lib.transport import FetchError, shown
+
+MANIFEST = Path(__file__).resolve().parent.parent / "weights" / "manifest.toml"
+RECORD = "download.json"
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+QUIET = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_UPDATE_CHECK")
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a checkpoint comes from: one of `path`, `tar` and `repository`; see weights/manifest.toml."""
+
+    name: str
+    path: str | None = None
+    tar: str | None = None
+    sha256: str | None = None
+    size: int | None = None
+    alternative: str | None = None
+    repository: str | None = None
+    revision: str = "main"
+    files: dict[str, dict] = field(default_factory=dict)
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(place is not None for place in (self.path, self.tar, self.repository)) != 1:
+            raise ValueError(f"{self.name}: give exactly one of path, tar and repository")
+
+    @property
+    def key(self) -> str:
+        """The folder's name in the cache: another source, or another revision of it, is another folder."""
+        if self.tar is not None:
+            return f"{self.name}-{hashlib.sha256(self.tar.encode()).hexdigest()[:8]}"
+        return f"{self.repository}@{quote(self.revision, safe='')}".replace("/", "--")
+
+
+def read_manifest(path: Path = MANIFEST) -> dict[str, Source]:
+    """Return the manifest's sources by name. Raises ValueError when it is malformed."""
+    with open(path, "rb") as file:
+        tables = tomllib.load(file)
+    try:
+        return {name: Source(name=name, **table) for name, table in tables.items()}
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def locate(
+    name: str, *, manifest: Path | None = None, cache: Path | None = None, report: Report = print
+) -> Path:
+    """Return the whole folder of a model, downloading it into the cache when it is not there yet.
+
+    `name` is a name of the manifest, the path of a folder, or a Hub repository "owner/name", also
+    "owner/name@revision". A folder that is whole costs a few file look-ups: no network, no waiting. Two
+    processes at once download once. `report` receives one line per event.
+
+    Raises UserError when there is no such model, a folder is not whole, the download fails, or
+    `HF_HUB_OFFLINE` forbids it. Call it before go_offline().
+    """
+    manifest = manifest or MANIFEST
+    sources = read_manifest(manifest)
+    source = sources.get(name)
+    if source is None:
+        folder = Path(name).expanduser()
+        if name and folder.exists():
+            return _whole_or_raise(folder)
+        source = _hub_source(name, sources)
+    elif source.path is not None:
+        return _whole_or_raise(manifest.parent / source.path)
+    final = (cache or cache_folder()) / source.key
+    if is_whole(final):
+        return _model_folder(final)
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(
+            f"{name} is not in {final.parent}, and HF_HUB_OFFLINE forbids to download it; unset it once."
+        )
+    try:
+        return _download(source, final, report)
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be kept in {final.parent}: {error}. Set COGVIDEOX_CACHE elsewhere."
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Return where downloaded models are kept: `COGVIDEOX_CACHE`, by default ~/.cache/cogvideox."""
+    return Path(os.environ.get("COGVIDEOX_CACHE") or "~/.cache/cogvideox").expanduser()
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder holds a whole model: recorded files at their sizes, every component's files."""
+    return folder.is_dir() and not _lacks(folder)
+
+
+def go_offline() -> None:
+    """Forbid the Hugging Face libraries the network and telemetry; before diffusers or transformers comes in.
+
+    They read these variables when they are imported; huggingface_hub may be there already, through a
+    download, and is told as well.
+    """
+    for name in (*OFFLINE, *QUIET):
+        os.environ[name] = "1"
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"):
+            setattr(constants, name, True)
+
+
+def _hub_source(name: str, sources: dict[str, Source]) -> Source:
+    repository, at, revision = name.partition("@")
+    sound = hub.REPOSITORY.fullmatch(repository) and ".." not in repository and (revision or not at)
+    if not sound:
+        raise UserError(
+            f"There is no model {name!r}: it is no folder on this machine, no Hub repository "
+            f"(owner/name) and none of {', '.join(sources)}."
+        )
+    return Source(name=name, repository=repository, revision=revision or "main")
+
+
+def _whole_or_raise(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; a model is a folder with model_index.json in it.")
+    if lacks := _lacks(folder):
+        raise UserError(
+            f"{folder} is not a whole model; it lacks {', '.join(lacks[:5])}{' ...' * (len(lacks) > 5)}."
+        )
+    return folder
+
+
+def _lacks(folder: Path) -> list[str]:
+    record = _record(folder)
+    if record is None:
+        return missing_files(folder)
+    lost = [path for path, size in record["files"].items() if _size(folder / path) != size]
+    return lost or missing_files(folder / record["model"])
+
+
+def _record(folder: Path) -> dict | None:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return {**record, "model": str(record["model"]), "files": dict(record["files"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return {"model": ".", "files": {RECORD: -1}}  # damaged: nothing vouches for the other files
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _model_folder(final: Path) -> Path:
+    record = _record(final)
+    return final / record["model"] if record else final
+
+
+def _download(source: Source, final: Path, report: Report) -> Path:
+    with _lock(final, report):
+        if is_whole(final):  # another process was faster
+            return _model_folder(final)
+        work = final.with_name(final.name + ".partial")
+        if final.exists():
+            report(f"{final} is damaged (it lacks {', '.join(_lacks(final)[:3])}); downloading it again")
+            shutil.rmtree(final)
+        report(f"{source.name}: downloading into {final}" + (f"; {source.licence}" if source.licence else ""))
+        try:
+            content, record = (
+                _from_tar(source, work, report) if source.tar else _from_hub(source, work, report)
+            )
+            model = find_model(content)
+            if model is None or (lacks := missing_files(model)):
+                shutil.rmtree(work)
+                what = "model_index.json" if model is None else ", ".join(lacks[:5])
+                raise UserError(f"{source.name}: what was downloaded is not a whole model; it lacks {what}.")
+            record["model"] = str(model.relative_to(content))
+            record["files"] = {
+                str(path.relative_to(content)): path.stat().st_size
+                for path in _files(content)
+                if path != content / RECORD
+            }
+            (content / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            os.replace(content, final)
+        finally:
+            _remove_leftovers(work, keep=not final.exists())
+    return _model_folder(final)
+
+
+def _from_tar(source: Source, work: Path, report: Report) -> tuple[Path, dict]:
+    archive, content = work / "archive.tar", work / "content"
+    if content.exists():
+        shutil.rmtree(content)  # unpacked by a process that was killed before it finished
+    try:
+        if not archive.exists():
+            size = source.size or remote_size(source.tar) or 0
+            # The archive and its content, side by side for a while.
+            _require_room(work, 2 * size)
+            fetch(source.tar, archive, sha256=source.sha256, size=source.size, report=report)
+        else:
+            _require_room(work, 2 * archive.stat().st_size)
+    except FetchError as error:
+        other = (
+            f" The same checkpoint is on the Hugging Face Hub: {source.alternative}."
+            if source.alternative
+            else ""
+        )
+        raise FetchError(f"{error}{other}", status=error.status) from error
+    report(f"{source.name}: unpacking")
+    try:
+        extract_tar(archive, content)
+    except NoSpaceError:
+        raise
+    except UserError:
+        shutil.rmtree(work)
+        raise
+    digest = source.sha256 or sha256_of(archive)
+    return content, {"source": shown(source.tar), "sha256": digest, "licence": source.licence}
+
+
+def _from_hub(source: Source, work: Path, report: Report) -> tuple[Path, dict]:
+    snapshot = hub.snapshot(source.repository, source.revision)
+    content = work / snapshot.commit
+    if work.exists():
+        for other in work.iterdir():  # of another commit: the branch has moved since
+            if other != content:
+                shutil.rmtree(other)
+    _require_room(work, sum(file.size or 0 for file in snapshot.files))
+    headers = hub.headers()
+    for file in snapshot.files:
+        known = source.files.get(file.path, {})
+        size, sha256 = known.get("size", file.size), known.get("sha256", file.sha256)
+        fetch(file.url, content / file.path, size=size, sha256=sha256, headers=headers, report=report)
+    record = {"source": source.repository, "revision": source.revision, "commit": snapshot.commit}
+    return content, {**record, "licence": source.licence}
+
+
+def _require_room(work: Path, whole_bytes: int) -> None:
+    there = sum(path.stat().st_blocks * 512 for path in _files(work))
+    hint = ", or set COGVIDEOX_CACHE to a folder on another disk"
+    require_free_space(work, whole_bytes - there, hint=hint)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _remove_leftovers(work: Path, *, keep: bool) -> None:
+    # Kept for the next start: whole files and downloads that can be continued. Empty folders are neither.
+    if work.exists() and not (keep and _files(work)):
+        shutil.rmtree(work)
+
+
+@contextmanager
+def _lock(final: Path, report: Report) -> Iterator[None]:
+    """Hold the right to download `final`. The kernel gives it back when its holder dies, however it dies."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    path = final.with_name(final.name + ".lock")
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                report(f"{final.name}: another process is downloading it; waiting for that")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # Its last holder removed the file: who waited on it holds a lock that nobody else sees.
+            if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)

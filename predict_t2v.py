@@ -1,0 +1,85 @@
+"""Text to video: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
+
+from typing import Optional
+
+from cog import BaseRunner, Input, Path
+
+from lib.predictor import VideoPredictor
+
+
+class Runner(BaseRunner):
+    def setup(self) -> None:
+        self.predictor = VideoPredictor.start(task="t2v")
+
+    def run(
+        self,
+        prompt: str = Input(
+            description="What the video shows. These models like a detailed paragraph: subject, movement, setting, light, camera.",
+            default="A red fox trots along a snowy forest path at dawn, its breath showing in the cold air, low golden light between the pines, the camera following smoothly at its side.",
+        ),
+        negative_prompt: str = Input(
+            description="What the video should not show. Has an effect only when guidance_scale is above 1.",
+            default="",
+        ),
+        num_inference_steps: int = Input(
+            description="Denoising steps. More is slower and finer; 50 is what the model's authors use.",
+            ge=1,
+            le=500,
+            default=50,
+        ),
+        guidance_scale: float = Input(
+            description="How strictly the video follows the prompt. 1 ignores the negative prompt and takes half the time; high values oversaturate.",
+            ge=1,
+            le=20,
+            default=6,
+        ),
+        num_frames: Optional[int] = Input(
+            description="Length in frames. Leave empty for the model's own length. CogVideoX takes 8N+1 frames (9, 17, ... 49), CogVideoX1.5 takes 16N+1 (17, 33, ... 161).",
+            default=None,
+        ),
+        width: Optional[int] = Input(
+            description="Width in pixels. Leave empty for the width the model was trained at.", default=None
+        ),
+        height: Optional[int] = Input(
+            description="Height in pixels. Leave empty for the height the model was trained at.", default=None
+        ),
+        fps: Optional[int] = Input(
+            description="Playback rate of the file, in frames per second. Leave empty for the model's own; nothing is resampled, so a higher rate plays faster.",
+            ge=1,
+            le=60,
+            default=None,
+        ),
+        seed: Optional[int] = Input(
+            description="Same seed and settings, same video. Leave empty for a random seed, which the metrics report.",
+            default=None,
+        ),
+        use_dynamic_cfg: bool = Input(
+            description="Vary the guidance over the steps, as the authors advise for the 5B models together with scheduler dpm.",
+            default=False,
+        ),
+        scheduler: str = Input(
+            description="Sampling method. default is the checkpoint's own; the authors advise ddim for 2B and dpm for 5B.",
+            choices=["default", "ddim", "dpm"],
+            default="default",
+        ),
+        output_format: str = Input(
+            description="File format of the result. mp4 plays everywhere; webm is VP9; gif has no more than 256 colours.",
+            choices=["mp4", "webm", "gif"],
+            default="mp4",
+        ),
+    ) -> Path:
+        return self.predictor(
+            self,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_frames=num_frames,
+            width=width,
+            height=height,
+            fps=fps,
+            seed=seed,
+            use_dynamic_cfg=use_dynamic_cfg,
+            scheduler=scheduler,
+            output_format=output_format,
+        )

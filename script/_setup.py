@@ -1,0 +1,101 @@
+"""Fills .venv for script/setup, with the standard library of any Python 3.11 or later.
+
+One at a time (a lock), and whole or not at all: a stamp file is written last, and without it the next run
+starts over.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+REQUIREMENTS = {"base": ["requirements.txt"], "dev": ["requirements.txt", "requirements-dev.txt"]}
+CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main(kind: str, pins: dict[str, str]) -> int:
+    """Installs the requirements of `kind` unless another process has done so meanwhile; the exit status.
+
+    `pins` holds the checksum of the requirement files of each kind, which is what a stamp contains.
+    """
+    VENV.mkdir(exist_ok=True)
+    with (VENV / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stamps = {each: VENV / f".installed-{each}" for each in pins}
+        usable = (VENV / "bin/python").exists() and any(stamp.exists() for stamp in stamps.values())
+        for each, stamp in stamps.items():
+            if stamp.exists() and stamp.read_text().strip() != pins[each]:
+                stamp.unlink()
+        if usable and stamps[kind].exists():
+            return 0
+        began = time.monotonic()
+        say("installing the Python packages into .venv, once (a few minutes) ...")
+        if not usable:
+            make_environment()
+        status = install(kind)
+        if status:
+            return status
+        for each in ("base", "dev") if kind == "dev" else ("base",):
+            partial = stamps[each].with_suffix(".partial")
+            partial.write_text(pins[each] + "\n")
+            os.replace(partial, stamps[each])
+        say(f"installed in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def make_environment() -> None:
+    """An empty environment; what an interrupted run left is removed, the lock stays."""
+    for entry in VENV.iterdir():
+        if entry.name != ".lock":
+            subprocess.run(["rm", "-rf", str(entry)], check=True)
+    venv.create(VENV, with_pip=True, symlinks=True)
+
+
+def install(kind: str) -> int:
+    """Runs pip; its last lines are shown when it fails."""
+    command = [str(VENV / "bin/python"), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    command += ["--progress-bar", "off", "-c", "constraints.txt"]
+    for file in REQUIREMENTS[kind]:
+        command += ["-r", file]
+    if os.environ.get("COGVIDEOX_TORCH") == "cpu":
+        command += ["--extra-index-url", CPU_TORCH_INDEX]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as pip:
+        for line in pip.stdout:
+            lines.append(line.rstrip())
+            show_progress(lines[-1].strip())
+    show_progress("")
+    if pip.returncode:
+        say("pip failed:\n" + "\n".join(lines[-30:]))
+    return pip.returncode
+
+
+def show_progress(line: str) -> None:
+    """What pip is doing, on one line that is rewritten; only on a terminal."""
+    if sys.stderr.isatty() and (not line or line.startswith(("Collecting", "Downloading", "Installing"))):
+        sys.stderr.write(f"\r\x1b[K{line[:100]}")
+        sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1], {"base": sys.argv[2], "dev": sys.argv[3]}))
+    except KeyboardInterrupt:
+        say("interrupted; the next run starts over")
+        sys.exit(130)

@@ -1,0 +1,87 @@
+"""Local servers for the tests: real coglet processes on 127.0.0.1, started once per session and setting."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lib.serving.configs import PredictorConfig
+from lib.serving.server import Server
+
+# A predictor that needs no model: quick to start, and able to be slow, to fail and to return each format.
+SAMPLE = """
+import os
+import time
+from typing import Optional
+
+from cog import BaseRunner, Input, Path
+
+
+class Runner(BaseRunner):
+    def setup(self) -> None:
+        print("sample is setting up")
+        if os.environ.get("SAMPLE_FAILS"):
+            raise RuntimeError("no weights here")
+
+    def run(
+        self,
+        text: str = Input(description="what to write"),
+        steps: int = Input(description="how long", default=1, ge=1, le=500),
+        scale: float = Input(description="a number", default=6, ge=1, le=20),
+        ending: str = Input(description="format", choices=["txt", "mp4"], default="txt"),
+        file: Optional[Path] = Input(description="a file", default=None),
+        seed: Optional[int] = Input(description="seed", default=None),
+        fail: bool = Input(description="whether to fail", default=False),
+    ) -> Path:
+        print(f"writing {text}")
+        for step in range(steps):
+            print(f"progress: writing {step}/{steps}")
+            time.sleep(0.05)
+        if fail:
+            raise ValueError("boom")
+        self.record_metric("seed", 7 if seed is None else seed)
+        self.record_metric("text", text)
+        self.record_metric("steps", steps)
+        if file is not None:
+            text = file.read_text()
+        path = Path("result." + ending)
+        path.write_text(text)
+        return path
+"""
+
+Serve = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Serve]:
+    """`serve("t2v")` is a running server, kept for the session; keyword arguments are those of Server.
+
+    Calls with equal arguments share one server, so a test must leave it ready.
+    """
+    running: dict[str, Server] = {}
+    with ExitStack() as stack:
+
+        def start(name: str | PredictorConfig, **options) -> Server:
+            key = repr((name, sorted(options.items())))
+            if key not in running:
+                options.setdefault("local_sources", True)
+                running[key] = stack.enter_context(Server(name, timeout=300, **options))
+            return running[key]
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory) -> PredictorConfig:
+    """The configuration of SAMPLE."""
+    return sample_config(tmp_path_factory.mktemp("sample"))
+
+
+def sample_config(folder: Path, source: str = SAMPLE) -> PredictorConfig:
+    """Writes a predictor and its cog.yaml into `folder`."""
+    predictor = folder / "predict_sample.py"
+    predictor.write_text(source)
+    file = folder / "cog.yaml"
+    file.write_text("run: predict_sample.py:Runner\n")
+    return PredictorConfig(name="sample", file=file, predictor=predictor, class_name="Runner")

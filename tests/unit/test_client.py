@@ -1,0 +1,209 @@
+"""What the command line makes of inputs, outputs, logs and the server's words."""
+
+import base64
+import io
+import json
+
+import pytest
+
+from lib.errors import UserError
+from lib.serving.client import _message, _plain_error
+from lib.serving.inputs import describe_inputs, parse_inputs
+from lib.serving.outputs import save_output
+from lib.serving.progress import LogView, bar
+from lib.serving.schema import openapi_schema
+
+PREDICTOR = """
+from typing import Optional
+from cog import BaseRunner, Input, Path
+class Runner(BaseRunner):
+    def run(
+        self,
+        prompt: str = Input(description="What to show.", default="a fox"),
+        image: Path = Input(description="First frame."),
+        steps: int = Input(description="Steps.", default=50, ge=1, le=500),
+        scale: float = Input(description="Scale.", default=6, ge=1, le=20),
+        loud: bool = Input(description="Loud.", default=False),
+        seed: Optional[int] = Input(description="Seed.", default=None),
+        fmt: str = Input(description="Format.", choices=["mp4", "gif"], default="mp4"),
+        extras: Optional[list[Path]] = Input(description="More.", default=None),
+    ) -> Path: ...
+""".replace("extras: list[Path]", "extras: Optional[list[Path]]")
+IMAGE = "image=https://example.com/a.png"
+
+
+@pytest.fixture
+def document(tmp_path):
+    file = tmp_path / "predict_sample.py"
+    file.write_text(PREDICTOR)
+    return openapi_schema(file)
+
+
+def test_values_take_the_types_of_the_schema(document):
+    pairs = [IMAGE, "steps=7", "scale=7", "loud=True", "seed=-1", "fmt=gif"]
+    values = parse_inputs(pairs, document)
+    assert values == {
+        "image": "https://example.com/a.png",
+        "steps": 7,
+        "scale": 7.0,
+        "loud": True,
+        "seed": -1,
+        "fmt": "gif",
+    }
+    assert type(values["scale"]) is float and type(values["steps"]) is int
+
+
+@pytest.mark.parametrize("text", ["a=b=c", '{"json": 1}', "true", "12", "@someone", '"quoted"', "", " x "])
+def test_text_is_kept_as_it_is(document, text):
+    assert parse_inputs([IMAGE, f"prompt={text}"], document)["prompt"] == text
+
+
+def test_an_empty_value_leaves_an_input_out(document):
+    assert parse_inputs([IMAGE, "seed=", "steps=", "loud="], document) == {
+        "image": "https://example.com/a.png"
+    }
+
+
+def test_a_file_becomes_a_data_uri(document, tmp_path):
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"\x89PNG")
+    uri = "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
+    assert parse_inputs([f"image=@{photo}"], document)["image"] == uri
+    values = parse_inputs([IMAGE, f"extras=@{photo}", "extras=https://example.com/b"], document)
+    assert values["extras"] == [uri, "https://example.com/b"]
+
+
+REFUSED = {
+    "steps": "write name=value",
+    "promt=a": "there is no input 'promt'. Did you mean prompt? Inputs: prompt, image, steps",
+    "zzzzz=a": "there is no input 'zzzzz'. Inputs: prompt, image, steps",
+    "steps=many": "steps: many is not a whole number",
+    "steps=2.5": "steps: 2.5 is not a whole number",
+    "steps=501": "steps: 501 is greater than the maximum of 500",
+    "steps=0": "steps: 0 is less than the minimum of 1",
+    "scale=big": "scale: big is not a number",
+    "scale=nan": "scale: nan is less than the minimum of 1",
+    "loud=maybe": "loud: maybe is not true or false",
+    "fmt=avi": "fmt: 'avi' is not one of mp4, gif",
+    "image=photo.png": "image: write @photo.png to send the file",
+    "image=@/nowhere/photo.png": "cannot read /nowhere/photo.png: No such file or directory",
+}
+
+
+@pytest.mark.parametrize("pair", REFUSED)
+def test_refuses_before_sending(document, pair):
+    with pytest.raises(UserError) as caught:
+        parse_inputs([IMAGE, pair], document)
+    assert REFUSED[pair] in str(caught.value)
+
+
+def test_refuses_a_missing_input(document):
+    with pytest.raises(UserError, match="missing: image"):
+        parse_inputs(["prompt=a"], document)
+
+
+def test_help_lists_type_range_default_and_description(document):
+    text = describe_inputs(document)
+    assert "image  (@file or URL, required)\n      First frame." in text
+    assert "steps  (whole number, 1..500, default 50)" in text
+    assert "seed  (whole number, may be empty)" in text
+    assert "fmt  (text, mp4 | gif, default mp4)" in text
+    assert text.index("prompt") < text.index("image") < text.index("extras")
+
+
+def uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("video/mp4", "output.mp4"),
+        ("video/webm", "output.webm"),
+        ("image/gif", "output.gif"),
+        ("application/x-tar", "output.tar"),
+        ("text/plain", "output.txt"),
+        ("application/octet-stream", "output.bin"),
+    ],
+)
+def test_outputs_are_named_by_their_type(tmp_path, kind, name):
+    assert save_output(uri(b"x", kind), folder=tmp_path) == [tmp_path / name]
+
+
+def test_outputs_never_overwrite_unless_named(tmp_path):
+    for number in range(3):
+        save_output(uri(str(number).encode(), "video/mp4"), folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.1.mp4", "output.2.mp4", "output.mp4"]
+    assert [(tmp_path / f"output{n}.mp4").read_text() for n in ("", ".1", ".2")] == ["0", "1", "2"]
+    named = tmp_path / "mine.mp4"
+    for content in (b"old", b"new"):
+        assert save_output(uri(content, "video/mp4"), target=named) == [named]
+    assert named.read_bytes() == b"new"
+
+
+def test_text_and_objects_are_printed_and_their_files_saved(tmp_path, capsys):
+    assert save_output("a caption") == []
+    output = {"caption": "words", "weights": uri(b"w", "application/x-tar")}
+    assert save_output(output, folder=tmp_path) == [tmp_path / "output.tar"]
+    shown = capsys.readouterr().out
+    assert shown.startswith("a caption\n") and '"caption": "words"' in shown
+    assert len(save_output([uri(b"1", "image/gif"), uri(b"2", "image/gif")], folder=tmp_path)) == 2
+
+
+def test_a_damaged_output_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not valid base64"):
+        save_output("data:video/mp4;base64,@@@", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_log_lines_show_once_and_progress_lines_do_not():
+    stream = io.StringIO()
+    view = LogView(stream)
+    view.logs("hello\nprogress: denoising 1/50\nhalf a li")
+    view.logs("hello\nprogress: denoising 1/50\nhalf a line\n10%\r20%\rdone\nprogress: denoising 2/50\n")
+    view.logs("")
+    assert stream.getvalue() == "hello\ndenoising (50)\nhalf a line\ndone\n"
+
+
+def test_a_terminal_gets_a_bar_that_goes_away():
+    stream = Terminal()
+    view = LogView(stream)
+    view.line("progress: denoising 25/50")
+    assert f"denoising [{'#' * 15}{'.' * 15}] 25/50" in stream.getvalue()
+    view.close()
+    assert stream.getvalue().endswith("\r\x1b[K")
+
+
+def test_the_time_left_follows_the_pace(monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("lib.serving.progress.time.monotonic", lambda: next(clock))
+    stream = Terminal()
+    view = LogView(stream)
+    view.line("progress: denoising 10/50")
+    view.line("progress: denoising 20/50")
+    assert "20/50, 0:30 left" in stream.getvalue()
+    assert bar("denoising", 0, 50, left=None).endswith("] 0/50")
+    assert bar("decoding", 1, 2, left=61.9).endswith("1/2, 1:01 left")
+
+
+def test_the_servers_words_are_shown_plainly():
+    detail = {
+        "loc": ["body", "input", "num_inference_steps"],
+        "msg": "501 is greater than the maximum of 500",
+    }
+    body = json.dumps({"detail": [detail]}).encode()
+    assert _message(body) == "num_inference_steps: 501 is greater than the maximum of 500"
+    assert _message(b'{"error":"At capacity - all prediction slots busy","status":"failed"}').startswith(
+        "At cap"
+    )
+    assert _message(b"Failed to parse") == "Failed to parse"
+    assert (
+        _plain_error("Prediction failed: Prediction failed: UserError: width 7: use 720")
+        == "width 7: use 720"
+    )
+    assert _plain_error("Prediction failed: ValueError: boom") == "ValueError: boom"

@@ -1,0 +1,167 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lib.errors import UserError
+from lib.models import SPECS, check_task, derive_spec, names_for, spec_for
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_accepts_every_frame_count_of_the_rule_and_no_other(spec):
+    valid = set(range(spec.frame_step + 1, spec.max_frames + 1, spec.frame_step))
+    assert spec.frames in valid
+    for frames in range(-3, spec.max_frames + 40):
+        if frames in valid:
+            spec.check_frames(frames)
+        else:
+            with pytest.raises(UserError):
+                spec.check_frames(frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "nearest"),
+    [
+        ("cogvideox-2b", 48, 49),
+        ("cogvideox-5b", 20, 17),
+        ("cogvideox-5b", 22, 25),
+        ("cogvideox-5b-i2v", 500, 49),
+        ("cogvideox-5b-i2v", -7, 9),
+        ("cogvideox1.5-5b", 80, 81),
+        ("cogvideox1.5-5b-i2v", 49, 49),
+        ("cogvideox1.5-5b-i2v", 41, 33),
+        ("cogvideox1.5-5b-i2v", 1000, 161),
+        ("tiny-t2v", 8, 9),
+        ("tiny-i2v", 0, 9),
+    ],
+)
+def test_rejects_frame_count_between_valid_values_and_names_the_nearest(name, frames, nearest):
+    spec = SPECS[name]
+    if frames == nearest:
+        spec.check_frames(frames)
+        return
+    with pytest.raises(UserError, match=rf"num_frames={frames} .*The nearest is {nearest}; empty means"):
+        spec.check_frames(frames)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_takes_its_own_size_and_names_it_when_given_another(spec):
+    spec.check_size(spec.width, spec.height)
+    with pytest.raises(UserError, match=f"width={spec.width + 8}, height={spec.height}.*The nearest is"):
+        spec.check_size(spec.width + 8, spec.height)
+    nearest = spec.nearest_size(spec.width + 8, spec.height + 8)
+    spec.check_size(*nearest)
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        ((1360, 768), None),
+        ((768, 1360), None),
+        ((768, 768), None),
+        ((1024, 768), None),
+        ((768, 1040), None),
+        ((1030, 768), (1024, 768)),
+        ((1376, 768), (1360, 768)),
+        ((1000, 1000), (768, 768)),
+        ((720, 480), (1152, 768)),
+        ((480, 720), (768, 1152)),
+        ((3000, 100), (1360, 768)),
+        ((16, 16), (768, 768)),
+    ],
+)
+def test_second_image_to_video_model_fixes_the_short_side_only(size, nearest):
+    spec = SPECS["cogvideox1.5-5b-i2v"]
+    if nearest is None:
+        spec.check_size(*size)
+        return
+    message = f"The nearest is width={nearest[0]}, height={nearest[1]}"
+    with pytest.raises(UserError, match=message):
+        spec.check_size(*size)
+
+
+def test_untrained_sizes_pass_only_when_asked_for_and_only_where_the_model_can_compute_them():
+    spec = SPECS["cogvideox-5b"]
+    with pytest.raises(UserError, match="720x480 only, the size it was trained at"):
+        spec.check_size(640, 352)
+    spec.check_size(640, 352, any_size=True)
+    with pytest.raises(UserError, match="multiples of 16.*width=640, height=352"):
+        spec.check_size(641, 350, any_size=True)
+    with pytest.raises(UserError, match="720x480 only"):
+        SPECS["cogvideox-5b-i2v"].check_size(640, 352, any_size=True)
+
+
+def test_a_model_of_the_other_task_is_refused_and_the_right_ones_are_named():
+    with pytest.raises(UserError, match=r"cogvideox-5b is a text-to-video model.*cogvideox-5b-i2v"):
+        check_task(SPECS["cogvideox-5b"], "i2v")
+    assert names_for("t2v") == ["tiny-t2v", "cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"]
+
+
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v"])
+def test_spec_derived_from_the_embedded_configs_is_the_tables(name):
+    derived, known = derive_spec(WEIGHTS / name), SPECS[name]
+    for field in ("task", "height", "width", "frames", "frame_step", "max_frames", "fps", "text_tokens"):
+        assert getattr(derived, field) == getattr(known, field), field
+    assert (derived.dtype, derived.size_rule, derived.size_step) == (
+        known.dtype,
+        known.size_rule,
+        known.size_step,
+    )
+
+
+def write_configs(folder: Path, pipeline: str, transformer: dict) -> Path:
+    for part, config in {
+        "model_index.json": {"_class_name": pipeline},
+        "transformer/config.json": transformer,
+        "vae/config.json": {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4},
+    }.items():
+        path = folder / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+    return folder
+
+
+RELEASED = {
+    "cogvideox-5b": {
+        "sample_height": 60, "sample_width": 90, "sample_frames": 49, "patch_size": 2,
+        "max_text_seq_length": 226,
+    },
+    "cogvideox-5b-i2v": {
+        "sample_height": 60, "sample_width": 90, "sample_frames": 49, "patch_size": 2,
+        "max_text_seq_length": 226, "use_learned_positional_embeddings": True,
+    },
+    "cogvideox1.5-5b": {
+        "sample_height": 96, "sample_width": 170, "sample_frames": 81, "patch_size": 2, "patch_size_t": 2,
+        "max_text_seq_length": 224,
+    },
+    "cogvideox1.5-5b-i2v": {
+        "sample_height": 300, "sample_width": 300, "sample_frames": 81, "patch_size": 2, "patch_size_t": 2,
+        "max_text_seq_length": 224, "ofs_embed_dim": 512,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_spec_derived_from_released_configs_has_the_released_rules(name, tmp_path):
+    known = SPECS[name]
+    pipeline = "CogVideoXImageToVideoPipeline" if known.task == "i2v" else "CogVideoXPipeline"
+    derived = spec_for("my-finetune", write_configs(tmp_path / "my-finetune", pipeline, RELEASED[name]))
+    assert derived.name == "my-finetune"
+    for field in (
+        "task", "height", "width", "frames", "frame_step", "max_frames", "fps", "text_tokens", "size_rule",
+        "size_step",
+    ):  # fmt: skip
+        assert getattr(derived, field) == getattr(known, field), field
+
+
+def test_a_folder_of_another_pipeline_or_without_configs_is_refused_by_name(tmp_path):
+    folder = write_configs(tmp_path / "sd", "StableDiffusionPipeline", {})
+    with pytest.raises(UserError, match=r"'StableDiffusionPipeline'; allowed are CogVideoXPipeline"):
+        derive_spec(folder)
+    broken = tmp_path / "broken"
+    shutil.copytree(WEIGHTS / "tiny-t2v", broken, ignore=shutil.ignore_patterns("vae"))
+    with pytest.raises(UserError, match=r"vae/config\.json is missing"):
+        derive_spec(broken)

@@ -1,0 +1,40 @@
+"""Trains the embedded models: `python -m tiny all`, or one stage at a time.
+
+Stages, each resumable from runs/tiny: vae, t2v, i2v, export.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from tiny import loop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=["vae", "t2v", "i2v", "export", "all"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=2600)
+    parser.add_argument("--t2v-steps", type=int, default=16000)
+    parser.add_argument("--i2v-steps", type=int, default=5000)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.stage in ("vae", "all"):
+        from tiny.train_vae import train_vae
+
+        loop.launch(train_vae, options.processes, options.folder, options.vae_steps, options.seed)
+    for task, steps in (("t2v", options.t2v_steps), ("i2v", options.i2v_steps)):
+        if options.stage in (task, "all"):
+            from tiny.train_transformer import train_transformer
+
+            loop.launch(train_transformer, options.processes, options.folder, task, steps, options.seed)
+    if options.stage in ("export", "all"):
+        from tiny.export import export
+
+        export(options.folder, Path("weights"))
+
+
+if __name__ == "__main__":
+    main()
