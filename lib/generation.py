@@ -68,6 +68,8 @@ def build_request(
 
     Raises UserError naming what was given, what is allowed and the nearest valid value.
     """
+    num_inference_steps = int(num_inference_steps)
+    num_frames, width, height, fps, seed = map(_whole, (num_frames, width, height, fps, seed))
     num_frames = spec.frames if num_frames is None else num_frames
     spec.check_frames(num_frames)
     if width is None and height is None and image is not None:
@@ -98,6 +100,11 @@ def build_request(
         scheduler=scheduler,
         image=image,
     )
+
+
+def _whole(value: int | float | None) -> int | None:
+    """JSON has one kind of number: Cog lets 9.0 through where it asks for an integer."""
+    return None if value is None else int(value)
 
 
 @dataclass(kw_only=True, slots=True)

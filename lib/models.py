@@ -52,8 +52,8 @@ class ModelSpec:
         nearest = max(1, round((frames - 1) / self.frame_step))
         nearest = min(nearest, (self.max_frames - 1) // self.frame_step) * self.frame_step + 1
         raise UserError(
-            f"num_frames={frames} is not possible with {self.name}: it makes {self.frame_step}N+1 frames, from "
-            f"{self.frame_step + 1} to {self.max_frames}. The nearest is {nearest}; "
+            f"num_frames={frames} is not possible with {self.name}: it makes {self.frame_step}N+1 frames, "
+            f"from {self.frame_step + 1} to {self.max_frames}. The nearest is {nearest}; "
             f"empty means {self.frames}."
         )
 
@@ -194,7 +194,7 @@ def check_task(spec: ModelSpec, task: Task) -> None:
     """Raise UserError when a checkpoint is asked to do another's task."""
     if spec.task != task:
         raise UserError(
-            f"COGVIDEOX_MODEL={spec.name} is a {TASK_NAMES[spec.task]} model; this predictor does "
+            f"COGVIDEOX_MODEL={spec.name} is a model for {TASK_NAMES[spec.task]}; this predictor does "
             f"{TASK_NAMES[task]}. Models that do: {', '.join(names_for(task))}."
         )
 

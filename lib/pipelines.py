@@ -108,8 +108,9 @@ def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryP
     import torch
     import transformers.utils.logging
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):  # what the caller should know is reported by generation.py
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     pipeline = _pipeline_class(spec).from_pretrained(
         folder, dtype=getattr(torch, machine.dtype), local_files_only=True
     )

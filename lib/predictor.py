@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from lib import models, weights
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
+from lib.serving import guard
 
 if TYPE_CHECKING:
     from lib.generation import Generator
@@ -37,6 +38,7 @@ class VideoPredictor:
         COGVIDEOX_OFFLOAD forces a memory plan. Raises UserError when they ask for what cannot be.
         """
         started = time.perf_counter()
+        guard.install()
         name = os.environ.get("COGVIDEOX_MODEL") or models.DEFAULT_MODELS[task]
         if name in models.SPECS:
             models.check_task(models.SPECS[name], task)
@@ -82,7 +84,7 @@ class VideoPredictor:
 
         self.scratch.clear()
         if self.spec.task == "i2v":
-            inputs["image"] = read_image(image)
+            inputs["image"] = read_image(guard.check_file(image))
         request = build_request(self.spec, **inputs)
         with self.scratch.request() as folder:
             frames = self.generator.frames(request)

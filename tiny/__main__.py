@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--t2v-steps", type=int, default=16000)
-    parser.add_argument("--i2v-steps", type=int, default=5000)
+    parser.add_argument("--t2v-steps", type=int, default=9500)
+    parser.add_argument("--i2v-steps", type=int, default=2800)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.stage in ("vae", "all"):

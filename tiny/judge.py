@@ -64,7 +64,7 @@ def judge(frames: np.ndarray, *, extra: bool = False) -> Verdict:
 
 
 def first_frame_psnr(frames: np.ndarray, image: np.ndarray) -> float:
-    """Peak signal to noise ratio in dB between the first frame and an image, both uint8 [height, width, 3]."""
+    """Peak signal to noise ratio in dB of the first frame to an image, both uint8 [height, width, 3]."""
     error = np.mean((frames[0].astype(np.float64) - image.astype(np.float64)) ** 2)
     return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
 

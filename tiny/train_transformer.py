@@ -27,7 +27,7 @@ from tiny.networks import (
 from tiny.pool import Pool, build_pool
 from tiny.tokenizer import build_tokenizer, encode
 
-BATCH = 32  # per process
+BATCH = 64  # over all processes
 CAPTION_DROPOUT = 0.1
 FOREGROUND_WEIGHT = 4.0
 PEAK_RATE = {"t2v": 1.5e-3, "i2v": 7e-4}
@@ -55,11 +55,12 @@ def train_transformer(worker: loop.Worker, folder: Path, task: str, steps: int, 
     """Train one task for `steps`, resuming from folder/{task}.pt; needs folder/vae.pt (i2v: also t2v.pt)."""
     torch.manual_seed(seed)
     vae = build_vae().to(worker.device).eval().requires_grad_(False)
-    vae.load_state_dict(loop.load_checkpoint(folder / "vae.pt")["average"])
+    vae_state = loop.load_checkpoint(folder / "vae.pt")
+    vae.load_state_dict(vae_state["average"])
     pool = build_pool(
         vae,
         worker,
-        folder / f"pool-{task}-{worker.rank}-of-{worker.count}.pt",
+        folder / f"pool-{task}-{vae_state['step']}-{worker.rank}-of-{worker.count}.pt",
         per_combination=PER_COMBINATION[task],
         images=task == "i2v",
         seed=seed,
@@ -120,18 +121,19 @@ def train_transformer(worker: loop.Worker, folder: Path, task: str, steps: int, 
 
 
 class _Batch:
-    """Noised latents, their v targets, loss weights and captions of one step; all drawn from seed and step."""
+    """Noised latents, their v targets, loss weights and captions of one step; drawn from seed and step."""
 
     def __init__(
         self, pool: Pool, worker: loop.Worker, alphas: torch.Tensor, factor: float, *,
         task: str, progress: float, seed: int, step: int,
     ) -> None:  # fmt: skip
         rng, generator = worker.rng(seed, step), worker.torch_generator(seed, step)
-        chosen = torch.from_numpy(rng.integers(0, len(pool.mean), BATCH))
+        size = BATCH // worker.count
+        chosen = torch.from_numpy(rng.integers(0, len(pool.mean), size))
         clean = _sample(pool.mean, pool.std, chosen, generator) * factor
         share = (0.5 if task == "t2v" else 0.3) * (1 - progress) + 0.1
-        noisy = torch.from_numpy(rng.random(BATCH) < share)
-        timesteps = torch.from_numpy(rng.integers(0, 1000, BATCH))
+        noisy = torch.from_numpy(rng.random(size) < share)
+        timesteps = torch.from_numpy(rng.integers(0, 1000, size))
         timesteps = torch.where(noisy, 850 + timesteps * 150 // 1000, timesteps)
         noised, target = _noise(clean, timesteps, alphas, generator)
         if task == "i2v":

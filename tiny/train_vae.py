@@ -1,4 +1,4 @@
-"""Trains the VAE: L1 + L2 with a heavier foreground, a small KL, and a decoder that meets latents slightly off."""
+"""Trains the VAE: L1 + L2, heavier in the foreground, a small KL, and noise on what the decoder meets."""
 
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def _psnr(error: torch.Tensor) -> float:
 
 
 def _batch(rng: np.random.Generator, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch [B, 3, F, H, W] and its loss weights: crops early, whole clips late, single frames now and then."""
+    """A batch [B, 3, F, H, W] and its loss weights: crops early, whole clips late, some single frames."""
     kind = rng.random()
     if kind < 0.15:
         scenes = [world.sample_vae_scene(rng, 9) for _ in range(16)]

@@ -113,7 +113,7 @@ def render(scene: Scene, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
 
 
 def motion_path(motion: str, middle: tuple[float, float], travel: float, frames: int) -> np.ndarray:
-    """Centres [frames, 2] as (x, y) of a steady motion whose path is centred on `middle`; travel in pixels."""
+    """Centres [frames, 2] as (x, y) of a steady motion centred on `middle`; travel in pixels."""
     steps = np.linspace(-0.5, 0.5, frames)[:, None]
     if motion == "still":
         return np.tile(np.array(middle, np.float64), (frames, 1))

@@ -143,12 +143,15 @@ def predictor_help(config: PredictorConfig, document: dict[str, Any]) -> str:
 
 
 def curl_example(url: str, document: dict[str, Any]) -> str:
-    """A request that works as it stands, with every required input filled in."""
+    """A request with every required input filled in; for files, data URIs of files to be named."""
     shapes = input_properties(document)
     required = document["components"]["schemas"]["Input"].get("required", [])
     inputs = {"prompt": EXAMPLE_PROMPT} if "prompt" in shapes else {}
     inputs |= {name: _example(shapes[name]) for name in required}
     body = shlex.quote(json.dumps({"input": inputs}))
+    for name in (name for name in required if shapes[name].get("format") == "uri"):
+        # The shell fills these in, so they stand outside the quotes.
+        body = body.replace(_FILE, f"""'"$(base64 -w0 {name}.png)"'""", 1)
     return f"curl -s {url}/predictions -H 'Content-Type: application/json' -d {body}"
 
 
@@ -178,11 +181,14 @@ def _report(given: argparse.Namespace, metrics: dict[str, Any], document: dict[s
     print(f"again: {prefix}{shlex.join(words)}", file=sys.stderr)
 
 
+_FILE = "@FILE@"
+
+
 def _example(shape: dict[str, Any]) -> Any:
     if "enum" in shape:
         return shape["enum"][0]
     if shape.get("format") == "uri":
-        return "https://example.com/file"
+        return f"data:image/png;base64,{_FILE}"
     return {"integer": shape.get("minimum", 1), "number": shape.get("minimum", 1), "boolean": True}.get(
         shape["type"], "text"
     )

@@ -135,6 +135,10 @@ class Server:
     def _variables(self) -> dict[str, str]:
         """The server's environment: this process's, the configuration's, and what coglet needs."""
         variables = dict(os.environ) | local_environment(self.config)
+        # Paths relative to where the caller stands: the server stands in its scratch directory.
+        for name in ("COGVIDEOX_MODEL", "COGVIDEOX_CACHE"):
+            if variables.get(name) and (name == "COGVIDEOX_CACHE" or Path(variables[name]).is_dir()):
+                variables[name] = str(Path(variables[name]).expanduser().resolve())
         # coglet starts its worker as plain `python`: it must be this one.
         variables["PATH"] = os.pathsep.join(
             [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]

@@ -101,7 +101,7 @@ def test_an_exception_is_a_failed_prediction_and_the_server_stays_ready(url):
     status, reply = post(url, {"text": "a", "fail": True})
     assert (status, reply["status"]) == (200, "failed")
     assert "ValueError: boom" in reply["error"]
-    assert health(url)["status"] == "READY"
+    wait_until_idle(url, seconds=2)
 
 
 def test_busy_asynchronous_poll_and_cancel(url):

@@ -88,14 +88,14 @@ def test_untrained_sizes_pass_only_when_asked_for_and_only_where_the_model_can_c
     with pytest.raises(UserError, match="720x480 only, the size it was trained at"):
         spec.check_size(640, 352)
     spec.check_size(640, 352, any_size=True)
-    with pytest.raises(UserError, match="multiples of 16.*width=640, height=352"):
+    with pytest.raises(UserError, match=r"multiples of 16.*width=640, height=352"):
         spec.check_size(641, 350, any_size=True)
     with pytest.raises(UserError, match="720x480 only"):
         SPECS["cogvideox-5b-i2v"].check_size(640, 352, any_size=True)
 
 
 def test_a_model_of_the_other_task_is_refused_and_the_right_ones_are_named():
-    with pytest.raises(UserError, match=r"cogvideox-5b is a text-to-video model.*cogvideox-5b-i2v"):
+    with pytest.raises(UserError, match=r"cogvideox-5b is a model for text-to-video.*cogvideox-5b-i2v"):
         check_task(SPECS["cogvideox-5b"], "i2v")
     assert names_for("t2v") == ["tiny-t2v", "cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"]
 
