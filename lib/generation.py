@@ -1,12 +1,14 @@
 """From a validated request to frames, each stage timed apart."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lib.compute import Stopped
 from lib.errors import UserError
 from lib.models import ModelSpec
 from lib.pipelines import any_size_allowed, build_scheduler
@@ -122,21 +124,22 @@ class Generator:
     def __post_init__(self) -> None:
         self._scheduler = self.pipeline.scheduler
 
-    def frames(self, request: Request) -> "np.ndarray":
+    def frames(self, request: Request, *, stop: threading.Event | None = None) -> "np.ndarray":
         """Generate one clip: uint8 [frames, height, width, 3].
 
         The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress
-        as lines "progress: denoising 3/50" and can be interrupted between any two steps.
+        as lines "progress: denoising 3/50". Raises Stopped within one step of `stop` being set.
         """
         import torch
 
         self.timings.clear()
+        stop = stop or threading.Event()
         self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
         with torch.inference_mode():
             with self.timed("text_encoding"):
                 prompt, negative = self._encode(request)
             with self.timed("denoising"):
-                latents = self._denoise(request, prompt, negative)
+                latents = self._denoise(request, prompt, negative, stop)
             with self.timed("decoding"):
                 return self._decode(latents, request.num_frames)
 
@@ -162,11 +165,17 @@ class Generator:
         )
 
     def _denoise(
-        self, request: Request, prompt: "torch.Tensor", negative: "torch.Tensor | None"
+        self,
+        request: Request,
+        prompt: "torch.Tensor",
+        negative: "torch.Tensor | None",
+        stop: threading.Event,
     ) -> "torch.Tensor":
         import torch
 
         def on_step(pipeline, step: int, timestep: int, tensors: dict) -> dict:
+            if stop.is_set():
+                raise Stopped
             self.report(f"progress: denoising {step + 1}/{request.num_inference_steps}")
             return tensors
 

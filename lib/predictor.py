@@ -1,12 +1,14 @@
 """What every video predictor does behind its signature: set up once, then request -> file and metrics."""
 
 import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lib import models, weights
+from lib.compute import ComputeThread
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
 from lib.serving import guard
@@ -27,6 +29,7 @@ class VideoPredictor:
 
     spec: ModelSpec
     generator: "Generator"
+    compute: ComputeThread
     scratch: Scratch
     setup_facts: dict[str, object]
 
@@ -52,7 +55,8 @@ class VideoPredictor:
 
         machine = inspect_machine(spec)
         plan = plan_memory(spec, folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
-        pipeline = load_pipeline(spec, folder, machine, plan)
+        compute = ComputeThread()
+        pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan))
         seconds = time.perf_counter() - started
         embedded = (
             " (embedded; COGVIDEOX_MODEL chooses another)" if name == models.DEFAULT_MODELS[task] else ""
@@ -61,6 +65,7 @@ class VideoPredictor:
         return cls(
             spec=spec,
             generator=Generator(spec=spec, pipeline=pipeline, report=_print_now),
+            compute=compute,
             scratch=Scratch(),
             setup_facts={
                 "model": name,
@@ -87,7 +92,8 @@ class VideoPredictor:
             inputs["image"] = read_image(guard.check_file(image))
         request = build_request(self.spec, **inputs)
         with self.scratch.request() as folder:
-            frames = self.generator.frames(request)
+            stop = threading.Event()
+            frames = self.compute.run(lambda: self.generator.frames(request, stop=stop), stop=stop)
             with self.generator.timed("writing"):
                 path = write_video(
                     frames,

@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
+from lib.compute import Stopped
 from lib.errors import UserError
 from lib.generation import MAX_SEED, build_request
 from lib.models import SPECS
@@ -123,22 +125,18 @@ def test_a_cut_prompt_is_reported(t2v):
     assert "31 tokens; tiny-t2v reads the first 20" in lines[0]
 
 
-class Cancelled(BaseException):
-    """What Cog raises inside a cancelled request."""
-
-
-def test_cancelling_stops_within_a_step_and_the_next_request_is_right(t2v):
+def test_stopping_takes_effect_within_a_step_and_the_next_request_is_right(t2v):
     expected = t2v.frames(request_for("tiny-t2v"))
-    seen = []
+    stop, seen = threading.Event(), []
 
-    def cancel(line: str) -> None:
+    def stop_at_the_second_step(line: str) -> None:
         seen.append(line)
         if len(seen) == 2:
-            raise Cancelled
+            stop.set()
 
-    generator = type(t2v)(spec=t2v.spec, pipeline=t2v.pipeline, report=cancel)
-    with pytest.raises(Cancelled):
-        generator.frames(request_for("tiny-t2v", num_inference_steps=50))
+    generator = type(t2v)(spec=t2v.spec, pipeline=t2v.pipeline, report=stop_at_the_second_step)
+    with pytest.raises(Stopped):
+        generator.frames(request_for("tiny-t2v", num_inference_steps=50), stop=stop)
     assert len(seen) == 2
     assert np.array_equal(t2v.frames(request_for("tiny-t2v")), expected)
 
