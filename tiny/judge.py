@@ -14,7 +14,9 @@ from tiny.world import (
     coverage,
 )
 
-MIN_OVERLAP = 0.7  # intersection over union with the best template below which there is no shape
+# Intersection over union with the best template, averaged over the frames.
+COHERENT_OVERLAP = 0.45  # below it there is no object: colour and motion of scattered pixels mean nothing
+SHAPE_OVERLAP = 0.65  # below it the object is there but its outline is none of the shapes
 MIN_TRAVEL = 5.0  # pixels of a 64 pixel wide frame, from the first to the last frame
 MAX_STRAY = 2.0  # pixels, root mean square distance of the centres from a steady motion
 
@@ -51,11 +53,11 @@ def judge(frames: np.ndarray, *, extra: bool = False) -> Verdict:
     alpha = np.clip((clip - ground) @ (colour - ground) / ((colour - ground) @ (colour - ground)), 0, 1)
     shapes = SHAPES + EXTRA_SHAPES if extra else SHAPES
     shape, overlap = _shape(alpha, shapes)
-    if overlap < MIN_OVERLAP:  # no coherent object: colour and motion of scattered pixels mean nothing
+    if overlap < COHERENT_OVERLAP:
         return Verdict(shape=None, colour=None, background=None, motion=None, overlap=overlap)
     palette = COLOURS | EXTRA_COLOURS if extra else COLOURS
     return Verdict(
-        shape=shape,
+        shape=shape if overlap >= SHAPE_OVERLAP else None,
         colour=_nearest(colour, palette, 110),
         background=background,
         motion=_motion(alpha),
