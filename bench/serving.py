@@ -10,6 +10,7 @@ the same threads, dtype, size and steps.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tiny.world import ALL_COMBINATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "weights" / "tiny-t2v"
+SAME_FOR_BOTH = {"COGVIDEOX_MODEL": "", "CUDA_VISIBLE_DEVICES": ""}  # embedded weights, CPU, fp32
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
 def time_service(requests: list[dict]) -> tuple[float, float]:
     """Seconds from nothing to the first video, and of a second request."""
     started = time.perf_counter()
-    with Server("t2v", on_log=lambda line: None, environment={"COGVIDEOX_MODEL": ""}) as server:
+    with Server("t2v", on_log=lambda line: None, environment=SAME_FOR_BOTH) as server:
         predict(server.url, requests[0])
         cold = time.perf_counter() - started
         begun = time.perf_counter()
@@ -66,7 +68,14 @@ def time_seed_style(requests: list[dict]) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "bench" / "seed_style.py"), str(FOLDER), f"{folder}/video.mp4"]
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            env=os.environ | SAME_FOR_BOTH,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         with process:
             process.stdout.readline()
             seconds = []
@@ -75,7 +84,7 @@ def time_seed_style(requests: list[dict]) -> tuple[float, float]:
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
                 if not process.stdout.readline():
-                    raise RuntimeError("seed_style.py ended early; its error is above")
+                    raise RuntimeError("bench/seed_style.py ended early; run it by hand to see why")
                 seconds.append(time.perf_counter() - begun)
             process.stdin.close()
     return seconds[0], seconds[1]

@@ -57,11 +57,15 @@ class ComputeThread:
             if stop is not None:
                 stop.set()
             self._drain()
+            outcome.clear()
             raise
-        result, error = outcome[0]
-        if error is not None:
-            raise error
-        return result
+        result, error = outcome.pop()
+        try:
+            if error is not None:
+                raise error
+            return result
+        finally:
+            del error  # with its traceback it would keep the failed work's tensors alive until a collection
 
     def _drain(self) -> None:
         """Wait until everything queued so far has ended, whether or not the last function got that far."""

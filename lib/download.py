@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lib import partial
-from lib.archive import NoSpaceError, disk_error, extract_tar, require_free_space, size_text
+from lib.archive import NoSpaceError, disk_error, require_free_space, size_text
 from lib.partial import Part, Progress, Remote
 from lib.transport import TRANSIENT, FetchError, Patience, Source, TruncatedError, shown
-
-__all__ = ["FetchError", "NoSpaceError", "extract_tar", "fetch", "read", "remote_size", "require_free_space"]
 
 BLOCK_BYTES = 256 << 10
 # pget waits for ever on a body that stalls: below this pace it is stopped and Python takes over.

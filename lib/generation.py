@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from lib.compute import Stopped
 from lib.errors import UserError
 from lib.models import ModelSpec
-from lib.pipelines import any_size_allowed, build_scheduler
+from lib.pipelines import build_scheduler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,13 +40,16 @@ class Request:
     scheduler: Literal["default", "ddim", "dpm"]
     image: "Image.Image | None" = None
     """First frame, already of width x height; image-to-video only."""
+    image_fit: Literal["crop", "pad", "stretch"] | None = None
+    """How it was brought to that size."""
 
     def settings(self) -> dict[str, str]:
         """Everything but the prompts and the image, for the file's metadata."""
         names = (
             "num_inference_steps guidance_scale num_frames width height fps seed use_dynamic_cfg scheduler"
         )
-        return {name: str(getattr(self, name)) for name in names.split()}
+        settings = {name: str(getattr(self, name)) for name in names.split()}
+        return settings | ({"image_fit": self.image_fit} if self.image_fit else {})
 
 
 def build_request(
@@ -65,6 +68,7 @@ def build_request(
     scheduler: Literal["default", "ddim", "dpm"],
     image: "Image.Image | None" = None,
     image_fit: Literal["crop", "pad", "stretch"] = "crop",
+    any_size: bool = False,
 ) -> Request:
     """Fill what is empty from the spec and check the rest; image is of any size and is fitted here.
 
@@ -78,7 +82,7 @@ def build_request(
         width, height = spec.nearest_size(image.width, image.height)
     width = spec.width if width is None else width
     height = spec.height if height is None else height
-    spec.check_size(width, height, any_size=any_size_allowed())
+    spec.check_size(width, height, any_size=any_size)
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "big")
     if not 0 <= seed <= MAX_SEED:
@@ -101,6 +105,7 @@ def build_request(
         use_dynamic_cfg=use_dynamic_cfg,
         scheduler=scheduler,
         image=image,
+        image_fit=image_fit if image is not None else None,
     )
 
 
@@ -128,20 +133,31 @@ class Generator:
         """Generate one clip: uint8 [frames, height, width, 3].
 
         The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress
-        as lines "progress: denoising 3/50". Raises Stopped within one step of `stop` being set.
+        as lines "progress: denoising 3/50". Raises Stopped when `stop` is set: within one step of denoising,
+        one group of frames (or tile) of decoding.
         """
         import torch
 
         self.timings.clear()
-        stop = stop or threading.Event()
         self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
-        with torch.inference_mode():
-            with self.timed("text_encoding"):
-                prompt, negative = self._encode(request)
-            with self.timed("denoising"):
-                latents = self._denoise(request, prompt, negative, stop)
-            with self.timed("decoding"):
-                return self._decode(latents, request.num_frames)
+
+        def check(*_: object) -> None:
+            if stop is not None and stop.is_set():
+                raise Stopped
+
+        decoder_hook = self.pipeline.vae.decoder.register_forward_pre_hook(check)
+        try:
+            with torch.inference_mode():
+                with self.timed("text_encoding"):
+                    prompt, negative = self._encode(request)
+                with self.timed("denoising"):
+                    latents = self._denoise(request, prompt, negative, check)
+                with self.timed("decoding"):
+                    return self._decode(latents, request.num_frames)
+        finally:
+            decoder_hook.remove()
+            # Also after a failure: a component left on the GPU would meet the next request's.
+            self.pipeline.maybe_free_model_hooks()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -169,13 +185,14 @@ class Generator:
         request: Request,
         prompt: "torch.Tensor",
         negative: "torch.Tensor | None",
-        stop: threading.Event,
+        check: Callable[[], None],
     ) -> "torch.Tensor":
         import torch
 
+        check()
+
         def on_step(pipeline, step: int, timestep: int, tensors: dict) -> dict:
-            if stop.is_set():
-                raise Stopped
+            check()
             self.report(f"progress: denoising {step + 1}/{request.num_inference_steps}")
             return tensors
 
@@ -203,13 +220,19 @@ class Generator:
 
         kept = (num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
         latents = latents[:, latents.shape[1] - kept :]
+        if not torch.isfinite(latents).all():
+            raise RuntimeError(
+                f"Denoising gave values that are no numbers in {latents.dtype}; this GPU may lack the type "
+                f"that {self.spec.name} was trained in ({self.spec.dtype})."
+            )
         try:
             video = self.pipeline.decode_latents(latents)
         except torch.cuda.OutOfMemoryError:
+            video = None  # tried again below, where the error no longer holds what the first try had made
+        if video is None:
             torch.cuda.empty_cache()
             self.report("Decoding did not fit into GPU memory; decoding in tiles.")
             video = self._decode_tiled(latents)
-        self.pipeline.maybe_free_model_hooks()
         pixels = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
         return (pixels * 255).round().astype(np.uint8)
 

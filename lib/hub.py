@@ -11,15 +11,23 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import quote
 
-from lib.download import FetchError, read
+from lib.download import read
 from lib.errors import UserError
 from lib.layout import INDEX
+from lib.transport import FetchError
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 FOLDERS = frozenset({"scheduler", "text_encoder", "tokenizer", "transformer", "vae"})
 # Configurations, weights, vocabularies, licences. Neither code nor pickles: nothing loads them.
 SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt"})
 LISTING_BYTES = 16 << 20
+# How diffusers and transformers name weights, their variants ("fp16"), and the indices of both.
+SHARDED = r"(?:-\d{5}-of-\d{5})?"
+PLAIN = re.compile(rf"(?P<stem>[^.]+?){SHARDED}\.safetensors")
+VARIANT = re.compile(
+    rf"(?P<stem>[^.]+?){SHARDED}\.[\w-]+\.safetensors(?:\.index\.json)?"
+    r"|(?P<indexed>[^.]+)\.safetensors\.index\.[\w-]+\.json"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +98,25 @@ def _wanted(paths: list[str], repository: str) -> set[str]:
         chosen += [place for place in root if place.name == INDEX or place.name.startswith("LICENSE")]
     else:
         chosen = root
+    chosen = _without_variants(chosen)
     if not any(place.suffix == ".safetensors" for place in chosen) or not {INDEX, "config.json"} & set(paths):
         raise UserError(
             f"{repository} on the Hub is not a model that can be loaded here: it needs {INDEX} and "
             "safetensors weights in the diffusers layout. SAT checkpoints have to be converted first."
         )
     return {str(place) for place in chosen}
+
+
+def _without_variants(places: list[PurePosixPath]) -> list[PurePosixPath]:
+    """Drop weights such as NAME.fp16.safetensors where NAME.safetensors is there, whole or in shards."""
+    plain = {(place.parent, match["stem"]) for place in places if (match := PLAIN.fullmatch(place.name))}
+    variants = {
+        place
+        for place in places
+        if (match := VARIANT.fullmatch(place.name))
+        and (place.parent, match["stem"] or match["indexed"]) in plain
+    }
+    return [place for place in places if place not in variants]
 
 
 def _rephrased(error: FetchError, repository: str, revision: str) -> UserError:

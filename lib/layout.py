@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from lib.errors import UserError
+
 INDEX = "model_index.json"
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
@@ -40,14 +42,29 @@ def find_model(folder: Path) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
+def read_index(content: bytes, *, of: str) -> dict:
+    """Return what a model_index.json says; `of` names the model. Raises UserError when it is none."""
+    index = _parsed(content)
+    if index is None:
+        raise UserError(f"{of}: its {INDEX} is no JSON object; the model is damaged or was made by hand.")
+    return index
+
+
 def _no_parts(parts: list[str]) -> list[str]:
     return [] if parts else [f"{INDEX} (names no component)"]
 
 
 def _read(path: Path) -> dict | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _parsed(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _parsed(text: bytes) -> dict | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
         return None
     return content if isinstance(content, dict) else None
 

@@ -12,6 +12,7 @@ Task = Literal["t2v", "i2v", "caption"]
 TASK_NAMES = {"t2v": "text-to-video", "i2v": "image-to-video", "caption": "captioning"}
 PIPELINE_CLASSES = {"CogVideoXPipeline": "t2v", "CogVideoXImageToVideoPipeline": "i2v"}
 
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 SizeRule = Literal["fixed", "trained", "short side"]
 
 
@@ -30,7 +31,7 @@ class ModelSpec:
     max_frames: int
     fps: int
     text_tokens: int
-    """Prompt tokens the transformer was trained with; longer prompts are cut."""
+    """Prompt tokens the model was trained with; longer prompts are cut."""
     dtype: Literal["float16", "bfloat16", "float32"]
     """What the weights are meant to run in on a GPU."""
     size_rule: SizeRule = "trained"
@@ -41,13 +42,14 @@ class ModelSpec:
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     recommended_scheduler: Literal["default", "ddim", "dpm"] = "default"
+    use_dynamic_cfg: bool = False
+    """Whether the authors advise dynamic guidance, beside the scheduler above."""
     repository: str | None = None
-    """Home on the Hugging Face Hub; weights/manifest.toml says where the files come from."""
-    licence: str = ""
+    """Home on the Hugging Face Hub; weights/manifest.toml has the licence and where the files come from."""
 
     def check_frames(self, frames: int) -> None:
         """Raise UserError unless this model can make a clip of that many frames."""
-        if frames > 1 and frames % self.frame_step == 1 and frames <= self.max_frames:
+        if self.frame_step < frames <= self.max_frames and (frames - 1) % self.frame_step == 0:
             return
         nearest = max(1, round((frames - 1) / self.frame_step))
         nearest = min(nearest, (self.max_frames - 1) // self.frame_step) * self.frame_step + 1
@@ -105,7 +107,6 @@ def _round_to(value: float, step: int) -> int:
 _FIRST = {"height": 480, "width": 720, "frames": 49, "frame_step": 8, "max_frames": 49, "fps": 8}
 _SECOND = {"height": 768, "width": 1360, "frames": 81, "frame_step": 16, "max_frames": 161, "fps": 16}
 _TINY = {"height": 48, "width": 64, "frames": 9, "frame_step": 8, "max_frames": 49, "fps": 8}
-_5B_LICENCE = "CogVideoX licence (registration for commercial use)"
 
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
@@ -117,7 +118,6 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=20,
             dtype="float16",
             size_rule="fixed",
-            licence="Apache-2.0",
         ),
         ModelSpec(
             name="tiny-i2v",
@@ -126,7 +126,6 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=20,
             dtype="float16",
             size_rule="fixed",
-            licence="Apache-2.0",
         ),
         ModelSpec(
             name="cogvideox-2b",
@@ -136,7 +135,6 @@ SPECS: dict[str, ModelSpec] = {
             dtype="float16",
             recommended_scheduler="ddim",
             repository="zai-org/CogVideoX-2b",
-            licence="Apache-2.0",
         ),
         ModelSpec(
             name="cogvideox-5b",
@@ -145,8 +143,8 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=226,
             dtype="bfloat16",
             recommended_scheduler="dpm",
+            use_dynamic_cfg=True,
             repository="zai-org/CogVideoX-5b",
-            licence=_5B_LICENCE,
         ),
         ModelSpec(
             name="cogvideox-5b-i2v",
@@ -156,8 +154,8 @@ SPECS: dict[str, ModelSpec] = {
             dtype="bfloat16",
             size_rule="fixed",
             recommended_scheduler="dpm",
+            use_dynamic_cfg=True,
             repository="zai-org/CogVideoX-5b-I2V",
-            licence=_5B_LICENCE,
         ),
         ModelSpec(
             name="cogvideox1.5-5b",
@@ -166,8 +164,8 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=224,
             dtype="bfloat16",
             recommended_scheduler="dpm",
+            use_dynamic_cfg=True,
             repository="zai-org/CogVideoX1.5-5B",
-            licence=_5B_LICENCE,
         ),
         ModelSpec(
             name="cogvideox1.5-5b-i2v",
@@ -177,8 +175,23 @@ SPECS: dict[str, ModelSpec] = {
             dtype="bfloat16",
             size_rule="short side",
             recommended_scheduler="dpm",
+            use_dynamic_cfg=True,
             repository="zai-org/CogVideoX1.5-5B-I2V",
-            licence=_5B_LICENCE,
+        ),
+        ModelSpec(
+            name="cogvlm2-caption",
+            task="caption",
+            height=224,
+            width=224,
+            frames=24,
+            frame_step=1,
+            max_frames=24,
+            fps=1,
+            text_tokens=2048,
+            dtype="bfloat16",
+            size_rule="fixed",
+            size_step=14,
+            repository="zai-org/cogvlm2-llama3-caption",
         ),
     )
 }
@@ -190,13 +203,23 @@ def names_for(task: Task) -> list[str]:
     return [name for name, spec in SPECS.items() if spec.task == task]
 
 
-def check_task(spec: ModelSpec, task: Task) -> None:
+def check_task(name: str, found: Task, task: Task) -> None:
     """Raise UserError when a checkpoint is asked to do another's task."""
-    if spec.task != task:
+    if found != task:
         raise UserError(
-            f"COGVIDEOX_MODEL={spec.name} is a model for {TASK_NAMES[spec.task]}; this predictor does "
+            f"COGVIDEOX_MODEL={name} is a model for {TASK_NAMES[found]}; this predictor does "
             f"{TASK_NAMES[task]}. Models that do: {', '.join(names_for(task))}."
         )
+
+
+def task_of(index: dict, place: object) -> Task:
+    """What the pipeline of a model_index.json does. Raises UserError when it is none of CogVideoX's."""
+    task = PIPELINE_CLASSES.get(index.get("_class_name", ""))
+    if task is None:
+        raise UserError(
+            f"{place} holds a {index.get('_class_name')!r}; allowed are {', '.join(PIPELINE_CLASSES)}."
+        )
+    return task
 
 
 def spec_for(name: str, folder: Path) -> ModelSpec:
@@ -213,14 +236,12 @@ def derive_spec(folder: Path) -> ModelSpec:
     Where the configs are silent (frame rate, longest clip) the family's values hold: a transformer with
     patch_size_t is of the 1.5 family. Raises UserError for anything but a CogVideoX pipeline.
     """
-    index = _read_config(folder / "model_index.json")
-    task = PIPELINE_CLASSES.get(index.get("_class_name", ""))
-    if task is None:
-        raise UserError(
-            f"{folder} holds a {index.get('_class_name')!r}; allowed are {', '.join(PIPELINE_CLASSES)}."
-        )
-    transformer = _read_config(folder / "transformer" / "config.json")
-    vae = _read_config(folder / "vae" / "config.json")
+    task = task_of(_read_config(folder / "model_index.json"), folder)
+    transformer = _read_config(
+        folder / "transformer" / "config.json",
+        "sample_height sample_width sample_frames patch_size max_text_seq_length",
+    )
+    vae = _read_config(folder / "vae" / "config.json", "block_out_channels temporal_compression_ratio")
     temporal_patch = transformer.get("patch_size_t")
     ratio = 2 ** (len(vae["block_out_channels"]) - 1)
     second = temporal_patch is not None
@@ -250,22 +271,29 @@ def derive_spec(folder: Path) -> ModelSpec:
     )
 
 
-def _read_config(path: Path) -> dict:
+def _read_config(path: Path, required: str = "") -> dict:
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not a whole diffusers folder.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
+    missing = [key for key in required.split() if key not in config]
+    if missing:
+        raise UserError(f"{path} is no CogVideoX configuration: it lacks {', '.join(missing)}.")
+    return config
 
 
 def weights_dtype(folder: Path) -> Literal["float16", "bfloat16", "float32"]:
     """The floating point type that most tensors of a safetensors folder are stored in."""
     names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        except (struct.error, ValueError):
+            raise UserError(f"{path} is no whole safetensors file.") from None
         kinds = [names[t["dtype"]] for k, t in header.items() if k != "__metadata__" and t["dtype"] in names]
         if kinds:
             return max(set(kinds), key=kinds.count)

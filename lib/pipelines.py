@@ -1,12 +1,11 @@
 """A ready diffusers pipeline for a spec, a folder and this machine, with the memory plan it runs under."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lib.errors import UserError
-from lib.models import ModelSpec
+from lib.models import ModelSpec, weights_dtype
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 Offload = Literal["resident", "model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("resident", "model", "sequential")
 GIB = 2**30
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # VAE decoding in 16 bits takes at least 630 bytes per pixel of the whole clip (31.7 GB measured for 5B at
 # 49x480x720, less 21.1 GB of weights) and more for larger frames: 1.5 at 81x768x1360 fails on 80 GB.
@@ -70,7 +70,7 @@ def plan_memory(spec: ModelSpec, folder: Path, machine: Machine, *, forced: str 
             raise UserError(f"COGVIDEOX_OFFLOAD={forced} needs a GPU; on this CPU only resident is possible.")
         return MemoryPlan(offload="resident", slicing=False, tiling=False, reason="CPU")
     sizes = component_bytes(folder, machine.dtype)
-    decode = spec.frames * spec.height * spec.width * DECODE_BYTES_PER_PIXEL
+    decode = spec.frames * spec.height * spec.width * DECODE_BYTES_PER_PIXEL * BYTES[machine.dtype] // 2
     needs = {
         "resident": sum(sizes.values()),
         "model": max(sizes.values()),
@@ -90,13 +90,12 @@ def plan_memory(spec: ModelSpec, folder: Path, machine: Machine, *, forced: str 
 
 def component_bytes(folder: Path, dtype: str) -> dict[str, int]:
     """Bytes each component's weights take in memory in dtype, from the sizes of its files."""
-    from lib.models import weights_dtype
-
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}
     return {
-        part.name: sum(f.stat().st_size for f in part.glob("*.safetensors"))
-        * width[dtype]
-        // width[weights_dtype(part)]
+        part.name: sum(
+            f.stat().st_size for f in part.glob("*.safetensors") if "." not in f.stem
+        )  # no variants
+        * BYTES[dtype]
+        // BYTES[weights_dtype(part)]
         for part in sorted(folder.iterdir())
         if part.is_dir() and any(part.glob("*.safetensors"))
     }
@@ -112,7 +111,7 @@ def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryP
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     pipeline = _pipeline_class(spec).from_pretrained(
-        folder, dtype=getattr(torch, machine.dtype), local_files_only=True
+        folder, dtype=getattr(torch, machine.dtype), local_files_only=True, use_safetensors=True
     )
     pipeline.set_progress_bar_config(disable=True)
     if plan.slicing:
@@ -136,11 +135,6 @@ def build_scheduler(name: Literal["default", "ddim", "dpm"], original: "Schedule
 
     kind = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}[name]
     return kind.from_config(original.config, timestep_spacing="trailing")
-
-
-def any_size_allowed() -> bool:
-    """Whether COGVIDEOX_ANY_SIZE=1 was set: sizes a model can compute but was not trained at."""
-    return os.environ.get("COGVIDEOX_ANY_SIZE") == "1"
 
 
 def _pipeline_class(spec: ModelSpec) -> type:

@@ -31,23 +31,26 @@ class VideoPredictor:
     generator: "Generator"
     compute: ComputeThread
     scratch: Scratch
+    any_size: bool
     setup_facts: dict[str, object]
 
     @classmethod
     def start(cls, task: Task) -> "VideoPredictor":
         """Settle model, device, dtype and memory plan, load, and print it all in one line.
 
-        COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one) and
-        COGVIDEOX_OFFLOAD forces a memory plan. Raises UserError when they ask for what cannot be.
+        COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one),
+        COGVIDEOX_OFFLOAD forces a memory plan and COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
+        Raises UserError when they ask for what cannot be.
         """
         started = time.perf_counter()
         guard.install()
         name = os.environ.get("COGVIDEOX_MODEL") or models.DEFAULT_MODELS[task]
         if name in models.SPECS:
-            models.check_task(models.SPECS[name], task)
-        folder = weights.locate(name)
+            models.check_task(name, models.SPECS[name].task, task)
+        folder = weights.locate(
+            name, check=lambda index: models.check_task(name, models.task_of(index, name), task)
+        )
         spec = models.spec_for(name, folder)
-        models.check_task(spec, task)
         weights.go_offline()
 
         from lib.generation import Generator
@@ -61,14 +64,23 @@ class VideoPredictor:
         embedded = (
             " (embedded; COGVIDEOX_MODEL chooses another)" if name == models.DEFAULT_MODELS[task] else ""
         )
-        print(f"{name}{embedded} on {machine.device} in {machine.dtype}: {plan}; ready in {seconds:.1f} s")
+        label = spec.name if Path(name).is_dir() else name  # no path of this machine in what others see
+        advice = ""
+        if spec.recommended_scheduler != "default":
+            guidance = " with use_dynamic_cfg" if spec.use_dynamic_cfg else ""
+            advice = f"; its authors advise scheduler={spec.recommended_scheduler}{guidance}"
+        print(
+            f"{label}{embedded} on {machine.device} in {machine.dtype}: {plan}; "
+            f"ready in {seconds:.1f} s{advice}"
+        )
         return cls(
             spec=spec,
             generator=Generator(spec=spec, pipeline=pipeline, report=_print_now),
             compute=compute,
             scratch=Scratch(),
+            any_size=os.environ.get("COGVIDEOX_ANY_SIZE") == "1",
             setup_facts={
-                "model": name,
+                "model": label,
                 "device": machine.device,
                 "dtype": machine.dtype,
                 "plan": plan.offload,
@@ -90,7 +102,7 @@ class VideoPredictor:
         self.scratch.clear()
         if self.spec.task == "i2v":
             inputs["image"] = read_image(guard.check_file(image))
-        request = build_request(self.spec, **inputs)
+        request = build_request(self.spec, any_size=self.any_size, **inputs)
         with self.scratch.request() as folder:
             stop = threading.Event()
             frames = self.compute.run(lambda: self.generator.frames(request, stop=stop), stop=stop)

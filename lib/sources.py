@@ -4,19 +4,20 @@ Paths on the server's own disk, http:// and private addresses are for a server t
 they need COGVIDEOX_LOCAL_SOURCES=1, which script/predict and the tests set.
 """
 
+import http.client
 import ipaddress
 import os
 import socket
-from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from lib.errors import UserError
+from lib.transport import TRANSIENT, Rules, Source, shown
 
-if TYPE_CHECKING:
-    import requests
+SILENCE_SECONDS = 30.0
+TOTAL_SECONDS = 600.0  # a fetch holds the server's only slot: a byte now and then must not hold it for ever
 
-MAX_REDIRECTS = 5
-CONNECT_SECONDS, READ_SECONDS = 10, 30
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+_COMPATIBLE = ipaddress.ip_network("::/96")  # RFC 4291, 2.5.5.1
 
 
 def local_sources_allowed() -> bool:
@@ -26,47 +27,69 @@ def local_sources_allowed() -> bool:
 
 def check_address(url: str) -> None:
     """Raise UserError unless this server may fetch the URL: https, and every address of its host public."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{url!r} is not an address this service fetches; give an https:// one.")
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f"{shown(url)[:200]!r} is not an address this service fetches; give an https:// one.")
     if local_sources_allowed():
         return
     if parts.scheme != "https":
-        raise UserError(f"{url!r} is not encrypted; give an https:// address or upload the file.")
+        raise UserError(
+            f"{shown(url)[:200]!r} is not encrypted; give an https:// address or upload the file."
+        )
+    if {"@", "%"} & set(parts.netloc):  # a host that two readers may read differently
+        raise UserError(
+            f"The host of {shown(url)[:200]!r} is not a plain name; give it without a user or escapes."
+        )
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise UserError(f"The host of {url!r} cannot be found ({error}); check the address.") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"The host of {shown(url)[:200]!r} cannot be found ({error}); check the address."
+        ) from None
     for *_, address in found:
-        _check_public(address[0], url)
+        check_public(address[0], url)
 
 
-def open_url(url: str) -> "requests.Response":
-    """GET an allowed URL as a stream, checking every redirect before it is followed.
+def check_public(address: str, url: str) -> None:
+    """Raise UserError unless the IP address, and one that is embedded in it, is public; `url` led there."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    ip = _embedded(ip) or ip
+    inner = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+    if inner or not ip.is_global:
+        raise UserError(
+            f"{shown(url)[:200]!r} leads to the private address {address}; only public ones are fetched."
+        )
 
-    Raises UserError for an address that is not allowed, cannot be reached or does not answer with 2xx.
+
+def open_url(url: str) -> http.client.HTTPResponse:
+    """GET an allowed URL as a stream, checking every redirect and every connection before it is used.
+
+    The caller closes the response, whose reading raises one of lib.transport.TRANSIENT when the line breaks
+    or the whole takes longer than TOTAL_SECONDS. Raises UserError for an address that is not allowed, cannot
+    be reached or does not answer with 2xx.
     """
-    import requests
-
-    for _ in range(MAX_REDIRECTS + 1):
-        check_address(url)
-        try:
-            response = requests.get(
-                url, stream=True, allow_redirects=False, timeout=(CONNECT_SECONDS, READ_SECONDS)
-            )
-        except requests.RequestException as error:
-            raise UserError(f"{url!r} cannot be fetched: {error}.") from None
-        if response.is_redirect:
-            url = urljoin(url, response.headers["location"])
-            response.close()
-            continue
-        if not response.ok:
-            response.close()
-            raise UserError(f"{url!r} cannot be fetched: the host answers {response.status_code}.")
-        return response
-    raise UserError(f"{url!r} redirects more than {MAX_REDIRECTS} times; give the final address.")
+    check_address(url)
+    rules = Rules(check_url=check_address, check_peer=_check_peer, seconds=TOTAL_SECONDS)
+    source = Source(url=url, timeout=SILENCE_SECONDS, rules=rules)
+    try:
+        return source.open()
+    except TRANSIENT as error:
+        raise source.failure(error) from error
 
 
-def _check_public(address: str, url: str) -> None:
-    if not ipaddress.ip_address(address.split("%")[0]).is_global:
-        raise UserError(f"{url!r} leads to the private address {address}; only public ones are fetched.")
+def _check_peer(address: str, url: str) -> None:
+    if not local_sources_allowed():
+        check_public(address, url)
+
+
+def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 address stands for, where a gateway or the kernel may translate it."""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return None
+    if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) > 1):  # :: and ::1 have meanings of their own
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour

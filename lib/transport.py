@@ -1,14 +1,17 @@
-"""HTTP as the downloads need it: one GET with patience for a bad line and plain words for what went wrong."""
+"""HTTP as downloads and inputs need it: one GET, patience for a bad line, plain words for what went wrong."""
 
+import functools
 import http.client
+import io
 import socket
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from lib.errors import UserError
 
@@ -33,10 +36,33 @@ class TruncatedError(http.client.HTTPException):
     """A body that ended before its announced length."""
 
 
+class DeadlineError(TimeoutError):
+    """A response that did not arrive whole within its total time."""
+
+
 def shown(url: str) -> str:
     """Return `url` without user, password and query, which may be secrets, for messages and records."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(an address with a malformed host)"
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}:{f'//{host}' if host else ''}{parts.path}".removeprefix(":")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What may be read from addresses that strangers give, and for how long.
+
+    `check_url` gets the URL and each URL that it redirects to, before anything is sent there; `check_peer`
+    gets the IP address that was connected to, and its URL, before the request is sent. Both raise for what
+    may not be read. Behind a proxy the peer is the proxy, which is not asked about. Headers and body of one
+    response have `seconds` in all.
+    """
+
+    check_url: Callable[[str], None]
+    check_peer: Callable[[str, str], None]
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +72,7 @@ class Source:
     url: str
     headers: dict[str, str] = field(default_factory=dict)
     timeout: float = 30.0
+    rules: Rules | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -54,7 +81,7 @@ class Source:
         except ValueError:
             sound = False
         if not sound:
-            raise FetchError(f"{self.url[:200]!r} is not an http or https address.")
+            raise FetchError(f"{shown(self.url)[:200]!r} is not an http or https address.")
 
     def open(self, headers: Mapping[str, str] | None = None) -> http.client.HTTPResponse:
         """Send the GET and return the response. Raises FetchError, or one of TRANSIENT worth trying again."""
@@ -66,7 +93,11 @@ class Source:
             **self.headers,
             **(headers or {}),
         }
-        opener = urllib.request.build_opener(_Redirects)
+        handlers: list[urllib.request.BaseHandler] = [_Redirects(self.rules)]
+        if self.rules:
+            self.rules.check_url(self.url)
+            handlers.append(_RuledConnections(self.rules))
+        opener = urllib.request.build_opener(*handlers)
         try:
             return opener.open(urllib.request.Request(url, headers=sent), timeout=self.timeout)
         except urllib.error.HTTPError as error:
@@ -108,19 +139,93 @@ class Patience:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_redirections = 5
+
+    def __init__(self, rules: Rules | None) -> None:
+        self.rules = rules
+
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        fp.close()  # or urllib would read the body of the redirect, however long it is
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme not in ("https", old.scheme):
             raise FetchError(
                 f"Cannot download {shown(req.full_url)}: it redirects to {shown(newurl)}, not to https. "
                 "Check the address."
             )
+        if self.rules:
+            self.rules.check_url(newurl)
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None and new.netloc != old.netloc:
             # A token is for the host that it was given for, not for the storage that it redirects to.
             for name in ("Authorization", "Cookie"):
                 request.remove_header(name)
         return request
+
+
+class _RuledConnections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def __init__(self, rules: Rules) -> None:
+        super().__init__()
+        self.rules = rules
+        self.deadline = time.monotonic() + rules.seconds
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self._open(http.client.HTTPConnection, req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self._open(http.client.HTTPSConnection, req)
+
+    def _open(
+        self, kind: type[http.client.HTTPConnection], req: urllib.request.Request
+    ) -> http.client.HTTPResponse:
+        proxied = req.host != unquote(urlsplit(req.full_url).netloc)
+
+        def make(host: str, **options: object) -> http.client.HTTPConnection:
+            connection = kind(host, **options)  # type: ignore[arg-type]
+            connect = connection.connect
+
+            def connect_and_check() -> None:
+                connect()
+                # The name may lead elsewhere by now than when it was checked.
+                if not proxied:
+                    self.rules.check_peer(connection.sock.getpeername()[0], req.full_url)
+
+            connection.connect = connect_and_check  # type: ignore[method-assign]
+            connection.response_class = functools.partial(_TimedResponse, deadline=self.deadline)
+            return connection
+
+        return self.do_open(make, req)
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """A response that has to arrive by `deadline`, whatever the pace of its bytes."""
+
+    def __init__(self, sock: socket.socket, *args: object, deadline: float, **options: object) -> None:
+        super().__init__(sock, *args, **options)  # type: ignore[arg-type]
+        self.fp = io.BufferedReader(_TimedRaw(self.fp.detach(), sock, deadline))
+
+
+class _TimedRaw(io.RawIOBase):
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
+        self.raw, self.sock, self.deadline = raw, sock, deadline
+        self.silence = sock.gettimeout() or float("inf")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:  # type: ignore[no-untyped-def]
+        left = self.deadline - time.monotonic()
+        if left > 0:
+            self.sock.settimeout(min(self.silence, left))
+            try:
+                return self.raw.readinto(buffer)
+            except TimeoutError:
+                if time.monotonic() < self.deadline:
+                    raise
+        raise DeadlineError("the host is too slow: the whole did not arrive in the time allowed")
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
 
 
 def _explain(error: Exception, timeout: float) -> tuple[str, str]:
@@ -134,8 +239,12 @@ def _explain(error: Exception, timeout: float) -> tuple[str, str]:
             return f"the host refuses access {status}", "Check the address and whether it needs a token."
         if error.code in RETRIED_STATUS:
             return f"the host is overloaded or failing {status}", again
+        if 300 <= error.code < 400:
+            return f"its redirects lead nowhere {status}", "Give the final address."
         return f"the host answered {error.code} {error.reason}", "Check the address."
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, (DeadlineError, TruncatedError)):
+        return str(reason), again
     if isinstance(reason, TimeoutError):
         return f"the host sent nothing for {timeout:g} s", again
     if isinstance(reason, socket.gaierror):
@@ -146,6 +255,4 @@ def _explain(error: Exception, timeout: float) -> tuple[str, str]:
         return f"its certificate is not valid ({reason.verify_message})", "Check the address."
     if isinstance(reason, http.client.InvalidURL):
         return "the address is malformed", "Check the address."
-    if isinstance(reason, TruncatedError):
-        return str(reason), again
     return f"the connection broke ({reason or type(reason).__name__})", again

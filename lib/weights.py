@@ -10,23 +10,23 @@ with a record of where it came from; until then the work happens in a sibling `.
 start continues. Only this module and those below it reach the network.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from lib import hub
-from lib.download import NoSpaceError, extract_tar, fetch, remote_size, require_free_space, sha256_of
+from lib.archive import NoSpaceError, extract_tar, require_free_space
+from lib.download import fetch, read, remote_size, sha256_of
 from lib.errors import UserError
-from lib.layout import find_model, missing_files
+from lib.layout import INDEX, find_model, missing_files, read_index
+from lib.lock import lock
 from lib.transport import FetchError, shown
 
 MANIFEST = Path(__file__).resolve().parent.parent / "weights" / "manifest.toml"
@@ -34,7 +34,12 @@ RECORD = "download.json"
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 QUIET = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_UPDATE_CHECK")
 
+# Weights hardly compress: what unpacks to more than this many times its archive is no checkpoint.
+UNPACKED_PER_ARCHIVE_BYTE = 10
+INDEX_BYTES = 1 << 20
+
 Report = Callable[[str], None]
+Check = Callable[[dict], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,12 @@ def read_manifest(path: Path = MANIFEST) -> dict[str, Source]:
 
 
 def locate(
-    name: str, *, manifest: Path | None = None, cache: Path | None = None, report: Report = print
+    name: str,
+    *,
+    check: Check | None = None,
+    manifest: Path | None = None,
+    cache: Path | None = None,
+    report: Report = print,
 ) -> Path:
     """Return the whole folder of a model, downloading it into the cache when it is not there yet.
 
@@ -83,10 +93,22 @@ def locate(
     "owner/name@revision". A folder that is whole costs a few file look-ups: no network, no waiting. Two
     processes at once download once. `report` receives one line per event.
 
+    `check` receives the model's model_index.json and raises for a model that the caller cannot use: of a Hub
+    repository before the rest is downloaded, of an archive when it is unpacked. With a `check`, a model that
+    has no model_index.json is refused.
+
     Raises UserError when there is no such model, a folder is not whole, the download fails, or
     `HF_HUB_OFFLINE` forbids it. Call it before go_offline().
     """
-    manifest = manifest or MANIFEST
+    folder = _located(name, check, manifest or MANIFEST, cache or cache_folder(), report)
+    if check is not None:
+        if not (folder / INDEX).is_file():
+            raise _without_index(name)
+        check(read_index((folder / INDEX).read_bytes(), of=name))
+    return folder
+
+
+def _located(name: str, check: Check | None, manifest: Path, cache: Path, report: Report) -> Path:
     sources = read_manifest(manifest)
     source = sources.get(name)
     if source is None:
@@ -96,15 +118,16 @@ def locate(
         source = _hub_source(name, sources)
     elif source.path is not None:
         return _whole_or_raise(manifest.parent / source.path)
-    final = (cache or cache_folder()) / source.key
+    final = cache / source.key
     if is_whole(final):
+        _remove_what_a_kill_left(final, report)
         return _model_folder(final)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(
             f"{name} is not in {final.parent}, and HF_HUB_OFFLINE forbids to download it; unset it once."
         )
     try:
-        return _download(source, final, report)
+        return _download(source, final, check, report)
     except OSError as error:
         raise UserError(
             f"{name} cannot be kept in {final.parent}: {error}. Set COGVIDEOX_CACHE elsewhere."
@@ -183,8 +206,12 @@ def _model_folder(final: Path) -> Path:
     return final / record["model"] if record else final
 
 
-def _download(source: Source, final: Path, report: Report) -> Path:
-    with _lock(final, report):
+def _without_index(name: str) -> UserError:
+    return UserError(f"{name} has no {INDEX}: it is not a pipeline in the diffusers layout.")
+
+
+def _download(source: Source, final: Path, check: Check | None, report: Report) -> Path:
+    with lock(final, report):
         if is_whole(final):  # another process was faster
             return _model_folder(final)
         work = final.with_name(final.name + ".partial")
@@ -194,7 +221,7 @@ def _download(source: Source, final: Path, report: Report) -> Path:
         report(f"{source.name}: downloading into {final}" + (f"; {source.licence}" if source.licence else ""))
         try:
             content, record = (
-                _from_tar(source, work, report) if source.tar else _from_hub(source, work, report)
+                _from_tar(source, work, report) if source.tar else _from_hub(source, work, check, report)
             )
             model = find_model(content)
             if model is None or (lacks := missing_files(model)):
@@ -235,7 +262,7 @@ def _from_tar(source: Source, work: Path, report: Report) -> tuple[Path, dict]:
         raise FetchError(f"{error}{other}", status=error.status) from error
     report(f"{source.name}: unpacking")
     try:
-        extract_tar(archive, content)
+        extract_tar(archive, content, max_bytes=UNPACKED_PER_ARCHIVE_BYTE * archive.stat().st_size)
     except NoSpaceError:
         raise
     except UserError:
@@ -245,15 +272,20 @@ def _from_tar(source: Source, work: Path, report: Report) -> tuple[Path, dict]:
     return content, {"source": shown(source.tar), "sha256": digest, "licence": source.licence}
 
 
-def _from_hub(source: Source, work: Path, report: Report) -> tuple[Path, dict]:
+def _from_hub(source: Source, work: Path, check: Check | None, report: Report) -> tuple[Path, dict]:
     snapshot = hub.snapshot(source.repository, source.revision)
+    headers = hub.headers()
+    if check is not None:
+        index = next((file for file in snapshot.files if file.path == INDEX), None)
+        if index is None:
+            raise _without_index(source.name)
+        check(read_index(read(index.url, max_bytes=INDEX_BYTES, headers=headers), of=source.name))
     content = work / snapshot.commit
     if work.exists():
         for other in work.iterdir():  # of another commit: the branch has moved since
             if other != content:
                 shutil.rmtree(other)
     _require_room(work, sum(file.size or 0 for file in snapshot.files))
-    headers = hub.headers()
     for file in snapshot.files:
         known = source.files.get(file.path, {})
         size, sha256 = known.get("size", file.size), known.get("sha256", file.sha256)
@@ -278,26 +310,14 @@ def _remove_leftovers(work: Path, *, keep: bool) -> None:
         shutil.rmtree(work)
 
 
-@contextmanager
-def _lock(final: Path, report: Report) -> Iterator[None]:
-    """Hold the right to download `final`. The kernel gives it back when its holder dies, however it dies."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    path = final.with_name(final.name + ".lock")
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                report(f"{final.name}: another process is downloading it; waiting for that")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            # Its last holder removed the file: who waited on it holds a lock that nobody else sees.
-            if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-        finally:
-            os.close(handle)
+def _remove_what_a_kill_left(final: Path, report: Report) -> None:
+    """Remove the archive beside a whole folder, when its download was killed just before it was done."""
+    work = final.with_name(final.name + ".partial")
+    if not work.exists():
+        return
+    try:
+        with lock(final, report, wait=False) as held:
+            if held and is_whole(final):
+                _remove_leftovers(work, keep=False)
+    except OSError as error:
+        report(f"{work} is left over from the download and cannot be removed: {error}")

@@ -42,7 +42,7 @@ ATTRIBUTE_NAMES = ("colour", "background", "motion", "shape")
 def judge(frames: np.ndarray, *, extra: bool = False) -> Verdict:
     """Read one clip: uint8 [frames, height, width, 3] of any size.
 
-    With `extra`, also shapes and colours that no caption names (star, ring, magenta, cyan, orange).
+    With `extra`, also what no caption names: star, ring; magenta, cyan, orange; circling, zigzag.
     """
     clip = frames.astype(np.float64)
     ground = _ground(clip)
@@ -60,7 +60,7 @@ def judge(frames: np.ndarray, *, extra: bool = False) -> Verdict:
         shape=shape if overlap >= SHAPE_OVERLAP else None,
         colour=_nearest(colour, palette, 110),
         background=background,
-        motion=_motion(alpha),
+        motion=_motion(alpha, extra=extra),
         overlap=overlap,
     )
 
@@ -122,7 +122,7 @@ def _centroid_offset(unit: np.ndarray) -> np.ndarray:
     return np.array([(unit * x).sum(), (unit * y).sum()]) / unit.sum() - 32.0
 
 
-def _motion(alpha: np.ndarray) -> str | None:
+def _motion(alpha: np.ndarray, *, extra: bool) -> str | None:
     centres = _centres(alpha) * 64.0 / alpha.shape[2]
     if len(centres) < 2:
         return "still"
@@ -131,7 +131,7 @@ def _motion(alpha: np.ndarray) -> str | None:
     travel = (time[:, None] * (centres - middle)).sum(0) / (time**2).sum()
     stray = np.sqrt(((centres - middle - time[:, None] * travel) ** 2).sum(1).mean())
     if stray > MAX_STRAY:
-        return None
+        return _bent_motion(centres - middle, time[:, None] * travel) if extra else None
     across, along = sorted(np.abs(travel))
     if along < MIN_TRAVEL:
         return "still"
@@ -139,3 +139,15 @@ def _motion(alpha: np.ndarray) -> str | None:
         return None
     horizontal = abs(travel[0]) > abs(travel[1])
     return ("left", "right")[int(travel[0] > 0)] if horizontal else ("up", "down")[int(travel[1] > 0)]
+
+
+def _bent_motion(path: np.ndarray, straight: np.ndarray) -> str | None:
+    """Circling or zigzag, for a path [frames, 2] about its middle and the straight line fitted to it."""
+    radii = np.linalg.norm(path, axis=1)
+    turned = np.ptp(np.unwrap(np.arctan2(path[:, 1], path[:, 0])))
+    if radii.std() < 0.35 * radii.mean() and turned > 1.4 * np.pi:
+        return "circling"
+    off_line = path - straight
+    swing = off_line[:, np.argmax(np.ptp(off_line, axis=0))]
+    turns = np.sum(np.diff(np.sign(np.diff(swing))) != 0)
+    return "zigzag" if turns >= 2 and np.linalg.norm(straight[-1] - straight[0]) >= MIN_TRAVEL else None

@@ -41,6 +41,13 @@ class Worker:
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
+    def mean(self, value: float) -> float:
+        """The mean of every process's value."""
+        total = torch.tensor(value, dtype=torch.float64)
+        if self.count > 1:
+            dist.all_reduce(total)
+        return float(total) / self.count
+
     def rng(self, seed: int, step: int) -> np.random.Generator:
         """Random numbers that depend on seed, step and rank only: a resumed run draws what it would have."""
         return np.random.default_rng((seed, step, self.rank))

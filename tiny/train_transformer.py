@@ -43,6 +43,7 @@ class TextToLatents(nn.Module):
         self.transformer = build_transformer(LATENT_CHANNELS * (2 if task == "i2v" else 1))
         frames, _, height, width = latent_shape()
         grid = (height // PATCH, width // PATCH)
+        _project_in_fp32(self.transformer.patch_embed.proj)
         self.rotary = get_3d_rotary_pos_embed(HEAD_DIM, ((0, 0), grid), grid, frames)
 
     def forward(self, latents: torch.Tensor, ids: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -77,12 +78,16 @@ def train_transformer(worker: loop.Worker, folder: Path, task: str, steps: int, 
     average = loop.Average(model, 0.9985)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    factor = pool.scaling_factor()
+    factor = worker.mean(pool.scaling_factor())
     if state:
         model.load_state_dict(state["model"])
         average.module.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start, factor = state["step"], state["scaling_factor"]
+        if state.get("steps", steps) != steps:
+            raise SystemExit(
+                f"{checkpoint} was begun with {state['steps']} steps in all; give the same number."
+            )
     elif task == "i2v":
         factor = loop.load_checkpoint(folder / "t2v.pt")["scaling_factor"]
     alphas = CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.float()
@@ -116,6 +121,7 @@ def train_transformer(worker: loop.Worker, folder: Path, task: str, steps: int, 
                 average=average.module.state_dict(),
                 optimizer=optimizer.state_dict(),
                 step=step + 1,
+                steps=steps,
                 scaling_factor=factor,
             )
 
@@ -151,6 +157,17 @@ class _Batch:
         device = worker.device
         self.inputs, self.target = noised.to(device), target.to(device)
         self.weight, self.timesteps = (weight / weight.mean()).to(device), timesteps.to(device)
+
+
+def _project_in_fp32(projection: nn.Conv2d) -> None:
+    """Keep a convolution out of autocast: torch 2.13's bf16 one gives wrong values here for 16 channels."""
+    forward = projection.forward
+
+    def in_fp32(latents: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return forward(latents.float())
+
+    projection.forward = in_fp32
 
 
 def _sample(mean: torch.Tensor, std: torch.Tensor, chosen: torch.Tensor, generator) -> torch.Tensor:

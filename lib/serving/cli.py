@@ -175,6 +175,7 @@ def _report(given: argparse.Namespace, metrics: dict[str, Any], document: dict[s
         return
     pairs = [pair for pair in given.input if not pair.startswith("seed=")] + [f"seed={seed}"]
     words = ["script/predict", given.name, *(word for pair in pairs for word in ("-i", pair))]
+    words += ["-o", str(given.output)] if given.output else []
     words += ["--url", given.url] if given.url else []
     model = os.environ.get("COGVIDEOX_MODEL")
     prefix = f"COGVIDEOX_MODEL={shlex.quote(model)} " if model and not given.url else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from lib import models, weights
 from lib.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,23 @@ def local_environment(config: PredictorConfig) -> dict[str, str]:
     """
     variables = {name: value for name, value in config.environment.items() if name != "COGVIDEOX_MODEL"}
     return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
+    """The model's and the cache's folder, where set, as they are named from anywhere.
+
+    They are relative to where the caller stands; a server stands in its scratch directory. The name of a
+    known model stays one even where a folder is called the same.
+    """
+    found = {}
+    if cache := variables.get("COGVIDEOX_CACHE"):
+        found["COGVIDEOX_CACHE"] = str(Path(cache).expanduser().resolve())
+    model = variables.get("COGVIDEOX_MODEL")
+    if model and model not in models.SPECS and model not in weights.read_manifest(weights.MANIFEST):
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            found["COGVIDEOX_MODEL"] = str(folder.resolve())
+    return found
 
 
 def _target(file: Path, target: str) -> tuple[Path, str]:

@@ -1,23 +1,26 @@
 """Makes Cog fetch URL inputs by this service's rules, and tells files that a request brought from others.
 
 Cog turns an input of type Path that is a data URI or a URL into a temporary file, following any redirect
-to any address, without a limit; a plain path it passes on as it stands. It has no hook for this, so two
-methods of its (pinned) types are replaced, once, at setup.
+to any address, without a limit, and leaves the file behind when reading fails; a plain path it passes on as
+it stands. It has no hook for this, so two members of its (pinned) types are replaced, once, at setup.
 """
 
 import os
+import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import cog.types
 
+from lib.archive import disk_error, size_text
 from lib.errors import UserError
 from lib.sources import local_sources_allowed, open_url
+from lib.transport import TRANSIENT, Source, TruncatedError, shown
 
-MAX_INPUT_BYTES = 2 * 2**30
+MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
 COPY_BYTES = 1 << 20
 
 _brought: set[str] = set()
-_original_convert = cog.types.URLPath.convert
 
 
 def install() -> None:
@@ -41,33 +44,49 @@ def _open(self: cog.types.URLFile) -> object:
         return object.__getattribute__(self, "__target__")
     except AttributeError:
         pass
-    raw = open_url(object.__getattribute__(self, "__url__")).raw
-    raw.decode_content = True
-    object.__setattr__(self, "__target__", raw)
-    return raw
+    response = open_url(object.__getattribute__(self, "__url__"))
+    object.__setattr__(self, "__target__", response)
+    return response
 
 
 def _convert(self: cog.types.URLPath) -> cog.types.Path:
-    """As Cog's, but bounded, and remembering the file as one that the request brought."""
+    """As Cog's: the input as a temporary file, made once. Bounded, and nothing is left of one that fails."""
     if self._path is None:
-        self.fileobj = _Bounded(self.fileobj, self.source)
-    path = _original_convert(self)
-    _brought.add(os.fspath(path))
-    return path
+        try:
+            handle, name = tempfile.mkstemp(suffix=self.filename)
+        except OSError as error:
+            raise disk_error(error, Path(tempfile.gettempdir())) from error
+        try:
+            with open(handle, "wb") as file:
+                _copy(self.fileobj, file, source=self.source)
+        except BaseException:
+            os.unlink(name)
+            raise
+        self._path = cog.types.Path(name)  # by this, Cog removes the file after the request
+        _brought.add(name)
+    return self._path
 
 
-class _Bounded:
-    """A readable file that refuses to give more than MAX_INPUT_BYTES."""
+def _copy(reader: BinaryIO, file: BinaryIO, *, source: str) -> None:
+    left = MAX_INPUT_BYTES
+    try:
+        while block := _read(reader, source):
+            left -= len(block)
+            if left < 0:
+                most = size_text(MAX_INPUT_BYTES)
+                raise UserError(f"{shown(source)[:200]!r} is larger than {most}, the most an input may be.")
+            file.write(block)
+        file.flush()
+    except OSError as error:
+        raise disk_error(error, Path(tempfile.gettempdir())) from error
 
-    def __init__(self, file: object, source: str) -> None:
-        self.file, self.source, self.left = file, source, MAX_INPUT_BYTES
 
-    def read(self, size: int = COPY_BYTES) -> bytes:
-        data = self.file.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            shown = self.source[:200]
-            raise UserError(
-                f"{shown!r} is larger than {MAX_INPUT_BYTES // 2**30} GiB, the most an input may be."
-            )
-        return data
+def _read(reader: BinaryIO, source: str) -> bytes:
+    try:
+        block = reader.read(COPY_BYTES)
+        # http.client ends a body that was cut off as if it were whole.
+        if not block and (lost := getattr(reader, "length", None)):
+            raise TruncatedError(f"the connection ended {lost:,} bytes early")
+        return block
+    except TRANSIENT as error:
+        raise Source(url=source).failure(error) from error

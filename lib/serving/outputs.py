@@ -5,9 +5,14 @@ import binascii
 import json
 import mimetypes
 import os
+import secrets
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lib.errors import UserError
 
 # mimetypes knows these by other or no endings on some systems.
 ENDINGS = {"application/x-tar": ".tar", "image/jpeg": ".jpg", "video/webm": ".webm", "text/plain": ".txt"}
@@ -17,7 +22,8 @@ def save_output(output: Any, *, target: Path | None = None, folder: Path | None 
     """Writes every file in `output` (data URIs and URLs) and returns where; other values print as text.
 
     A single file goes to `target` if given. Otherwise names are `output.mp4`, `output.1.mp4`, ... in
-    `folder` (the working directory by default), and nothing is overwritten.
+    `folder` (the working directory by default), and nothing is overwritten. A file has its name only when
+    it is whole. Raises UserError when it cannot be written.
     """
     if isinstance(output, list):
         return [
@@ -60,19 +66,37 @@ def _read(source: str) -> tuple[bytes, str]:
 
 def _create(folder: Path, ending: str, content: bytes) -> Path:
     """A new file; the first free name, even when several of us look for one at once."""
-    number = 0
-    while True:
-        path = folder / (f"output{ending}" if number == 0 else f"output.{number}{ending}")
-        try:
-            with path.open("xb") as file:
-                file.write(content)
+    with _written(folder / f"output{ending}", content) as partial:
+        number = 0
+        while True:
+            path = folder / (f"output{ending}" if number == 0 else f"output.{number}{ending}")
+            try:
+                path.touch(exist_ok=False)  # the name is ours now; a hard link is not possible everywhere
+            except FileExistsError:
+                number += 1
+                continue
+            try:
+                os.replace(partial, path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
             return path
-        except FileExistsError:
-            number += 1
 
 
 def _replace(path: Path, content: bytes) -> Path:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with _written(path, content) as partial:
+        os.replace(partial, path)
     return path
+
+
+@contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
+    """`content` in a file beside `path` under a name of its own, gone after the block."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_bytes(content)
+        yield partial
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)

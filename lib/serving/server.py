@@ -20,7 +20,13 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.serving.client import health
-from lib.serving.configs import PROJECT, PredictorConfig, find_predictor, local_environment
+from lib.serving.configs import (
+    PROJECT,
+    PredictorConfig,
+    absolute_folders,
+    find_predictor,
+    local_environment,
+)
 from lib.serving.host import GRACE_SECONDS
 from lib.serving.schema import openapi_schema, write_schema
 
@@ -113,20 +119,25 @@ class Server:
         self._wait_until_ready()
 
     def stop(self) -> None:
-        """Ends the process and all its children, and removes the scratch directory. Safe to repeat."""
-        if self.process is not None:
-            process, self.process = self.process, None
-            process.stdin.close()  # the signal to end, see host.py
-            try:
+        """Ends the process and all its children, and removes the scratch directory. Safe to repeat.
+
+        An interrupt while the server ends in its own time kills it, and is raised again.
+        """
+        process, self.process = self.process, None
+        try:
+            if process is not None:
+                process.stdin.close()  # the signal to end, see host.py
                 process.wait(timeout=GRACE_SECONDS + 2)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                print_log("the server did not stop in time and is killed")
-            _kill_group(process)
-            process.wait()
-            self._reader.join(timeout=2)
-            process.stdout.close()
-        if self.scratch is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+        except subprocess.TimeoutExpired:
+            print_log("the server did not stop in time and is killed")
+        finally:
+            if process is not None:
+                _kill_group(process)
+                process.wait()
+                self._reader.join(timeout=2)
+                process.stdout.close()
+            if self.scratch is not None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
 
     def wait(self) -> int:
         """Blocks until the process ends by itself; its exit status."""
@@ -135,10 +146,7 @@ class Server:
     def _variables(self) -> dict[str, str]:
         """The server's environment: this process's, the configuration's, and what coglet needs."""
         variables = dict(os.environ) | local_environment(self.config)
-        # Paths relative to where the caller stands: the server stands in its scratch directory.
-        for name in ("COGVIDEOX_MODEL", "COGVIDEOX_CACHE"):
-            if variables.get(name) and (name == "COGVIDEOX_CACHE" or Path(variables[name]).is_dir()):
-                variables[name] = str(Path(variables[name]).expanduser().resolve())
+        variables |= absolute_folders(variables)
         # coglet starts its worker as plain `python`: it must be this one.
         variables["PATH"] = os.pathsep.join(
             [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]

@@ -1,11 +1,14 @@
 """Local servers for the tests: real coglet processes on 127.0.0.1, started once per session and setting."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from lib.serving.client import health, request
 from lib.serving.configs import PredictorConfig
 from lib.serving.server import Server
 
@@ -85,3 +88,21 @@ def sample_config(folder: Path, source: str = SAMPLE) -> PredictorConfig:
     file = folder / "cog.yaml"
     file.write_text("run: predict_sample.py:Runner\n")
     return PredictorConfig(name="sample", file=file, predictor=predictor, class_name="Runner")
+
+
+def wait_for(condition, *, seconds: float = 15.0):
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def start_slowly(url: str, identifier: str, **inputs) -> threading.Thread:
+    """A prediction of several seconds in the background, once it is running."""
+    body = {"input": {"text": "slow", "steps": 200} | inputs}
+    thread = threading.Thread(target=request, args=(url, "PUT", f"/predictions/{identifier}", body))
+    thread.start()
+    wait_for(lambda: health(url)["status"] == "BUSY")
+    return thread

@@ -8,7 +8,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from lib.serving.client import (
 )
 from lib.serving.configs import PROJECT
 from lib.serving.server import Server, ServerError, free_port
-from tests.integration.conftest import SAMPLE, sample_config
+from tests.integration.conftest import SAMPLE, sample_config, start_slowly, wait_for
 
 
 @pytest.fixture
@@ -45,24 +44,6 @@ def post(url: str, inputs: dict) -> tuple[int, dict]:
 
 def connect(url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]))
-
-
-def wait_for(condition, *, seconds: float = 15.0):
-    """The first true value of `condition()`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return value
-
-
-def start_slowly(url: str, identifier: str, **inputs) -> threading.Thread:
-    """A prediction of several seconds in the background, once it is running."""
-    body = {"input": {"text": "slow", "steps": 200} | inputs}
-    thread = threading.Thread(target=request, args=(url, "PUT", f"/predictions/{identifier}", body))
-    thread.start()
-    wait_for(lambda: health(url)["status"] == "BUSY")
-    return thread
 
 
 REFUSED = {
@@ -261,43 +242,6 @@ def test_training_is_served_and_validated(tmp_path):
         assert base64.b64decode(reply["output"]["weights"].partition(",")[2]) == b"xxx"
 
 
-PARENT = """
-import sys
-from pathlib import Path
-from lib.serving.configs import read_config
-from lib.serving.server import Server
-server = Server(read_config(Path(sys.argv[1])))
-server.start()
-print(server.url, server.scratch, server.process.pid, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_server_dies_with_its_parent(sample):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(sample.file)],
-        cwd=PROJECT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    with parent:
-        url, scratch, pid = parent.stdout.readline().split()
-        assert health(url)["status"] == "READY"
-        parent.kill()
-        wait_for(lambda: health(url) == {})
-        wait_for(lambda: not Path(scratch).exists())
-        wait_for(lambda: not group_members(int(pid)))
-
-
-def group_members(group: int) -> list[str]:
-    """Processes that still run in a process group."""
-    done = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True)
-    rows = [line.split(None, 2) for line in done.stdout.splitlines()]
-    return [row[2] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
-
-
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-P", "-m", "lib.serving.cli", *arguments]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
@@ -315,6 +259,7 @@ def test_the_command_writes_beside_the_caller_and_says_how_to_repeat(url, tmp_pa
     assert (tmp_path / "output.1.txt").read_text() == "other"
     third = run_cli("predict", "t2v", "--url", url, "-i", "text=x", "-o", "named.txt", cwd=tmp_path)
     assert (third.stdout, (tmp_path / "named.txt").read_text()) == ("named.txt\n", "x")
+    assert f"again: script/predict t2v -i text=x -i seed=7 -o named.txt --url {url}" in third.stderr
 
 
 def test_the_command_fails_with_the_servers_message(url, tmp_path):
@@ -344,36 +289,3 @@ def test_ctrl_c_cancels_and_exits_130(serve, sample, url, tmp_path):
     assert errors.splitlines()[-1] == "cancelled"
     wait_until_idle(url, seconds=2)
     assert not list(tmp_path.iterdir())
-
-
-# A client with a server of its own; a signal reaches it in the middle of the prediction.
-INTERRUPTED = """
-import os, signal, sys, time
-from pathlib import Path
-from lib.serving.client import predict
-from lib.serving.configs import read_config
-from lib.serving.server import Server
-
-def interrupt(line):
-    if line == "progress: writing 10/400":
-        os.kill(os.getpid(), signal.SIGINT)
-
-with Server(read_config(Path(sys.argv[1])), prediction_logs=True, on_log=interrupt) as server:
-    try:
-        predict(server.url, {"text": "slow", "steps": 400})
-    except KeyboardInterrupt:
-        began = time.monotonic()
-print("stopped after", time.monotonic() - began)
-"""
-
-
-def test_an_interrupted_client_stops_its_own_server_at_once(sample):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(sample.file)],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 3, "the prediction was not cancelled but waited for"

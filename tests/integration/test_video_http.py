@@ -3,8 +3,10 @@
 import base64
 import http.client
 import json
+import shutil
 import threading
 import time
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,8 +18,10 @@ from PIL import Image
 
 from lib.scratch import PREFIX
 from lib.serving.client import health, request, wait_until_idle
+from lib.serving.server import Server
 from lib.video import decode, read_metadata
 from tests.http_host import Host, Served
+from tests.webhook_host import WebhookHost
 from tiny import world
 
 NAMES = ("t2v", "i2v")
@@ -58,13 +62,22 @@ def inputs(name, picture) -> dict:
     )
 
 
+@pytest.fixture
+def webhooks() -> Iterator[WebhookHost]:
+    with WebhookHost() as host:
+        yield host
+
+
 def post(
-    server, inputs: dict, path: str = "/predictions", method: str = "POST", *, busy: bool = False
+    server, inputs: dict, path: str = "/predictions", method: str = "POST", *, busy: bool = False, **fields
 ) -> tuple[int, dict]:
-    """One request. coglet frees its slot a moment after it replies: waits for that unless told it is busy."""
+    """One request. coglet frees its slot a moment after it replies: waits for that unless told it is busy.
+
+    `fields` stand beside the input in the request's body.
+    """
     if not busy:
         wait_until_idle(server.url)
-    status, body = request(server.url, method, path, {"input": inputs})
+    status, body = request(server.url, method, path, {"input": inputs} | fields)
     return status, json.loads(body)
 
 
@@ -85,12 +98,15 @@ def saved(reply: dict, folder: Path) -> Path:
     return path
 
 
-def in_background(server, inputs: dict, path: str) -> tuple[threading.Thread, list]:
+def in_background(server, inputs: dict, path: str, **fields) -> tuple[threading.Thread, list]:
     replies: list = []
     wait_until_idle(server.url)
-    thread = threading.Thread(target=lambda: replies.append(post(server, inputs, path, "PUT")))
+    thread = threading.Thread(target=lambda: replies.append(post(server, inputs, path, "PUT", **fields)))
     thread.start()
-    while health(server.url).get("status") != "BUSY":
+    deadline = time.monotonic() + 30
+    while (status := health(server.url).get("status")) != "BUSY":
+        assert thread.is_alive(), f"the request ended before the server was seen BUSY: {replies}"
+        assert time.monotonic() < deadline, f"the server is {status}, not BUSY, 30 s after {path} was sent"
         time.sleep(0.02)
     return thread, replies
 
@@ -234,7 +250,7 @@ def test_same_seed_same_bytes_other_seed_other_frames_no_seed_a_new_one(server, 
     assert seeds[0] != seeds[1]
 
 
-def test_image_fit_decides_what_the_first_frame_shows(serve, tmp_path):
+def test_every_image_fit_reaches_the_model_and_makes_another_video(serve):
     server = serve("i2v")
     wait_until_idle(server.url)
     tall = np.full((200, 60, 3), 248, np.uint8)
@@ -244,15 +260,15 @@ def test_image_fit_decides_what_the_first_frame_shows(serve, tmp_path):
     assert len(outputs) == 3
 
 
-def result_folders(server) -> list[Path]:
-    """Requests' directories under the server's own temporary one."""
-    return [f for root in (server.scratch / "tmp").glob(f"{PREFIX}*") for f in root.iterdir()]
+def result_folders(temporary: Path) -> list[Path]:
+    """Requests' directories under a server's temporary one."""
+    return [f for root in temporary.glob(f"{PREFIX}*") for f in root.iterdir()]
 
 
-def test_mixed_requests_leave_at_most_the_last_result_and_shutdown_leaves_nothing(name, inputs):
-    from lib.serving.server import Server
-
-    with Server(name, on_log=lambda line: None, timeout=300) as server:
+def test_mixed_requests_leave_at_most_the_last_result_and_shutdown_leaves_nothing(name, inputs, tmp_path):
+    # Not the temporary directory that Server would give it: that one goes whatever is in it.
+    environment = {"TMPDIR": str(tmp_path)}
+    with Server(name, on_log=lambda line: None, timeout=300, environment=environment) as server:
         for turn in range(20):
             kind = ("good", "bad", "cancelled")[turn % 3]
             if kind == "cancelled":
@@ -264,11 +280,38 @@ def test_mixed_requests_leave_at_most_the_last_result_and_shutdown_leaves_nothin
                 wait_until_idle(server.url)
             else:
                 post(server, inputs | ({"num_frames": 10} if kind == "bad" else {}))
-            assert len(result_folders(server)) <= 1
+            assert len(result_folders(tmp_path)) <= 1
         assert post(server, inputs)[1]["status"] == "succeeded"
-        assert len(result_folders(server)) == 1
-        scratch = server.scratch
-    assert not scratch.exists()
+        assert len(result_folders(tmp_path)) == 1
+    assert list(tmp_path.glob("cogvideox-*")) == []
+
+
+def test_webhooks_carry_the_log_of_a_success(server, inputs, webhooks):
+    reply = post(server, inputs, "/predictions/told", "PUT", webhook=webhooks.url)[1]
+    assert reply["status"] == "succeeded"
+    event = webhooks.wait_for("told", "succeeded")
+    assert "progress: denoising 2/2" in event["logs"]
+    assert event["logs"] == reply["logs"]
+    assert event["output"] == reply["output"]
+    assert event["metrics"]["seed"] == 5
+
+
+def test_a_failure_has_its_log_in_the_webhook_and_none_in_the_reply(server, inputs, webhooks):
+    before = result_folders(server.scratch / "tmp")
+    long = inputs | {"num_inference_steps": 100}
+    thread, replies = in_background(server, long, "/predictions/lost", webhook=webhooks.url)
+    deadline = time.monotonic() + 10
+    while not (made := [f for f in result_folders(server.scratch / "tmp") if f not in before]):
+        assert time.monotonic() < deadline, "the request made no directory"
+        time.sleep(0.01)
+    shutil.rmtree(made[0])  # so it fails after all steps, when it writes the file
+    thread.join(timeout=60)
+    status, reply = replies[0]
+    assert (status, reply["status"], reply["logs"]) == (200, "failed", "")
+    event = webhooks.wait_for("lost", "failed")
+    assert "progress: denoising 100/100" in event["logs"]
+    assert event["error"] == reply["error"]
+    assert post(server, inputs)[1]["status"] == "succeeded"
 
 
 def resident_bytes(server) -> int:

@@ -1,8 +1,11 @@
 """What the command line makes of inputs, outputs, logs and the server's words."""
 
 import base64
+import errno
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +142,44 @@ def test_outputs_never_overwrite_unless_named(tmp_path):
     for content in (b"old", b"new"):
         assert save_output(uri(content, "video/mp4"), target=named) == [named]
     assert named.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", [None, "mine.mp4"])
+def test_a_full_disk_leaves_no_half_output_and_says_so(tmp_path, monkeypatch, name):
+    def full(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "mine.mp4").write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot write .*\.mp4: No space left on device"):
+        save_output(uri(b"new", "video/mp4"), folder=tmp_path, target=name and tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.mp4"]
+    assert (tmp_path / "mine.mp4").read_text() == "old"
+
+
+def test_an_output_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    replace, seen = os.replace, []
+
+    def look(partial: Path, path: Path) -> None:
+        seen.append((partial.read_bytes(), partial.suffix))
+        replace(partial, path)
+
+    monkeypatch.setattr("lib.serving.outputs.os.replace", look)
+    (path,) = save_output(uri(b"whole", "video/mp4"), folder=tmp_path)
+    assert seen == [(b"whole", ".partial")]
+    assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_at_the_last_moment_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lib.serving.outputs.os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_output(uri(b"x", "video/mp4"), folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_and_objects_are_printed_and_their_files_saved(tmp_path, capsys):

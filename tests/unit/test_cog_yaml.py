@@ -7,7 +7,14 @@ import pytest
 import yaml
 
 from lib.errors import UserError
-from lib.serving.configs import PROJECT, find_predictor, local_environment, predictors, read_config
+from lib.serving.configs import (
+    PROJECT,
+    absolute_folders,
+    find_predictor,
+    local_environment,
+    predictors,
+    read_config,
+)
 
 FILES = sorted(PROJECT.glob("cog*.yaml"))
 
@@ -167,6 +174,31 @@ def test_images_get_a_released_model_but_local_servers_do_not(monkeypatch, tmp_p
     assert local_environment(read_config(file)) == {"COGVIDEOX_STEPS": "a=b"}
     monkeypatch.setenv("COGVIDEOX_STEPS", "mine")
     assert local_environment(read_config(file)) == {}
+
+
+def test_folders_are_named_absolutely_for_a_server_that_stands_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "home" / "models").mkdir(parents=True)
+    assert absolute_folders({"COGVIDEOX_MODEL": "mine", "COGVIDEOX_CACHE": "not/yet", "OTHER": "mine"}) == {
+        "COGVIDEOX_MODEL": str(tmp_path / "mine"),
+        "COGVIDEOX_CACHE": str(tmp_path / "not/yet"),
+    }
+    assert absolute_folders({"COGVIDEOX_MODEL": "~/models", "COGVIDEOX_CACHE": "~/cache"}) == {
+        "COGVIDEOX_MODEL": str(tmp_path / "home/models"),
+        "COGVIDEOX_CACHE": str(tmp_path / "home/cache"),
+    }
+    assert absolute_folders({"COGVIDEOX_MODEL": "", "COGVIDEOX_CACHE": ""}) == {}
+    assert absolute_folders({"COGVIDEOX_MODEL": "owner/name"}) == {}
+
+
+@pytest.mark.parametrize("name", ["tiny-t2v", "cogvideox-5b", "cogvlm2-caption"])
+def test_a_folder_called_like_a_known_model_does_not_hide_it(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert absolute_folders({"COGVIDEOX_MODEL": name}) == {}
+    assert absolute_folders({"COGVIDEOX_MODEL": f"./{name}"}) == {"COGVIDEOX_MODEL": str(tmp_path / name)}
 
 
 def test_a_new_file_appears_by_itself_and_an_unknown_name_lists_all(tmp_path):

@@ -1,7 +1,9 @@
 import contextvars
 import ctypes
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -36,6 +38,26 @@ def test_results_exceptions_and_context_pass_through():
 
         with pytest.raises(type(error), match=str(error)):
             compute.run(fail)
+
+
+def test_a_failed_function_leaves_nothing_alive():
+    compute, held = ComputeThread(), []
+
+    class Large:
+        pass
+
+    def fail() -> None:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise ValueError("boom")
+
+    gc.disable()
+    try:
+        with pytest.raises(ValueError):
+            compute.run(fail)
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.0, 0.0, 0.01, 0.06])

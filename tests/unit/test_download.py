@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from lib import partial, transport
-from lib.download import FetchError, NoSpaceError, fetch, read, require_free_space
+from lib.archive import NoSpaceError, require_free_space
+from lib.download import fetch, read
 from lib.errors import UserError
+from lib.transport import FetchError
 from tests.http_host import Host, Served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -404,7 +406,8 @@ def test_an_interrupted_call_stops_its_threads(tmp_path):
 FULL = """
 import sys
 from pathlib import Path
-from lib.download import NoSpaceError, fetch
+from lib.archive import NoSpaceError
+from lib.download import fetch
 for name in ("announced", "unannounced"):
     try:
         fetch(f"{sys.argv[1]}/{name}", Path(sys.argv[2]) / name, report=lambda line: None)

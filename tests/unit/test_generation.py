@@ -1,4 +1,5 @@
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,15 +142,48 @@ def test_stopping_takes_effect_within_a_step_and_the_next_request_is_right(t2v):
     assert np.array_equal(t2v.frames(request_for("tiny-t2v")), expected)
 
 
+def test_stopping_after_the_last_step_takes_effect_before_decoding_ends(t2v):
+    stop = threading.Event()
+
+    def stop_at_the_last_step(line: str) -> None:
+        if line.endswith("4/4"):
+            stop.set()
+
+    generator = type(t2v)(spec=t2v.spec, pipeline=t2v.pipeline, report=stop_at_the_last_step)
+    with pytest.raises(Stopped):
+        generator.frames(request_for("tiny-t2v"), stop=stop)
+    assert not t2v.pipeline.vae.decoder._forward_pre_hooks
+
+
+def test_components_leave_the_gpu_after_a_stopped_request_too(t2v, monkeypatch):
+    freed, stop = [], threading.Event()
+    monkeypatch.setattr(t2v.pipeline, "maybe_free_model_hooks", lambda: freed.append(True))
+    stop.set()
+    with pytest.raises(Stopped):
+        t2v.frames(request_for("tiny-t2v"), stop=stop)
+    assert freed
+
+
+def test_values_that_are_no_numbers_are_an_error_not_a_video(t2v, monkeypatch):
+    monkeypatch.setattr(
+        t2v.pipeline.scheduler, "step", lambda noise, t, latents, **options: (latents * float("nan"),)
+    )
+    with pytest.raises(RuntimeError, match="that are no numbers in"):
+        t2v.frames(request_for("tiny-t2v"))
+
+
 def test_decoding_falls_back_to_tiles_when_memory_runs_out_and_goes_back_after(t2v, monkeypatch):
     request = request_for("tiny-t2v")
     expected = t2v.frames(request)
-    decode, calls = t2v.pipeline.decode_latents, []
+    decode, calls, held = t2v.pipeline.decode_latents, [], []
 
     def first_call_fails(latents):
         calls.append(t2v.pipeline.vae.use_tiling)
         if len(calls) == 1:
+            large = torch.zeros(1000)
+            held.append(weakref.ref(large))
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        assert held[0]() is None  # what the first try made is gone before the second begins
         return decode(latents)
 
     monkeypatch.setattr(t2v.pipeline, "decode_latents", first_call_fails)
@@ -161,6 +195,8 @@ def test_decoding_falls_back_to_tiles_when_memory_runs_out_and_goes_back_after(t
 
 def test_empty_settings_become_the_models_own():
     for name, spec in SPECS.items():
+        if spec.task == "caption":
+            continue
         image = Image.new("RGB", (spec.width, spec.height)) if spec.task == "i2v" else None
         request = build_request(spec, **DEFAULTS | {"prompt": "", "seed": None, "image": image})
         assert (request.num_frames, request.width, request.height, request.fps) == (

@@ -1,13 +1,16 @@
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from lib.errors import UserError
 from lib.models import SPECS, check_task, derive_spec, names_for, spec_for
+from lib.serving.schema import openapi_schema
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = ROOT / "weights"
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -96,7 +99,7 @@ def test_untrained_sizes_pass_only_when_asked_for_and_only_where_the_model_can_c
 
 def test_a_model_of_the_other_task_is_refused_and_the_right_ones_are_named():
     with pytest.raises(UserError, match=r"cogvideox-5b is a model for text-to-video.*cogvideox-5b-i2v"):
-        check_task(SPECS["cogvideox-5b"], "i2v")
+        check_task("cogvideox-5b", "t2v", "i2v")
     assert names_for("t2v") == ["tiny-t2v", "cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"]
 
 
@@ -165,3 +168,20 @@ def test_a_folder_of_another_pipeline_or_without_configs_is_refused_by_name(tmp_
     shutil.copytree(WEIGHTS / "tiny-t2v", broken, ignore=shutil.ignore_patterns("vae"))
     with pytest.raises(UserError, match=r"vae/config\.json is missing"):
         derive_spec(broken)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_the_forms_literal_defaults_hold_for_every_model(task):
+    inputs = openapi_schema(ROOT / f"predict_{task}.py")["components"]["schemas"]["Input"]["properties"]
+    for name in names_for(task):
+        assert inputs["num_inference_steps"]["default"] == SPECS[name].num_inference_steps
+        assert inputs["guidance_scale"]["default"] == SPECS[name].guidance_scale
+    assert inputs["num_frames"]["default"] is None
+
+
+def test_specs_and_manifest_know_the_same_checkpoints_and_homes():
+    manifest = tomllib.loads((WEIGHTS / "manifest.toml").read_text())
+    assert set(manifest) == set(SPECS)
+    for name, source in manifest.items():
+        home = source.get("repository") or source.get("alternative")
+        assert home == SPECS[name].repository, name

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("i2v", "cogvideox-2b", "cogvideox-2b is a model for text-to-video"),
         ("t2v", "cogvideox1.5-5b-i2v", "this predictor does text-to-video"),
         ("t2v", str(ROOT / "weights" / "tiny-i2v"), "tiny-i2v is a model for image-to-video"),
+        ("t2v", "cogvlm2-caption", "cogvlm2-caption is a model for captioning"),
         ("t2v", "no-such-model", "no-such-model"),
     ],
 )

@@ -59,10 +59,11 @@ def test_judge_sees_nothing_in_an_empty_frame_and_tells_the_extra_shapes_and_col
     assert (verdict.shape, verdict.colour, verdict.background) == (None, None, "gray")
     for shape in world.EXTRA_SHAPES:
         for name, colour in world.EXTRA_COLOURS.items():
-            path = world.motion_path("circling", (32, 24), 18, 9)
-            scene = world.Scene(shape=shape, colour=colour, background=(8, 8, 8), radius=10, path=path)
-            verdict = judge(world.render(scene), extra=True)
-            assert (verdict.shape, verdict.colour) == (shape, name)
+            for motion in world.EXTRA_MOTIONS + world.MOTIONS:
+                path = world.motion_path(motion, (32, 24), 18, 9)
+                scene = world.Scene(shape=shape, colour=colour, background=(8, 8, 8), radius=10, path=path)
+                verdict = judge(world.render(scene), extra=True)
+                assert (verdict.shape, verdict.colour, verdict.motion) == (shape, name, motion)
 
 
 def test_about_one_combination_in_twelve_is_held_out_and_every_value_is_trained():

@@ -17,6 +17,7 @@ import pytest
 
 from lib import partial, transport, weights
 from lib.errors import UserError
+from lib.lock import lock
 from lib.weights import is_whole, locate, read_manifest
 from tests.http_host import Host, Served, hub_of
 
@@ -72,9 +73,9 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def tar_of(files: dict[str, bytes], *, prefix: str = "") -> bytes:
+def tar_of(files: dict[str, bytes], *, prefix: str = "", mode: str = "w") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name, body in files.items():
             info = tarfile.TarInfo(prefix + name)
             info.size = len(body)
@@ -227,6 +228,15 @@ def test_an_archive_that_reaches_outside_leaves_nothing(tmp_path):
     assert names(tmp_path) == ["cache", "manifest.toml"]
 
 
+def test_an_archive_that_unpacks_to_far_more_than_itself_leaves_nothing(tmp_path):
+    files = {**model_files(), "vae/diffusion_pytorch_model.safetensors": bytes(40_000_000)}
+    fails_and_leaves_nothing(tmp_path, Served(tar_of(files, mode="w:gz")), r"unpacks to more than the")
+    # What compresses as little as weights do is taken.
+    with Host({"/model.tar": Served(tar_of(model_files(), mode="w:gz"))}) as host:
+        manifest = tar_manifest(tmp_path, host)
+        assert is_whole(locate("model", manifest=manifest, cache=tmp_path / "cache", report=quiet))
+
+
 def test_an_archive_needs_room_for_itself_and_its_content(tmp_path, monkeypatch):
     archive = tar_of(model_files())
     usage = type("Usage", (), {"free": int(1.5 * len(archive))})
@@ -238,7 +248,7 @@ def test_an_archive_that_was_not_unpacked_yet_is_not_fetched_again(tmp_path, mon
     class KilledError(BaseException):
         pass
 
-    def killed(archive: Path, content: Path) -> None:
+    def killed(archive: Path, content: Path, *, max_bytes: int) -> None:
         raise KilledError
 
     with Host({"/model.tar": Served(tar_of(model_files()))}) as host:
@@ -250,6 +260,39 @@ def test_an_archive_that_was_not_unpacked_yet_is_not_fetched_again(tmp_path, mon
         asked = len(host.requests)
         assert is_whole(locate("model", manifest=manifest, cache=cache, report=quiet))
         assert len(host.requests) == asked
+
+
+def test_an_archive_that_outlived_a_kill_is_removed_by_the_next_start(tmp_path, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    def killed(work: Path, *, keep: bool) -> None:
+        raise KilledError
+
+    with Host({"/model.tar": Served(tar_of(model_files()))}) as host:
+        manifest, cache = tar_manifest(tmp_path, host), tmp_path / "cache"
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "_remove_leftovers", killed)
+            with pytest.raises(KilledError):
+                locate("model", manifest=manifest, cache=cache, report=quiet)
+        assert len(list(cache.rglob("archive.tar"))) == 1
+        asked = len(host.requests)
+        folder = locate("model", manifest=manifest, cache=cache, report=quiet)
+        assert len(host.requests) == asked
+    assert is_whole(folder) and names(cache) == [folder.name]
+
+
+def test_what_lies_beside_a_whole_model_is_left_to_the_process_that_holds_the_lock(tmp_path):
+    with Host({"/model.tar": Served(tar_of(model_files()))}) as host:
+        manifest, cache = tar_manifest(tmp_path, host), tmp_path / "cache"
+        folder = locate("model", manifest=manifest, cache=cache, report=quiet)
+        work = write(cache / f"{folder.name}.partial", {"archive.tar": b"bytes"})
+        with lock(folder, quiet) as held:  # another open file: as good as another process
+            assert held
+            assert locate("model", manifest=manifest, cache=cache, report=quiet) == folder
+            assert names(work) == ["archive.tar"]
+        assert locate("model", manifest=manifest, cache=cache, report=quiet) == folder
+    assert names(cache) == [folder.name]
 
 
 @pytest.mark.parametrize("harm", ["remove", "shorten", "record"])
@@ -287,6 +330,72 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
         pytest.raises(UserError, match="COGVIDEOX_CACHE"),
     ):
         locate("model", manifest=tar_manifest(tmp_path, host), cache=tmp_path / "file", report=quiet)
+
+
+# Whether the caller can use the model
+
+
+class WrongTaskError(UserError):
+    """What a caller's check raises."""
+
+
+def refuse(index: dict) -> None:
+    raise WrongTaskError(f"{index['_class_name']} is another task")
+
+
+def test_every_kind_of_source_is_checked_by_its_index(tmp_path, hub):
+    hub.files["/model.tar"] = Served(tar_of(model_files(), prefix="wrapped/"))
+    manifest, cache = tar_manifest(tmp_path, hub), tmp_path / "cache"
+    write(tmp_path / "tiny", model_files())
+    manifest.write_text(manifest.read_text() + '[small]\npath = "tiny"\n')
+    options = {"manifest": manifest, "cache": cache, "report": quiet}
+    for name in ("model", "owner/name", "small", str(tmp_path / "tiny")):
+        seen: list[dict] = []
+        folder = locate(name, check=seen.append, **options)
+        assert seen and all(index == json.loads(model_files()["model_index.json"]) for index in seen)
+        with pytest.raises(WrongTaskError, match="CogVideoXPipeline is another task"):
+            locate(name, check=refuse, **options)  # also of what is whole and here
+        assert is_whole(folder) or is_whole(folder.parent)
+
+
+def test_a_repository_of_another_task_is_refused_before_its_files_are_fetched(tmp_path, hub):
+    with pytest.raises(WrongTaskError):
+        locate("owner/name", check=refuse, cache=tmp_path / "cache", report=quiet)
+    fetched = [path for path, _, _ in hub.requests if "/resolve/" in path]
+    assert fetched == [f"/owner/name/resolve/{COMMIT}/model_index.json"]
+    assert names(tmp_path / "cache") == []
+
+
+def test_a_refusal_keeps_what_another_download_of_the_repository_left(tmp_path, hub):
+    hub.files.pop(f"/owner/name/resolve/{COMMIT}/vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="HTTP 404"):
+        locate("owner/name", cache=tmp_path / "cache", report=quiet)
+    kept = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    with pytest.raises(WrongTaskError):
+        locate("owner/name", check=refuse, cache=tmp_path / "cache", report=quiet)
+    assert sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file()) == kept != []
+
+
+def test_a_repository_without_an_index_is_refused_before_its_files_when_it_is_to_be_checked(tmp_path, hub):
+    files = {
+        "config.json": b'{"architectures": ["CogVLMVideoForCausalLM"]}',
+        "model.safetensors": bytes(2000),
+    }
+    hub.files.update(hub_of("owner/caption", files, commit=COMMIT))
+    with pytest.raises(UserError, match=r"owner/caption has no model_index\.json"):
+        locate("owner/caption", check=quiet, cache=tmp_path / "cache", report=quiet)
+    assert not any("/resolve/" in path for path, _, _ in hub.requests)
+    folder = write(tmp_path / "mine", files)
+    with pytest.raises(UserError, match=r"has no model_index\.json"):
+        locate(str(folder), check=quiet, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("index", [b"{", b"[1]", b"\xff\xfe"])
+def test_an_index_that_is_no_json_object_is_refused_before_the_other_files(tmp_path, hub, index):
+    hub.files.update(hub_of("owner/name", {**model_files(), "model_index.json": index}, commit=COMMIT))
+    with pytest.raises(UserError, match=r"model_index\.json is no JSON object"):
+        locate("owner/name", check=quiet, cache=tmp_path / "cache", report=quiet)
+    assert names(tmp_path / "cache") == []
 
 
 # Several processes
@@ -467,6 +576,31 @@ def test_a_captioning_repository_gives_its_root_without_code(tmp_path, hub):
     assert names(folder) == ["config.json", weights.RECORD, "model.safetensors", "tokenizer.json"]
 
 
+VARIANTS = {
+    "text_encoder/model.fp16.safetensors": b"half",
+    "text_encoder/model.fp16-00001-of-00002.safetensors": b"half",
+    "text_encoder/model-00001-of-00002.fp16.safetensors": b"half",
+    "text_encoder/model.safetensors.index.fp16.json": b"{}",
+    "text_encoder/model.fp16.safetensors.index.json": b"{}",
+    "transformer/diffusion_pytorch_model.bf16.safetensors": b"half",
+    "vae/diffusion_pytorch_model.non_ema.safetensors": b"half",
+}
+
+
+def test_variants_of_weights_that_are_there_plain_are_not_fetched(tmp_path, hub):
+    hub.files.update(hub_of("owner/name", {**model_files(), **VARIANTS}, commit=COMMIT))
+    folder = locate("owner/name", cache=tmp_path / "cache", report=quiet)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == {*model_files(), weights.RECORD}
+
+
+def test_weights_that_only_look_like_a_variant_are_fetched(tmp_path, hub):
+    files = {**model_files(), "transformer/adapter.v2.safetensors": b"noise"}
+    hub.files.update(hub_of("owner/name", files, commit=COMMIT))
+    folder = locate("owner/name", cache=tmp_path / "cache", report=quiet)
+    assert (folder / "transformer/adapter.v2.safetensors").read_bytes() == b"noise"
+
+
 def test_the_users_token_goes_to_the_hub(tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     locate("owner/name", cache=tmp_path / "cache", report=quiet)
@@ -498,7 +632,7 @@ def test_a_whole_model_opens_no_socket(tmp_path, hub, monkeypatch):
         monkeypatch.setattr(socket.socket, name, forbidden)
     monkeypatch.setattr(socket, "create_connection", forbidden)
     monkeypatch.setattr(socket, "getaddrinfo", forbidden)
-    monkeypatch.setattr(weights, "_lock", forbidden)
+    monkeypatch.setattr(weights, "lock", forbidden)
     assert [locate(name, manifest=manifest, cache=cache, report=quiet) for name in every] == folders
 
 

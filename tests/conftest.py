@@ -1,0 +1,22 @@
+"""The suite behaves the same whatever the user's environment is set to."""
+
+import os
+from collections.abc import MutableMapping
+
+SETTINGS = ("COGVIDEOX_", "HF_", "TRANSFORMERS_")
+
+
+def pytest_configure() -> None:
+    """Runs before any test module is imported and any server inherits the environment."""
+    forget_settings(os.environ)
+
+
+def forget_settings(environment: MutableMapping[str, str]) -> None:
+    """Removes what chooses a model, opens a server, or redirects the Hub; tests set what they need.
+
+    GPUs are hidden because the suite compares frames with references that are computed in float32 on the
+    CPU; a GPU would compute others in half precision.
+    """
+    for name in [name for name in environment if name.startswith(SETTINGS)]:
+        del environment[name]
+    environment["CUDA_VISIBLE_DEVICES"] = ""
