@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--t2v-steps", type=int, default=9500)
-    parser.add_argument("--i2v-steps", type=int, default=2800)
+    parser.add_argument("--i2v-steps", type=int, default=2300)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.stage in ("vae", "all"):

@@ -30,7 +30,7 @@ from tiny.tokenizer import build_tokenizer, encode
 BATCH = 64  # over all processes
 CAPTION_DROPOUT = 0.1
 FOREGROUND_WEIGHT = 4.0
-PEAK_RATE = {"t2v": 1.5e-3, "i2v": 7e-4}
+PEAK_RATE = {"t2v": 1.5e-3, "i2v": 4e-4}
 PER_COMBINATION = {"t2v": 32, "i2v": 32}
 
 
