@@ -7,8 +7,13 @@ SETTINGS = ("COGVIDEOX_", "HF_", "TRANSFORMERS_")
 
 
 def pytest_configure() -> None:
-    """Runs before any test module is imported and any server inherits the environment."""
+    """Runs before any test module is imported and any server inherits the environment.
+
+    One thread each: on a machine with other work, threads that spin for one another take a hundred times
+    as long.
+    """
     forget_settings(os.environ)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def forget_settings(environment: MutableMapping[str, str]) -> None:
