@@ -89,7 +89,7 @@ def build_request(
         nearest = min(max(seed, 0), MAX_SEED)
         raise UserError(f"seed={seed} is out of range: 0 to {MAX_SEED}. The nearest is {nearest}.")
     if image is not None:
-        from lib.video import fit_image
+        from lib.images import fit_image
 
         image = fit_image(image, width, height, image_fit)
     return Request(

@@ -96,8 +96,9 @@ class VideoPredictor:
         **inputs: object,
     ) -> Path:
         """Make one video and return its path, which stays until the next request or shutdown."""
+        from lib.encode import write_video
         from lib.generation import build_request
-        from lib.video import read_image, write_video
+        from lib.images import read_image
 
         self.scratch.clear()
         if self.spec.task == "i2v":

@@ -1,4 +1,4 @@
-"""Files to frames: reading and fitting images, and decoding video in a subprocess that a timeout can kill.
+"""Files to frames: decoding video in a subprocess that a timeout can kill.
 
 `write_video` and `read_metadata` (frames to files) live in lib/encode.py and are offered here too.
 """
@@ -16,10 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from lib.encode import read_metadata, write_video
 from lib.errors import UserError
@@ -29,97 +27,17 @@ __all__ = [
     "OpenVideo",
     "VideoInfo",
     "decode",
-    "fit_image",
     "open_video",
     "probe",
-    "read_image",
     "read_metadata",
     "write_video",
 ]
 
-MAX_IMAGE_PIXELS = 89_478_485
-"""Pillow's own threshold of suspicion, 256 MiB of RGB."""
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
-"""What Pillow decodes by itself: it would hand EPS to Ghostscript, which runs programs found in files."""
 MAX_CLIP_BYTES = 2 << 30
 """What decode() may return; open_video() streams more."""
 WORKER = Path(__file__).with_name("decode_worker.py")
 TEXT_STARTS = (b"#EXTM3U", b"ffconcat", b"v=0", b"<?xml", b"<MPD", b"<SmoothStreamingMedia")
 """Playlists: FFmpeg would open the other files that they name."""
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image as 8-bit RGB, upright by its EXIF orientation, transparency over white as on a page.
-
-    Of an animation the first frame; 16-bit and float images are scaled to 8 bits, not clipped.
-    Raises UserError for anything that is no image, is damaged, or has over MAX_IMAGE_PIXELS pixels.
-    """
-    name = Path(path).name
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise UserError(
-                    f"image {name} is {image.width}x{image.height}, more than the "
-                    f"{MAX_IMAGE_PIXELS / 1e6:.0f} megapixels allowed: make it smaller"
-                )
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        raise UserError(f"image {name} has more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels") from None
-    except Image.UnidentifiedImageError:
-        known = "PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP"
-        raise UserError(f"{name} is not an image that can be read: give a {known} file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        raise UserError(f"image {name} cannot be read: {error}") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_eight_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits, or of floats in 0..1 or 0..255, in 8 bits."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    if image.mode == "F":
-        values *= 255 if values.max() <= 1 else 1
-    else:
-        values *= 1 / 257
-    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
-
-
-def fit_image(
-    image: Image.Image, width: int, height: int, mode: Literal["crop", "pad", "stretch"]
-) -> Image.Image:
-    """The image at exactly width x height pixels; pixel-identical if it has that size already.
-
-    crop: keep proportions, cover the frame, cut what is over equally on both sides. pad: keep proportions,
-    show everything, black bars. stretch: ignore proportions.
-    """
-    if image.size == (width, height):
-        return image.copy()
-    if mode == "stretch":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    if mode == "pad":
-        scale = min(width / image.width, height / image.height)
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        padded = Image.new(image.mode, (width, height))
-        inner = image.resize(size, Image.Resampling.LANCZOS)
-        padded.paste(inner, ((width - size[0]) // 2, (height - size[1]) // 2))
-        return padded
-    if mode == "crop":
-        scale = max(width / image.width, height / image.height)
-        kept = min(image.width, width / scale), min(image.height, height / scale)
-        left, top = (image.width - kept[0]) / 2, (image.height - kept[1]) / 2
-        box = (left, top, left + kept[0], top + kept[1])
-        return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    raise ValueError(f"mode is {mode!r}, not crop, pad or stretch")
 
 
 @dataclass(frozen=True, slots=True)
