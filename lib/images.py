@@ -15,18 +15,19 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"
 """What Pillow decodes by itself: it would hand EPS to Ghostscript, which runs programs found in files."""
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, *, name: str | None = None) -> Image.Image:
     """The image as 8-bit RGB, upright by its EXIF orientation, transparency over white as on a page.
 
     Of an animation the first frame; 16-bit and float images are scaled to 8 bits, not clipped.
-    Raises UserError for anything that is no image, is damaged, or has over MAX_IMAGE_PIXELS pixels.
+    `name` is what messages call it, by default the file's name. Raises UserError for anything that is no
+    image, is damaged, or has over MAX_IMAGE_PIXELS pixels.
     """
-    name = Path(path).name
+    name = name or Path(path).name
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise UserError(
-                    f"image {name} is {image.width}x{image.height}, more than the "
+                    f"{name} is {image.width}x{image.height}, more than the "
                     f"{MAX_IMAGE_PIXELS / 1e6:.0f} megapixels allowed: make it smaller"
                 )
             image.load()
@@ -34,12 +35,12 @@ def read_image(path: str | Path) -> Image.Image:
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"image {name} has more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels") from None
+        raise UserError(f"{name} has more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels") from None
     except Image.UnidentifiedImageError:
         known = "PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP"
         raise UserError(f"{name} is not an image that can be read: give a {known} file") from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        raise UserError(f"image {name} cannot be read: {error}") from None
+        raise UserError(f"{name} cannot be read: {error}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lib import models, weights
-from lib.compute import ComputeThread
+from lib.compute import ComputeThread, limit_spinning
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
 from lib.serving import guard
@@ -43,6 +43,7 @@ class VideoPredictor:
         Raises UserError when they ask for what cannot be.
         """
         started = time.perf_counter()
+        limit_spinning()
         guard.install()
         name = os.environ.get("COGVIDEOX_MODEL") or models.DEFAULT_MODELS[task]
         if name in models.SPECS:
@@ -102,7 +103,7 @@ class VideoPredictor:
 
         self.scratch.clear()
         if self.spec.task == "i2v":
-            inputs["image"] = read_image(guard.check_file(image))
+            inputs["image"] = read_image(guard.check_file(image), name="the given image")
         request = build_request(self.spec, any_size=self.any_size, **inputs)
         with self.scratch.request() as folder:
             stop = threading.Event()

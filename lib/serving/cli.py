@@ -22,7 +22,7 @@ from lib.serving.server import Server, ServerError
 from lib.serving.signature import SignatureError
 
 EXAMPLE_PROMPT = "a red circle moves right on a black background"
-PREDICT_USAGE = "script/predict NAME [-i input=value ...] [--output PATH] [--url http://host:port]"
+PREDICT_USAGE = "script/predict NAME [-i input=value ...] [-o PATH] [--url http://host:port]"
 
 
 def main(arguments: list[str]) -> int:
@@ -61,7 +61,10 @@ def predict_command(arguments: list[str]) -> int:
         return 0
     if given.output and not given.output.absolute().parent.is_dir():
         raise UserError(f"--output {given.output}: the folder {given.output.parent} does not exist")
+    if given.output and given.output.is_dir():
+        raise UserError(f"--output {given.output} is a folder; give a file's path")
     inputs = parse_inputs(given.input, document)
+    _match_format(inputs, given.output, document)
     view = LogView()
     try:
         with _server(config, given.url, view) as url:
@@ -83,6 +86,8 @@ def serve_command(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, default=5000, help="default 5000")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     given = parser.parse_args(arguments)
+    if not 0 < given.port < 65536:
+        raise UserError(f"--port {given.port} is out of range: 1 to 65535")
     config = find_predictor(given.name)
     try:
         with Server(config, host=given.host, port=given.port, prediction_logs=True) as server:
@@ -180,6 +185,15 @@ def _report(given: argparse.Namespace, metrics: dict[str, Any], document: dict[s
     model = os.environ.get("COGVIDEOX_MODEL")
     prefix = f"COGVIDEOX_MODEL={shlex.quote(model)} " if model and not given.url else ""
     print(f"again: {prefix}{shlex.join(words)}", file=sys.stderr)
+
+
+def _match_format(inputs: dict[str, Any], output: Path | None, document: dict[str, Any]) -> None:
+    """Let the ending of --output choose the format where none is given; refuse one that contradicts it."""
+    schemas = document["components"]["schemas"]
+    formats = schemas.get("output_format", {}).get("enum", [])
+    ending = output.suffix.removeprefix(".").lower() if output else ""
+    if ending in formats and inputs.setdefault("output_format", ending) != ending:
+        raise UserError(f"--output {output} does not fit output_format={inputs['output_format']}")
 
 
 _FILE = "@FILE@"

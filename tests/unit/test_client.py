@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from lib.errors import UserError
+from lib.serving import cli
 from lib.serving.client import _message, _plain_error
+from lib.serving.configs import PROJECT
 from lib.serving.inputs import describe_inputs, parse_inputs
 from lib.serving.outputs import save_output
 from lib.serving.progress import LogView, bar
@@ -248,3 +250,26 @@ def test_the_servers_words_are_shown_plainly():
         == "width 7: use 720"
     )
     assert _plain_error("Prediction failed: ValueError: boom") == "ValueError: boom"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "t2v", "-o", "clip.webm", "-i", "output_format=gif"], "does not fit output_format=gif"),
+        (["predict", "t2v", "-o", "{folder}"], "is a folder; give a file's path"),
+        (["serve", "t2v", "--port", "99999"], "--port 99999 is out of range: 1 to 65535"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_a_server_starts(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([word.format(folder=tmp_path) for word in arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_ending_of_the_output_chooses_the_format():
+    document = openapi_schema(PROJECT / "predict_t2v.py")
+    inputs = {}
+    cli._match_format(inputs, Path("clip.WEBM"), document)
+    assert inputs == {"output_format": "webm"}
+    cli._match_format(inputs, Path("clip.dat"), document)
+    assert inputs == {"output_format": "webm"}
