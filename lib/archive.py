@@ -1,5 +1,7 @@
-"""What lands on the disk: room for it, and tar archives unpacked so that nothing leaves their folder."""
+"""What lands on the disk: room for it, and archives unpacked so that nothing leaves their folder."""
 
+import bz2
+import contextlib
 import errno
 import lzma
 import os
@@ -7,13 +9,22 @@ import shutil
 import stat
 import tarfile
 import zlib
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO, Self
 
+from lib import zipped
 from lib.errors import UserError
 
 # More than any checkpoint or data set has: a billion empty files exhaust inodes, not bytes.
 MAX_MEMBERS = 100_000
 BLOCK_BYTES = 1 << 20
+# Python takes a tar's long names and attributes into memory whole.
+MAX_HEADER_BYTES = 1 << 20
+TAR_FAULTS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RecursionError, ValueError)
+
+Unpack = Callable[[Path, Path, int | None], None]
 
 
 class NoSpaceError(UserError):
@@ -54,6 +65,23 @@ def disk_error(error: OSError, path: Path) -> UserError:
     return UserError(f"{path} could not be written: {error.strerror or error}.")
 
 
+def extract_archive(archive: Path, target: Path, *, max_bytes: int | None = None) -> Path:
+    """Unpack a zip or tar, told apart by content, into the new folder `target` and return it.
+
+    As extract_tar, with the same refusals. Of a zip also refused are encrypted members and those that hold
+    more, or less, than they announce. Sizes are checked against `max_bytes` as announced, before anything is
+    written, and the written bytes never exceed what was announced.
+    """
+    archive, target = Path(archive), Path(target)
+    kind = archive_kind(archive)
+    if kind is None:
+        raise UserError(
+            f"{archive.name} is neither a zip nor a tar archive. Pack the files as .zip, .tar, .tar.gz, "
+            ".tar.bz2 or .tar.xz."
+        )
+    return _extract(_unpack_zip if kind == "zip" else _unpack_tar, archive, target, max_bytes)
+
+
 def extract_tar(archive: Path, target: Path, *, max_bytes: int | None = None) -> Path:
     """Unpack a tar archive, compressed or not, into the new folder `target` and return it.
 
@@ -66,17 +94,29 @@ def extract_tar(archive: Path, target: Path, *, max_bytes: int | None = None) ->
     unpacked, or holds a member that is absolute, contains `..`, appears twice, is a device or pipe, or links
     outside; NoSpaceError when the disk is full.
     """
-    archive, target = Path(archive), Path(target)
+    return _extract(_unpack_tar, Path(archive), Path(target), max_bytes)
+
+
+def archive_kind(path: Path) -> str | None:
+    """Return "zip" or "tar" by what the file begins with, None for anything else."""
+    if zipped.is_zip(path):
+        return "zip"
+    try:
+        with _opened_tar(path):
+            return "tar"
+    except TAR_FAULTS:
+        return None
+
+
+def _extract(unpack: Unpack, archive: Path, target: Path, max_bytes: int | None) -> Path:
     if os.path.lexists(target):
         raise UserError(f"{target} exists already; {archive.name} is not unpacked over it.")
     partial = target.with_name(target.name + ".partial")
     _remove(partial)
     try:
         partial.mkdir(parents=True)
-        _unpack(archive, partial, max_bytes)
+        unpack(archive, partial, max_bytes)
         os.replace(partial, target)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{archive.name} is not a whole tar archive: {error}.") from error
     except OSError as error:
         raise disk_error(error, partial) from error
     finally:
@@ -91,39 +131,121 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _unpack(archive: Path, root: Path, max_bytes: int | None) -> None:
+class _Header(tarfile.TarInfo):
+    """A tar header that is refused when Python would read more into memory than names and attributes need."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if not header.isfile() and not 0 <= header.size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"{header.name!r} is no file and claims {header.size:,} bytes")
+        return header
+
+
+@contextmanager
+def _opened_tar(archive: Path) -> Iterator[tarfile.TarFile]:
+    with open(archive, "rb") as plain:
+        start = plain.read(3)
+        plain.seek(0)
+        # tarfile would expand 10 kB at once: 45 bytes of bzip2 can be 46 MB.
+        opener = {b"BZh": _Bzip2, b"\xfd7z": lzma.LZMAFile}.get(start)
+        with (
+            contextlib.nullcontext(plain) if opener is None else opener(plain) as file,
+            tarfile.open(fileobj=file, mode="r|" if opener else "r|*", tarinfo=_Header) as members,
+        ):
+            yield members
+
+
+class _Bzip2(bz2.BZ2File):
+    """A bzip2 file whose damage is told apart from a disk's: bz2 raises OSError for both."""
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return super().read(size)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _unpack_tar(archive: Path, root: Path, max_bytes: int | None) -> None:
+    try:
+        _unpack_members(archive, root, max_bytes)
+    except UserError:
+        raise
+    except TAR_FAULTS as error:
+        raise UserError(f"{archive.name} is not a whole tar archive: {error}.") from error
+
+
+def _unpack_members(archive: Path, root: Path, max_bytes: int | None) -> None:
     links: list[tuple[tarfile.TarInfo, Path]] = []
     total = 0
-    with tarfile.open(archive, "r|*") as members:
+    with _opened_tar(archive) as members:
         for count, member in enumerate(members, start=1):
             if count > MAX_MEMBERS:
-                raise UserError(f"{archive.name} holds more than {MAX_MEMBERS} members; it is refused.")
+                raise _too_many(archive)
             place = root / _inside(member.name, archive)
+            if member.size < 0:
+                raise UserError(f"{archive.name}: {member.name!r} has a negative size; refused.")
             total += member.size
             if max_bytes is not None and total > max_bytes:
-                raise UserError(
-                    f"{archive.name} unpacks to more than the {size_text(max_bytes)} that are allowed."
-                )
+                raise _too_large(archive, max_bytes)
             if member.isdir():
                 _make_folder(place, member, archive)
             elif member.isreg():
-                _make_folder(place.parent, member, archive)
-                _write_member(members, member, place, archive)
+                require_free_space(root, member.size)
+                source = members.extractfile(member)
+                assert source is not None  # tarfile returns None only for members that are no files
+                _write_member(source, member, place, archive)
             elif member.issym() or member.islnk():
                 links.append((member, place))
             else:
-                raise UserError(
-                    f"{archive.name}: {member.name!r} is a device or pipe; the archive is refused."
-                )
-    # Links come last: as long as none exists, no file can be written through one.
-    for member, place in links:
-        _make_link(member, place, root, archive)
-    _check_links([place for member, place in links if member.issym()], root, archive)
+                raise _special(member.name, archive)
+    _make_links(links, root, archive)
+
+
+def _unpack_zip(archive: Path, root: Path, max_bytes: int | None) -> None:
+    links: list[tuple[tarfile.TarInfo, Path]] = []
+    with zipped.opened(archive) as members:
+        listed = members.infolist()
+        if len(listed) > MAX_MEMBERS:
+            raise _too_many(archive)
+        total = sum(entry.file_size for entry in listed)
+        if max_bytes is not None and total > max_bytes:
+            raise _too_large(archive, max_bytes)
+        require_free_space(root, total)
+        for entry in listed:
+            member = zipped.as_tar_member(entry, archive)
+            place = root / _inside(member.name, archive)
+            if member.isdir():
+                _make_folder(place, member, archive)
+            elif member.isreg():
+                with _created(place, member, archive) as file:
+                    zipped.copy(members, entry, file, archive)
+            elif member.issym():
+                member.linkname = zipped.link_target(members, entry, archive)
+                links.append((member, place))
+            else:
+                raise _special(member.name, archive)
+    _make_links(links, root, archive)
+
+
+def _too_many(archive: Path) -> UserError:
+    return UserError(f"{archive.name} holds more than {MAX_MEMBERS} members; it is refused.")
+
+
+def _too_large(archive: Path, max_bytes: int) -> UserError:
+    return UserError(f"{archive.name} unpacks to more than the {size_text(max_bytes)} that are allowed.")
+
+
+def _special(name: str, archive: Path) -> UserError:
+    return UserError(f"{archive.name}: {name!r} is a device or pipe; the archive is refused.")
 
 
 def _inside(name: str, archive: Path) -> PurePosixPath:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
+    leaves = path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive
+    if leaves or "\0" in name:
         raise UserError(f"{archive.name}: {name!r} would leave the target folder; the archive is refused.")
     return path
 
@@ -137,17 +259,27 @@ def _make_folder(place: Path, member: tarfile.TarInfo, archive: Path) -> None:
         ) from error
 
 
-def _write_member(members: tarfile.TarFile, member: tarfile.TarInfo, place: Path, archive: Path) -> None:
-    source = members.extractfile(member)
-    assert source is not None  # tarfile returns None only for members that are no files
+def _created(place: Path, member: tarfile.TarInfo, archive: Path) -> BinaryIO:
+    _make_folder(place.parent, member, archive)
     try:
-        with open(place, "xb") as file:
-            shutil.copyfileobj(source, file, BLOCK_BYTES)
-            written = file.tell()
+        return open(place, "xb")
     except (FileExistsError, IsADirectoryError) as error:
         raise UserError(f"{archive.name}: {member.name!r} appears twice; the archive is refused.") from error
+
+
+def _write_member(source: BinaryIO, member: tarfile.TarInfo, place: Path, archive: Path) -> None:
+    with _created(place, member, archive) as file:
+        shutil.copyfileobj(source, file, BLOCK_BYTES)
+        written = file.tell()
     if written != member.size:
         raise UserError(f"{archive.name} ends inside {member.name!r}; the archive is not whole.")
+
+
+def _make_links(links: list[tuple[tarfile.TarInfo, Path]], root: Path, archive: Path) -> None:
+    # Links come last: as long as none exists, no file can be written through one.
+    for member, place in links:
+        _make_link(member, place, root, archive)
+    _check_links([place for member, place in links if member.issym()], root, archive)
 
 
 def _make_link(member: tarfile.TarInfo, place: Path, root: Path, archive: Path) -> None:
