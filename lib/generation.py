@@ -129,10 +129,17 @@ class Generator:
     def __post_init__(self) -> None:
         self._scheduler = self.pipeline.scheduler
 
-    def frames(self, request: Request, *, stop: threading.Event | None = None) -> "np.ndarray":
+    def frames(
+        self,
+        request: Request,
+        *,
+        stop: threading.Event | None = None,
+        embeddings: "tuple[torch.Tensor, torch.Tensor | None] | None" = None,
+    ) -> "np.ndarray":
         """Generate one clip: uint8 [frames, height, width, 3].
 
-        The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress
+        `embeddings` of prompt and negative prompt, [1, tokens, width] each, spare the text encoder, which the
+        pipeline then need not have. The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress
         as lines "progress: denoising 3/50". Raises Stopped when `stop` is set: within one step of denoising,
         one group of frames (or tile) of decoding.
         """
@@ -149,7 +156,7 @@ class Generator:
         try:
             with torch.inference_mode():
                 with self.timed("text_encoding"):
-                    prompt, negative = self._encode(request)
+                    prompt, negative = embeddings or self._encode(request)
                 with self.timed("denoising"):
                     latents = self._denoise(request, prompt, negative, check)
                 with self.timed("decoding"):

@@ -44,6 +44,8 @@ class ModelSpec:
     recommended_scheduler: Literal["default", "ddim", "dpm"] = "default"
     use_dynamic_cfg: bool = False
     """Whether the authors advise dynamic guidance, beside the scheduler above."""
+    attention_width: int | None = None
+    """Heads times head size. LoRAs tell by it what they were made for; None where no LoRA is loaded."""
     repository: str | None = None
     """Home on the Hugging Face Hub; weights/manifest.toml has the licence and where the files come from."""
 
@@ -117,6 +119,7 @@ SPECS: dict[str, ModelSpec] = {
             **_TINY,
             text_tokens=20,
             dtype="float16",
+            attention_width=192,
             size_rule="fixed",
         ),
         ModelSpec(
@@ -125,6 +128,7 @@ SPECS: dict[str, ModelSpec] = {
             **_TINY,
             text_tokens=20,
             dtype="float16",
+            attention_width=192,
             size_rule="fixed",
         ),
         ModelSpec(
@@ -133,6 +137,7 @@ SPECS: dict[str, ModelSpec] = {
             **_FIRST,
             text_tokens=226,
             dtype="float16",
+            attention_width=1920,
             recommended_scheduler="ddim",
             repository="zai-org/CogVideoX-2b",
         ),
@@ -142,6 +147,7 @@ SPECS: dict[str, ModelSpec] = {
             **_FIRST,
             text_tokens=226,
             dtype="bfloat16",
+            attention_width=3072,
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
             repository="zai-org/CogVideoX-5b",
@@ -152,6 +158,7 @@ SPECS: dict[str, ModelSpec] = {
             **_FIRST,
             text_tokens=226,
             dtype="bfloat16",
+            attention_width=3072,
             size_rule="fixed",
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
@@ -163,6 +170,7 @@ SPECS: dict[str, ModelSpec] = {
             **_SECOND,
             text_tokens=224,
             dtype="bfloat16",
+            attention_width=3072,
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
             repository="zai-org/CogVideoX1.5-5B",
@@ -173,6 +181,7 @@ SPECS: dict[str, ModelSpec] = {
             **_SECOND,
             text_tokens=224,
             dtype="bfloat16",
+            attention_width=3072,
             size_rule="short side",
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
@@ -236,12 +245,12 @@ def derive_spec(folder: Path) -> ModelSpec:
     Where the configs are silent (frame rate, longest clip) the family's values hold: a transformer with
     patch_size_t is of the 1.5 family. Raises UserError for anything but a CogVideoX pipeline.
     """
-    task = task_of(_read_config(folder / "model_index.json"), folder)
-    transformer = _read_config(
+    task = task_of(read_config(folder / "model_index.json"), folder)
+    transformer = read_config(
         folder / "transformer" / "config.json",
         "sample_height sample_width sample_frames patch_size max_text_seq_length",
     )
-    vae = _read_config(folder / "vae" / "config.json", "block_out_channels temporal_compression_ratio")
+    vae = read_config(folder / "vae" / "config.json", "block_out_channels temporal_compression_ratio")
     temporal_patch = transformer.get("patch_size_t")
     ratio = 2 ** (len(vae["block_out_channels"]) - 1)
     second = temporal_patch is not None
@@ -271,7 +280,7 @@ def derive_spec(folder: Path) -> ModelSpec:
     )
 
 
-def _read_config(path: Path, required: str = "") -> dict:
+def read_config(path: Path, required: str = "") -> dict:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:

@@ -26,6 +26,7 @@ from tiny.networks import (
 )
 from tiny.pool import Pool, build_pool
 from tiny.tokenizer import build_tokenizer, encode
+from training.objective import project_in_float32
 
 BATCH = 64  # over all processes
 CAPTION_DROPOUT = 0.1
@@ -43,7 +44,7 @@ class TextToLatents(nn.Module):
         self.transformer = build_transformer(LATENT_CHANNELS * (2 if task == "i2v" else 1))
         frames, _, height, width = latent_shape()
         grid = (height // PATCH, width // PATCH)
-        _project_in_fp32(self.transformer.patch_embed.proj)
+        project_in_float32(self.transformer.patch_embed.proj)
         self.rotary = get_3d_rotary_pos_embed(HEAD_DIM, ((0, 0), grid), grid, frames)
 
     def forward(self, latents: torch.Tensor, ids: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -157,17 +158,6 @@ class _Batch:
         device = worker.device
         self.inputs, self.target = noised.to(device), target.to(device)
         self.weight, self.timesteps = (weight / weight.mean()).to(device), timesteps.to(device)
-
-
-def _project_in_fp32(projection: nn.Conv2d) -> None:
-    """Keep a convolution out of autocast: torch 2.13's bf16 one gives wrong values here for 16 channels."""
-    forward = projection.forward
-
-    def in_fp32(latents: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
-            return forward(latents.float())
-
-    projection.forward = in_fp32
 
 
 def _sample(mean: torch.Tensor, std: torch.Tensor, chosen: torch.Tensor, generator) -> torch.Tensor:

@@ -21,12 +21,13 @@ BOOLEANS = {
 }
 
 
-def parse_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
+def parse_inputs(pairs: list[str], document: dict[str, Any], *, send_files: bool = True) -> dict[str, Any]:
     """`["seed=7", "image=@photo.jpg"]` -> `{"seed": 7, "image": "data:image/jpeg;base64,..."}`.
 
     Types follow the schema, text is kept as it is, an empty value of any other type leaves the input out,
-    and an input that takes a list may be repeated. Raises UserError for what the server would refuse or,
-    worse, ignore: unknown names, wrong types, values out of bounds, missing inputs, unreadable files.
+    and an input that takes a list may be repeated. Without `send_files` a file stays a path, for code that
+    runs in this process. Raises UserError for what the server would refuse or, worse, ignore: unknown names,
+    wrong types, values out of bounds, missing inputs, unreadable files.
     """
     properties = input_properties(document)
     values: dict[str, Any] = {}
@@ -38,14 +39,14 @@ def parse_inputs(pairs: list[str], document: dict[str, Any]) -> dict[str, Any]:
             raise UserError(_unknown(name, list(properties)))
         shape = properties[name]
         if shape.get("type") == "array":
-            values.setdefault(name, []).append(_convert(name, text, shape["items"]))
+            values.setdefault(name, []).append(_convert(name, text, shape["items"], send_files))
         elif text or (shape["type"] == "string" and not shape.get("nullable")):
-            values[name] = _convert(name, text, shape)
+            values[name] = _convert(name, text, shape, send_files)
     missing = [
         name for name in document["components"]["schemas"]["Input"].get("required", []) if name not in values
     ]
     if missing:
-        raise UserError(f"missing: {', '.join(missing)} (give it with -i {missing[0]}=...)")
+        raise UserError(f"missing: {', '.join(missing)} (give it with {'-i ' * send_files}{missing[0]}=...)")
     return values
 
 
@@ -90,10 +91,12 @@ def data_uri(path: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _convert(name: str, text: str, shape: dict[str, Any]) -> Any:
+def _convert(name: str, text: str, shape: dict[str, Any], send_files: bool) -> Any:
     kind = shape["type"]
     if kind == "string":
-        value: Any = _file(name, text) if shape.get("format") == "uri" else text
+        value: Any = text
+        if shape.get("format") == "uri":
+            value = _file(name, text) if send_files else text.removeprefix("@")
     elif kind == "boolean":
         value = BOOLEANS.get(text.lower())
         if value is None:

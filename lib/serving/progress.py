@@ -1,6 +1,7 @@
 """Shows a prediction's log on a terminal: progress lines as a bar with the time left, others as they are.
 
-A predictor reports progress by printing `progress: STAGE DONE/TOTAL`, e. g. `progress: denoising 12/50`.
+A predictor reports progress by printing `progress: STAGE DONE/TOTAL`, e. g. `progress: denoising 12/50`, or
+with a note, `progress: training 12/500, loss 0.0421`.
 """
 
 import re
@@ -8,7 +9,7 @@ import sys
 import time
 from typing import TextIO
 
-PROGRESS = re.compile(r"progress: (?P<stage>.+) (?P<done>\d+)/(?P<total>\d+)$")
+PROGRESS = re.compile(r"progress: (?P<stage>.+) (?P<done>\d+)/(?P<total>\d+)(?:, (?P<note>.+))?$")
 BAR_WIDTH = 30
 
 
@@ -37,7 +38,7 @@ class LogView:
         text = text.rstrip("\r\n").rpartition("\r")[2]
         found = PROGRESS.match(text)
         if found:
-            self._progress(found["stage"], int(found["done"]), int(found["total"]))
+            self._progress(found["stage"], int(found["done"]), int(found["total"]), found["note"])
         elif text.strip():
             self.close()
             print(text, file=self.stream, flush=True)
@@ -49,14 +50,15 @@ class LogView:
             self.stream.flush()
             self.bar_shown = False
 
-    def _progress(self, stage: str, done: int, total: int) -> None:
+    def _progress(self, stage: str, done: int, total: int, note: str | None) -> None:
         now = time.monotonic()
         if stage != self.stage:
             self.stage, self.began = stage, (done, now)
             if not self.live:
                 print(f"{stage} ({total})", file=self.stream, flush=True)
         if self.live:
-            self.stream.write(f"\r\x1b[K{bar(stage, done, total, left=self._left(done, total, now))}")
+            shown = bar(stage, done, total, left=self._left(done, total, now))
+            self.stream.write(f"\r\x1b[K{shown}{f', {note}' if note else ''}")
             self.stream.flush()
             self.bar_shown = True
 

@@ -46,6 +46,13 @@ def openapi_schema(
     }
 
 
+def training_inputs(train: Path, *, name: str = "train") -> dict[str, Any]:
+    """A document whose Input is that of the training function `name`, for the command line."""
+    schemas: dict[str, Any] = {}
+    _add_endpoint(schemas, {}, "prediction", read_signature(train, name))
+    return {"components": {"schemas": schemas}}
+
+
 def write_schema(path: Path, document: dict[str, Any]) -> None:
     """Writes `document` to `path` in one step, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,81 @@
+"""Trains on this machine: script/train input_videos=FOLDER output_dir=runs/star [setting=value ...]
+
+Or on several GPUs: accelerate launch --num_processes 2 -m training input_videos=... The same command again
+goes on from the newest checkpoint in output_dir.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from lib.compute import Stopped, limit_spinning
+from lib.errors import UserError
+from lib.serving.configs import PROJECT
+from lib.serving.inputs import describe_inputs, parse_inputs
+from lib.serving.progress import LogView
+from lib.serving.schema import training_inputs
+
+USAGE = "script/train input_videos=FOLDER_OR_ARCHIVE [output_dir=runs/lora] [setting=value ...]"
+OUTPUT_DIR = "output_dir"
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    document = training_inputs(PROJECT / "training" / "train.py")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(f"usage: {USAGE}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}")
+        return 0 if arguments else 2
+    limit_spinning()
+    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _stop(stop))
+    first = int(os.environ.get("RANK", "0")) == 0
+    view = LogView()
+    try:
+        pairs, run = _split(arguments)
+        values = parse_inputs(pairs, document, send_files=False)
+        from training.entry import run_locally  # torch comes in only for a command that can be run
+
+        result = run_locally(values, run, stop=stop, report=view.line)
+    except UserError as error:
+        view.close()
+        if first:
+            print(error, file=sys.stderr)
+        return 1
+    except Stopped:
+        view.close()
+        if first:
+            print(f"stopped; the same command goes on from the checkpoint in {run}", file=sys.stderr)
+        return 130
+    view.close()
+    if first:
+        print(result / "lora.safetensors")
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], Path]:
+    """The settings, and the run's folder."""
+    folder, pairs = "runs/lora", []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is not setting=value; usage: {USAGE}")
+        if name == OUTPUT_DIR:
+            folder = value
+        else:
+            pairs.append(argument)
+    return pairs, Path(folder or "runs/lora").expanduser().absolute()
+
+
+def _stop(stop: threading.Event) -> None:
+    """The first signal asks for a checkpoint and an end, the second does not wait for it."""
+    if stop.is_set():
+        raise KeyboardInterrupt
+    stop.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""The LoRA on the transformer: put in, kept in float32, written as every diffusers user can load it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lib.archive import disk_error
+from lib.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import CogVideoXTransformer3DModel
+
+ADAPTER = "default"
+PREFIX = "transformer."
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+"""Where diffusers looks for rank and alpha in a file's metadata."""
+OUR_METADATA = "cogvideox"
+
+
+def add_adapter(
+    transformer: "CogVideoXTransformer3DModel", *, rank: int, alpha: float, targets: list[str]
+) -> list[torch.nn.Parameter]:
+    """Freeze the transformer and give its target layers LoRA matrices; the float32 parameters to train.
+
+    B starts at zero, so the model starts as the base. Raises UserError when no linear layer has such a name.
+    """
+    from peft import LoraConfig
+
+    transformer.requires_grad_(False)
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({_ending(name) for name in linear})
+            raise UserError(
+                f"target_modules: no linear layer is called {target!r}; there are {', '.join(known)}."
+            )
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=True, target_modules=targets)
+    transformer.add_adapter(config, adapter_name=ADAPTER)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def adapter_weights(transformer: "CogVideoXTransformer3DModel") -> dict[str, torch.Tensor]:
+    """The LoRA matrices by diffusers' names, on the CPU."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    return {PREFIX + name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def save_adapter(
+    transformer: "CogVideoXTransformer3DModel", path: Path, facts: Mapping[str, Any], *, dtype: torch.dtype
+) -> None:
+    """Write lora.safetensors whole or not at all: rank and alpha where diffusers reads them, `facts` beside.
+
+    With rank and alpha in the metadata a loader scales by alpha / rank by itself and must not do it again.
+    """
+    config = transformer.peft_config[ADAPTER].to_dict()
+    packed = {f"{PREFIX}{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    metadata = {
+        "format": "pt",
+        DIFFUSERS_METADATA: json.dumps(packed, indent=2, sort_keys=True, default=str),
+        OUR_METADATA: json.dumps(dict(facts), sort_keys=True),
+    }
+    weights = {name: value.to(dtype) for name, value in adapter_weights(transformer).items()}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(weights, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise (
+            disk_error(error, path)
+            if isinstance(error, OSError)
+            else UserError(f"{path} could not be written: {error}.")
+        ) from error
+
+
+def load_adapter(transformer: "CogVideoXTransformer3DModel", path: Path) -> None:
+    """Fill the LoRA matrices from a file that `save_adapter` wrote. Raises UserError when it does not fit."""
+    from peft.utils import set_peft_model_state_dict
+
+    try:
+        stored = {name.removeprefix(PREFIX): value.float() for name, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path.name} of the checkpoint cannot be read: {error}.") from error
+    here = {name.removeprefix(PREFIX): value.shape for name, value in adapter_weights(transformer).items()}
+    if {name: value.shape for name, value in stored.items()} != here:
+        raise UserError(
+            f"{path.name} of the checkpoint holds another LoRA ({len(stored)} matrices) than this run trains "
+            f"({len(here)}): use the base, rank and target_modules that it was made with."
+        )
+    set_peft_model_state_dict(transformer, stored, adapter_name=ADAPTER)
+
+
+def _ending(name: str) -> str:
+    """`to_out.0` of `transformer_blocks.3.attn1.to_out.0`: what target_modules would call the layer."""
+    parts = name.split(".")
+    start = next((i + 1 for i in range(len(parts) - 1, -1, -1) if parts[i] in ("attn1", "ff")), None)
+    if start is not None:
+        return ".".join(parts[start - 1 if parts[start - 1] == "ff" else start :])
+    return ".".join(part for part in parts if not part.isdigit() and part != "transformer_blocks")

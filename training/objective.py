@@ -1,0 +1,132 @@
+"""One training step as pure functions of tensors: what the transformer is fed, and the loss.
+
+Everything the transformer meets is what diffusers' CogVideoX pipelines feed it at prediction, so that a LoRA
+learns under the conditions that it will serve in. Latents are [B, f, C, h, w], scaled by the VAE's factor.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+OFS = 2.0
+"""The one value that CogVideoX1.5-5B-I2V was trained with, and that its pipeline feeds."""
+IMAGE_NOISE_MEAN, IMAGE_NOISE_DEVIATION = -3.0, 0.5
+"""Of the logarithm of the noise's deviation on the first frame, in pixels of -1..1 (CogVideoX paper, 3.2)."""
+
+
+def noised(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """sqrt(a) z + sqrt(1 - a) eps in float32; `alphas_cumprod` holds the sample's a, [B].
+
+    bf16 would round sqrt(1 - a) to nothing at the first timesteps.
+    """
+    signal, deviation = _coefficients(alphas_cumprod, latents)
+    return signal * latents.float() + deviation * noise.float()
+
+
+def velocity(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """What the model is to answer, sqrt(a) eps - sqrt(1 - a) z, in float32 (Salimans & Ho 2022)."""
+    signal, deviation = _coefficients(alphas_cumprod, latents)
+    return signal * noise.float() - deviation * latents.float()
+
+
+def losses(
+    predicted: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of the velocity for each sample, float32 [B].
+
+    It equals the x0 error weighted by 1 / (1 - a), which the original code uses.
+    """
+    error = predicted.float() - velocity(latents, noise, alphas_cumprod)
+    return error.pow(2).mean(dim=tuple(range(1, error.ndim)))
+
+
+def padded_in_front(latents: torch.Tensor, temporal_patch: int | None) -> torch.Tensor:
+    """Latents with copies of the first frame before them until f is divisible by the temporal patch.
+
+    CogVideoX1.5 patches two latent frames; its pipelines drop the same frames after denoising.
+    """
+    missing = -latents.shape[1] % (temporal_patch or 1)
+    return torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], dim=1)
+
+
+def image_channels(image_latents: torch.Tensor, latent_frames: int) -> torch.Tensor:
+    """The first frame's latents [B, 1, C, h, w] at index 0 of `latent_frames`, zeros after it."""
+    after = latent_frames - image_latents.shape[1]
+    return torch.nn.functional.pad(image_latents, (0, 0, 0, 0, 0, 0, 0, after))
+
+
+def model_input(noisy_latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
+    """[B, f, C, h, w] for text to video; for image to video [B, f, 2C, h, w], noisy latents first."""
+    if image_latents is None:
+        return noisy_latents
+    condition = image_channels(image_latents, noisy_latents.shape[1]).to(noisy_latents)
+    return torch.cat([noisy_latents, condition], dim=2)
+
+
+def rotary_tables(config: Any, latent_shape: torch.Size, device: torch.device | str) -> Rotary | None:
+    """cos and sin tables for padded latents of shape [B, f, C, h, w], as the pipelines make them.
+
+    `config` is the transformer's. 1.0 fits the grid into the trained one; 1.5 slices it from the largest.
+    None for a model without rotary positions (2B).
+    """
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    if not config.use_rotary_positional_embeddings:
+        return None
+    frames, height, width = latent_shape[1], latent_shape[3], latent_shape[4]
+    grid = (height // config.patch_size, width // config.patch_size)
+    base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+    if config.patch_size_t is None:
+        options = {
+            "crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0]),
+            "temporal_size": frames,
+        }
+    else:
+        patch = config.patch_size_t
+        options = {
+            "crops_coords": None,
+            "temporal_size": (frames + patch - 1) // patch,
+            "grid_type": "slice",
+            "max_size": base,
+        }
+    return get_3d_rotary_pos_embed(
+        embed_dim=config.attention_head_dim, grid_size=grid, device=device, **options
+    )
+
+
+def offset(config: Any, like: torch.Tensor) -> torch.Tensor | None:
+    """The ofs input of CogVideoX1.5-5B-I2V, [1]; None for models without its embedding."""
+    return None if config.ofs_embed_dim is None else like.new_full((1,), OFS)
+
+
+def noisy_image(image: torch.Tensor, deviation: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The first frame [B, 3, 1, H, W] in -1..1 with noise of `deviation` [B] added, not put in its place."""
+    return image + deviation.view(-1, 1, 1, 1, 1).to(image) * noise.to(image)
+
+
+def image_factor(vae: "AutoencoderKLCogVideoX") -> float:
+    """What a first frame's latents are multiplied by; CogVideoX1.5 was trained with the inverse."""
+    factor = vae.config.scaling_factor
+    return 1 / factor if vae.config.invert_scale_latents else factor
+
+
+def _coefficients(alphas_cumprod: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    alphas = alphas_cumprod.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
+    return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def project_in_float32(projection: torch.nn.Conv2d) -> None:
+    """Keep a convolution out of autocast: torch 2.13's bf16 one is wrong on CPUs for 16 channels."""
+    forward = projection.forward
+
+    def in_float32(latents: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return forward(latents.float())
+
+    projection.forward = in_float32

@@ -1,0 +1,198 @@
+"""From the configuration's archive, folder or repository to encoded samples, on however many processes."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lib import weights
+from lib.errors import UserError
+from training.config import TrainingConfig
+from training.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
+from training.latents import (
+    Encodings,
+    LatentCache,
+    Section,
+    encode_clip,
+    encode_prompts,
+    free_memory,
+    model_digest,
+)
+from training.plan import Plan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKLCogVideoX
+
+Report = Callable[[str], None]
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    """What the trainer learns from."""
+
+    sections: list[Section]
+    left_out: list[LeftOut]
+    encodings: Encodings
+    vae: "AutoencoderKLCogVideoX | None"
+    """For the image condition, without its decoder; None for text to video."""
+    scaling_factor: float
+    """Of the latents."""
+
+
+@contextlib.contextmanager
+def found_clips(
+    config: TrainingConfig, work: Path, accelerator: "Accelerator", report: Report
+) -> Iterator[tuple[list[Clip], list[LeftOut]]]:
+    """The data set's clips, unpacked or downloaded below `work` for as long as the block lasts.
+
+    Captions are as they will be trained. Raises UserError when there is nothing to train on, or something is
+    left out and on_bad_clip says stop.
+    """
+    try:
+        with accelerator.main_process_first():  # the others find what it unpacked
+            if config.dataset_name:
+                folder = fetch_hub_dataset(config.dataset_name, work, report)
+            elif accelerator.is_main_process or Path(config.input_videos).is_dir():
+                folder = open_data(Path(config.input_videos), work)
+            else:
+                folder = next(path for path in work.iterdir() if path.is_dir())
+        clips, left_out = find_clips(
+            folder, video_column=config.video_column, caption_column=config.caption_column
+        )
+        affixes = {
+            name: getattr(config, name) for name in ("trigger_word", "caption_prefix", "caption_suffix")
+        }
+        clips = [replace(clip, caption=full_caption(clip.caption, **affixes)) for clip in clips]
+        tell_left_out(left_out, report)
+        check_left_out(config, left_out, usable=len(clips))
+        yield clips, left_out
+    finally:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def encode_data(
+    plan: Plan, clips: list[Clip], left_out: list[LeftOut], accelerator: "Accelerator", *,
+    report: Report, check: Callable[[], None],
+) -> Data:  # fmt: skip
+    """Encode captions, then clips, each process its share; text encoder and VAE decoder are gone afterwards.
+
+    Raises UserError when no clip can be used, or one cannot and on_bad_clip says stop.
+    """
+    parts = {name: model_digest(plan.folder / name) for name in ("vae", "text_encoder", "tokenizer")}
+    cache = LatentCache(weights.cache_folder() / "latents")
+    text_key = f"{parts['text_encoder']} {parts['tokenizer']} {plan.spec.text_tokens} {plan.dtype}"
+    encodings = Encodings(cache, text_key=text_key)
+    if accelerator.is_main_process:
+        prompts = ["", *plan.config.validation_prompts, *(clip.caption for clip in clips)]
+        encode_prompts(
+            prompts, encodings, load=lambda: load_text_encoder(plan), tokens=plan.spec.text_tokens,
+            device=plan.device, report=report, check=check,
+        )  # fmt: skip
+        free_memory()
+    holder = _LazyVae(plan)
+    vae_key = f"{parts['vae']} {plan.dtype} tiled {plan.config.enable_tiling}"
+    mine = range(accelerator.process_index, len(clips), accelerator.num_processes)
+    outcomes: list[list[Section] | LeftOut] = []
+    for done, index in enumerate(mine):
+        check()
+        clip = clips[index]
+        outcomes.append(
+            encode_clip(
+                clip, plan.sampling, cache, vae=holder, vae_key=vae_key, images=plan.is_i2v, check=check
+            )
+        )
+        report(f"progress: encoding clips {done + 1}/{len(mine)}")
+    outcomes = _in_order(_gather(outcomes, accelerator))
+    sections = [section for outcome in outcomes if isinstance(outcome, list) for section in outcome]
+    unusable = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]
+    tell_left_out(unusable, report)
+    left_out = [*left_out, *unusable]
+    check_left_out(plan.config, left_out, usable=len(sections))
+    if accelerator.is_main_process:
+        cache.trim({path for section in sections for side in section.files for path in side})
+    vae = holder() if plan.is_i2v else None
+    scaling_factor = _scaling_factor(plan)
+    if vae is not None:
+        del vae.decoder
+    del holder
+    free_memory()
+    return Data(
+        sections=sections, left_out=left_out, encodings=encodings, vae=vae, scaling_factor=scaling_factor
+    )
+
+
+def check_left_out(config: TrainingConfig, left_out: list[LeftOut], *, usable: int) -> None:
+    """Raise UserError when nothing is left, or what is left out is reason to stop."""
+    listed = "\n".join(f"  {each.name}: {each.reason}" for each in left_out)
+    if not usable:
+        raise UserError(f"no clip can be used:\n{listed}")
+    if left_out and config.on_bad_clip == "stop":
+        raise UserError(f"{len(left_out)} clips cannot be used, and on_bad_clip is stop:\n{listed}")
+
+
+def tell_left_out(left_out: list[LeftOut], report: Report) -> None:
+    for each in left_out:
+        report(f"left out: {each.name}: {each.reason}")
+
+
+def load_text_encoder(plan: Plan) -> tuple[Any, Any]:
+    """Tokenizer and T5 encoder of the base, on the device in the base's type."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(plan.folder / "tokenizer", local_files_only=True)
+    encoder = T5EncoderModel.from_pretrained(
+        plan.folder / "text_encoder", dtype=getattr(torch, plan.dtype), local_files_only=True
+    )
+    return tokenizer, encoder.to(plan.device).eval().requires_grad_(False)
+
+
+class _LazyVae:
+    """Loads the VAE when it is first needed: with a full cache, text to video never does."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.vae: AutoencoderKLCogVideoX | None = None
+
+    def __call__(self) -> "AutoencoderKLCogVideoX":
+        if self.vae is None:
+            from diffusers import AutoencoderKLCogVideoX
+
+            self.vae = AutoencoderKLCogVideoX.from_pretrained(
+                self.plan.folder / "vae", dtype=getattr(torch, self.plan.dtype), local_files_only=True
+            )
+            self.vae.to(self.plan.device).eval().requires_grad_(False)
+            if self.plan.config.enable_tiling:
+                self.vae.enable_tiling()
+        return self.vae
+
+
+def _scaling_factor(plan: Plan) -> float:
+    from lib.models import read_config
+
+    return read_config(plan.folder / "vae" / "config.json", "scaling_factor")["scaling_factor"]
+
+
+def _gather(mine: list, accelerator: "Accelerator") -> list[list]:
+    """What every process has, by process."""
+    if accelerator.num_processes == 1:
+        return [mine]
+    from accelerate.utils import gather_object
+
+    flat = gather_object([(accelerator.process_index, place, item) for place, item in enumerate(mine)])
+    shares: list[list] = [[] for _ in range(accelerator.num_processes)]
+    for process, _, item in sorted(flat, key=lambda entry: entry[:2]):
+        shares[process].append(item)
+    return shares
+
+
+def _in_order(shares: list[list]) -> list:
+    """One list again of what was dealt out in turn."""
+    longest = max(len(share) for share in shares)
+    return [share[place] for place in range(longest) for share in shares if place < len(share)]

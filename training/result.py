@@ -1,0 +1,182 @@
+"""What a run leaves for its owner: the LoRA, a model card, captions, the loss curve, clips; as a tar too."""
+
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.archive import disk_error
+from training import checkpoints
+from training.checkpoints import State
+from training.plan import Plan
+from training.prepare import Data
+from training.watch import write_losses
+
+RESULT = "result"
+LORA = "lora.safetensors"
+TRAINING_STATE = "training_state"
+
+
+def facts(plan: Plan, state: State, steps: int) -> dict[str, Any]:
+    """What the LoRA's file says of itself: base, trigger word, steps, settings. No paths, no secrets."""
+    return {
+        "base": plan.base,
+        "task": plan.spec.task,
+        "trigger_word": plan.config.trigger_word,
+        "rank": plan.config.rank,
+        "alpha": plan.config.alpha,
+        "steps": state.step,
+        "of_steps": steps,
+        "seed": plan.seed,
+        "width": plan.sampling.width,
+        "height": plan.sampling.height,
+        "frames": plan.sampling.max_frames,
+        "fps": plan.sampling.fps,
+        "settings": plan.config.public(),
+    }
+
+
+def write_result(
+    run: Path, plan: Plan, data: Data, state: State, save_lora: Callable[[Path, torch.dtype], None]
+) -> Path:
+    """Make run/result anew, whole or not at all, and return it.
+
+    The LoRA is stored in the base's type, in which it serves; checkpoints keep float32.
+    """
+    final, partial = run / RESULT, run / f"{RESULT}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_lora(partial / LORA, getattr(torch, plan.dtype))
+        write_losses(partial / "loss.csv", state.losses)
+        draw_losses(partial / "loss.png", state.losses)
+        rows = [
+            {"clip": section.clip, "caption": section.caption, "frames": section.frames}
+            for section in data.sections
+        ]
+        _write_lines(partial / "captions.jsonl", rows)
+        left_out = [{"clip": each.name, "reason": each.reason} for each in data.left_out]
+        if left_out:
+            _write_lines(partial / "left_out.jsonl", left_out)
+        if (run / "validation").is_dir():
+            shutil.copytree(run / "validation", partial / "validation")
+        newest = checkpoints.latest(run)
+        if plan.config.save_training_state and newest:
+            shutil.copytree(newest, partial / TRAINING_STATE)
+        (partial / "README.md").write_text(model_card(plan, data, state), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise disk_error(error, final) from error
+    return final
+
+
+def pack(folder: Path, target: Path) -> Path:
+    """The folder's content as an uncompressed tar (weights do not compress), whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with tarfile.open(partial, "w") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.add(path, arcname=path.name)
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, target) from error
+    return target
+
+
+def draw_losses(path: Path, losses: list[float]) -> None:
+    """The loss of every step, and its running mean, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+    window = max(1, len(losses) // 30)
+    sums = [0.0]
+    for loss in losses:
+        sums.append(sums[-1] + loss)
+    means = [
+        (sums[step] - sums[max(0, step - window)]) / min(step, window) for step in range(1, len(losses) + 1)
+    ]
+    axes.plot(steps, means, color="tab:blue", label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss (velocity, mean squared error)", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, format="png")
+
+
+def model_card(plan: Plan, data: Data, state: State) -> str:
+    """README.md: what it is, how to use it, how it was made."""
+    config, spec, sampling = plan.config, plan.spec, plan.sampling
+    task = {"i2v": "image-to-video", "t2v": "text-to-video"}[spec.task]
+    base = spec.repository or plan.base
+    trigger = f"Put `{config.trigger_word}` into the prompt.\n\n" if config.trigger_word else ""
+    example = config.validation_prompts[0] if config.validation_prompts else data.sections[0].caption
+    image = " -i image=@photo.jpg" if spec.task == "i2v" else ""
+    kind = "CogVideoXImageToVideoPipeline" if spec.task == "i2v" else "CogVideoXPipeline"
+    imports = "from diffusers.utils import export_to_video" + (", load_image" if spec.task == "i2v" else "")
+    given = 'image=load_image("photo.jpg"), ' if spec.task == "i2v" else ""
+    prompt = json.dumps(example, ensure_ascii=False)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in config.public().items())
+    return f"""---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: {task}
+tags: [cogvideox, lora, {task}]
+---
+
+# LoRA for {plan.base}
+
+{trigger}Trained for {state.step} steps on {len(data.sections)} samples of at most \
+{sampling.max_frames} frames, {sampling.width}x{sampling.height} pixels, {sampling.fps:g} fps. \
+Rank {config.rank}, alpha {config.alpha:g}.
+
+## Use it
+
+With this service, from the folder of this file or with the URL of the tar in its place:
+
+```
+COGVIDEOX_MODEL={plan.base} script/predict {spec.task} -i prompt={prompt}{image} \
+-i lora_weights=lora.safetensors -i lora_scale=1
+```
+
+With diffusers:
+
+```python
+import torch
+from diffusers import {kind}
+{imports}
+
+pipe = {kind}.from_pretrained("{base}", torch_dtype=torch.{spec.dtype}).to("cuda")
+pipe.load_lora_weights("lora.safetensors")
+frames = pipe({given}prompt={prompt}, num_frames={spec.frames}, \
+max_sequence_length={spec.text_tokens}).frames[0]
+export_to_video(frames, "video.mp4", fps={spec.fps})
+```
+
+Rank and alpha are in the file: do not scale by alpha / rank a second time.
+
+## How it was made
+
+Captions are in `captions.jsonl`, the loss of every step in `loss.csv` and `loss.png`. Seed {plan.seed}.
+
+| setting | value |
+|---|---|
+{rows}
+
+The base's licence holds for what is made with it.
+"""
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,351 @@
+"""Trains a LoRA on a CogVideoX base: prepare once, then the loop, with checkpoints that resume exactly.
+
+    train(TrainingConfig(input_videos="clips.zip"), Path("runs/star"))
+
+The folder of a run holds checkpoints/, loss.csv, validation/, logs/ and, when it is done, result/. A run
+whose folder has checkpoints goes on from the newest.
+"""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lib import weights
+from lib.compute import Stopped
+from training import checkpoints, objective
+from training.adapter import add_adapter, load_adapter, save_adapter
+from training.batches import Batch, Chances, Sampler
+from training.checkpoints import State
+from training.config import TrainingConfig, digest
+from training.devices import alone, log_clips, memory_advice, start_accelerator, start_trackers
+from training.latents import pixels
+from training.optimization import build_optimizer, build_schedule
+from training.plan import Plan, base_name, check_at_the_door, locate_base, settle, total_steps
+from training.prepare import Data, encode_data, found_clips
+from training.publish import Publisher
+from training.result import RESULT, facts, write_result
+from training.validation import load_scheduler, validate, validation_requests
+from training.watch import LossFile, LossWatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import CogVideoXTransformer3DModel
+
+Report = Callable[[str], None]
+REPORT_SECONDS = 1.0
+
+
+def train(
+    config: TrainingConfig,
+    run: Path,
+    *,
+    start_from: Path | None = None,
+    stop: threading.Event | None = None,
+    report: Report = print,
+) -> Path:
+    """Train and return the folder of results: lora.safetensors, README.md, captions, loss curve, clips.
+
+    `start_from` is a checkpoint, or the unpacked output of an earlier run. When `stop` is set,
+    a checkpoint is saved and Stopped raised. Raises UserError for what the caller can mend; the run's
+    checkpoints stay.
+    """
+
+    def stopped() -> bool:
+        return stop is not None and stop.is_set()
+
+    def check() -> None:
+        if stopped():
+            raise Stopped
+
+    accelerator = start_accelerator(config, run)
+    if not accelerator.is_main_process:
+        report = _silent
+    name, device = base_name(), accelerator.device.type
+    check_at_the_door(config, name, device)
+    origin = checkpoints.latest(run) or start_from
+    if origin is not None and checkpoints.is_checkpoint(origin):
+        config = checkpoints.continued(config, checkpoints.read_state(origin))
+    publisher = Publisher(config, report, active=accelerator.is_main_process)
+    with alone(run, accelerator), checkpoints.telling_what_is_kept(run), memory_advice(config):
+        with found_clips(config, run / "data", accelerator, report) as (clips, left_out):
+            plan = settle(config, name, locate_base(name, config, report), device)
+            weights.go_offline()
+            data = encode_data(plan, clips, left_out, accelerator, report=report, check=check)
+        start_trackers(accelerator, config)
+        trainer = Trainer(plan, data, run, accelerator, publisher, origin=origin, report=report)
+        trainer.run_to_end(stopped)
+        return trainer.finish()
+
+
+class Denoiser(nn.Module):
+    """What accelerate wraps, so that the transformer inside stays as validation and saving need it."""
+
+    def __init__(self, transformer: "CogVideoXTransformer3DModel") -> None:
+        super().__init__()
+        self.transformer = transformer
+        # The frozen base is the same everywhere: several processes need not compare or send it.
+        frozen = [n for n, p in self.named_parameters() if not p.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = frozen + [n for n, _ in self.named_buffers()]
+
+    def forward(
+        self, latents: torch.Tensor, text: torch.Tensor, timesteps: torch.Tensor,
+        ofs: torch.Tensor | None, rotary: objective.Rotary | None,
+    ) -> torch.Tensor:  # fmt: skip
+        return self.transformer(
+            hidden_states=latents,
+            encoder_hidden_states=text,
+            timestep=timesteps,
+            ofs=ofs,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
+
+
+class Trainer:
+    """One run, from its newest checkpoint to its end."""
+
+    def __init__(
+        self, plan: Plan, data: Data, run: Path, accelerator: "Accelerator", publisher: Publisher, *,
+        origin: Path | None, report: Report,
+    ) -> None:  # fmt: skip
+        config = plan.config
+        self.plan, self.data, self.run, self.accelerator = plan, data, run, accelerator
+        self.publisher, self.report = publisher, report
+        self.global_batch = (
+            config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.steps = total_steps(config, len(data.sections), self.global_batch)
+        self.wanted = validation_requests(plan)
+
+        torch.manual_seed(plan.seed)  # where the LoRA begins
+        self.transformer = load_transformer(plan)
+        self.parameters = add_adapter(
+            self.transformer, rank=config.rank, alpha=config.alpha, targets=config.targets
+        )
+        if config.base_precision == "fp8":
+            store_in_fp8(self.transformer, getattr(torch, plan.dtype))
+        if plan.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.transformer.train()
+        rate = config.learning_rate * (self.global_batch if config.scale_lr else 1)
+        optimizer = build_optimizer(config, self.parameters, rate)
+        self.schedule = build_schedule(config, optimizer, self.steps)
+        self.denoiser, self.optimizer = accelerator.prepare(Denoiser(self.transformer), optimizer)
+
+        scheduler = load_scheduler(plan.folder)
+        self.alphas_cumprod = scheduler.alphas_cumprod.float()
+        self.sampler = Sampler(
+            data.sections,
+            data.encodings,
+            seed=plan.seed,
+            global_batch=self.global_batch,
+            chances=Chances(
+                flip=config.random_flip,
+                caption_dropout=config.caption_dropout,
+                image_dropout=config.noised_image_dropout,
+            ),
+            scaling_factor=data.scaling_factor,
+            temporal_patch=self.transformer.config.patch_size_t,
+            timesteps=scheduler.config.num_train_timesteps,
+        )
+        self.state = self._begun(origin)
+        self.watch = LossWatch(self.state.losses)
+
+    def run_to_end(self, stopped: Callable[[], bool]) -> None:
+        """The loop. Saves a checkpoint and raises Stopped once `stopped()` is true on any process."""
+        config, reported = self.plan.config, 0.0
+        with LossFile(self.run / "loss.csv", self.state.losses, active=self.is_main) as file:
+            for step in range(self.state.step, self.steps):
+                rate = self.schedule.get_last_lr()[0]
+                loss, norm, stop = self.step(step, stopped())
+                self.watch.see(loss, norm=norm, scaled=self.plan.precision == "fp16")
+                self.state.step = step + 1
+                file.add(step + 1, loss)
+                self.accelerator.log({"loss": loss, "learning_rate": rate, "gradient_norm": norm}, step + 1)
+                last = step + 1 == self.steps
+                if last or time.monotonic() - reported >= REPORT_SECONDS:
+                    reported = time.monotonic()
+                    self.report(f"progress: training {step + 1}/{self.steps}, loss {self.watch.recent():.4f}")
+                if last or stop or (step + 1) % config.checkpointing_steps == 0:
+                    self.save_checkpoint()
+                if stop and not last:
+                    raise Stopped
+                if self.wanted and (last or (step + 1) % config.validation_steps == 0):
+                    self.validate()
+
+    def step(self, step: int, stopping: bool) -> tuple[float, float, bool]:
+        """One optimizer step: loss over the global batch, norm of the gradients, whether anyone stops."""
+        config, accelerator = self.plan.config, self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        ours = config.train_batch_size * config.gradient_accumulation_steps
+        for batch, last in _marking_last(self._batches(step)):
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.denoiser):
+                loss = self.losses(batch).sum() / ours
+                accelerator.backward(loss)
+            total += loss.detach()
+        norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        figures = torch.stack([total, torch.tensor(float(stopping), device=total.device)])
+        mean_loss, stops = accelerator.reduce(figures, reduction="mean").tolist()
+        return mean_loss, float(norm), stops > 0
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """The loss of each sample, float32 [B]."""
+        device, dtype, config = (
+            self.accelerator.device,
+            getattr(torch, self.plan.dtype),
+            self.transformer.config,
+        )
+        latents, noise = batch.latents.to(device), batch.noise.to(device)
+        alphas = self.alphas_cumprod[batch.timesteps]
+        image = None if batch.images is None else self.image_latents(batch)
+        hidden = objective.model_input(objective.noised(latents, noise, alphas), image).to(dtype)
+        predicted = self.denoiser(
+            hidden,
+            batch.text.to(device, dtype),
+            batch.timesteps.to(device),
+            objective.offset(config, hidden),
+            objective.rotary_tables(config, latents.shape, device),
+        )
+        return objective.losses(predicted, latents, noise, alphas)
+
+    @torch.no_grad()
+    def image_latents(self, batch: Batch) -> torch.Tensor:
+        """Of the noisy first frames, scaled, zero where the condition is dropped: [B, 1, C, h, w]."""
+        vae = self.data.vae
+        image = objective.noisy_image(pixels(batch.images, vae), batch.image_deviation, batch.image_noise)
+        posterior = vae.encode(image).latent_dist
+        mean, std = posterior.mean.transpose(1, 2).float(), posterior.std.transpose(1, 2).float()
+        latents = (mean + std * batch.latent_noise.to(mean)) * objective.image_factor(vae)
+        return latents * batch.image_kept.to(mean).view(-1, 1, 1, 1, 1)
+
+    def save_checkpoint(self) -> None:
+        """By the main process; the others wait for it."""
+        if self.is_main:
+            scaler = self.accelerator.scaler
+            folder = checkpoints.save(
+                checkpoints.folder_of(self.run, self.state.step),
+                self.state,
+                {
+                    "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else {},
+                    "random": torch.get_rng_state(),
+                },
+                lambda path: self.save_lora(path, torch.float32),
+            )
+            checkpoints.keep_newest(self.run, self.plan.config.checkpoints_total_limit)
+            self.publisher.checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+
+    def save_lora(self, path: Path, dtype: torch.dtype) -> None:
+        save_adapter(self.transformer, path, facts(self.plan, self.state, self.steps), dtype=dtype)
+
+    def validate(self) -> None:
+        """Clips of every validation prompt with the LoRA as it stands; by the main process."""
+        if self.is_main:
+            made = validate(
+                self.plan, self.wanted, self.transformer, self.data.encodings, self.run / "validation",
+                step=self.state.step, report=self.report,
+            )  # fmt: skip
+            log_clips(self.accelerator, made, fps=round(self.plan.sampling.fps), step=self.state.step)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> Path:
+        """Write the folder of results, upload it if asked to, and return it."""
+        if self.is_main:
+            result = write_result(self.run, self.plan, self.data, self.state, self.save_lora)
+            self.publisher.result(result)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.run / RESULT
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _batches(self, step: int) -> Iterator[Batch]:
+        """This process's share of a step. Globally samples are numbered by micro-batch, then by process."""
+        config, accelerator = self.plan.config, self.accelerator
+        size = config.train_batch_size
+        for micro in range(config.gradient_accumulation_steps):
+            first = (micro * accelerator.num_processes + accelerator.process_index) * size
+            yield from self.sampler.batches(step, range(first, first + size))
+
+    def _begun(self, origin: Path | None) -> State:
+        """The state to go on from: a checkpoint's, only its weights, or the beginning."""
+        config, plan = self.plan.config, self.plan
+        data = digest([[section.clip, section.caption, section.frames] for section in self.data.sections])
+        fresh = State(
+            step=0,
+            seed=plan.seed,
+            base=plan.base,
+            fits=config.fits(),
+            data=data,
+            global_batch=self.global_batch,
+        )
+        if origin is None:
+            return fresh
+        load_adapter(self.transformer, origin / checkpoints.LORA)
+        if not checkpoints.is_checkpoint(origin):
+            self.report(f"starting from the LoRA in {origin.name}, with a fresh optimizer")
+            return fresh
+        state = checkpoints.read_state(origin)
+        checkpoints.check_unfinished(state, base=plan.base, steps=self.steps)
+        for name, what in (("data", "the clips or captions"), ("global_batch", "the batch over all devices")):
+            if getattr(state, name) != getattr(fresh, name):
+                self.report(f"{what} changed since the checkpoint: losses are not those of an unbroken run")
+        tensors = checkpoints.read_tensors(origin)
+        self.optimizer.load_state_dict(tensors["optimizer"])
+        self.schedule.load_state_dict(tensors["schedule"])
+        if self.accelerator.scaler and tensors["scaler"]:
+            self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        torch.set_rng_state(tensors["random"])
+        self.report(f"continuing at step {state.step} of {self.steps}")
+        return replace(state, fits=fresh.fits, data=data, global_batch=self.global_batch)
+
+
+def load_transformer(plan: Plan) -> "CogVideoXTransformer3DModel":
+    """The base's transformer on the device, in the plan's type."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        plan.folder / "transformer", dtype=getattr(torch, plan.dtype), local_files_only=True
+    ).to(plan.device)
+    if plan.device == "cpu" and plan.precision != "no":
+        objective.project_in_float32(transformer.patch_embed.proj)
+    return transformer
+
+
+def store_in_fp8(transformer: "CogVideoXTransformer3DModel", dtype: torch.dtype) -> None:
+    """Keep the frozen linear layers in 8 bits; each computes in `dtype`. Norms, embeddings and LoRA stay."""
+    from diffusers.hooks import apply_layerwise_casting
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+    apply_layerwise_casting(
+        transformer, torch.float8_e4m3fn, dtype, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, "lora_")
+    )
+
+
+def _marking_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the last: there the processes exchange their gradients."""
+    held = next(batches)
+    for following in batches:
+        yield held, False
+        held = following
+    yield held, True
+
+
+def _silent(line: str) -> None:
+    """What all processes but the first report with."""
