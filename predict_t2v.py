@@ -8,8 +8,8 @@ from lib.predictor import VideoPredictor
 
 
 class Runner(BaseRunner):
-    def setup(self) -> None:
-        self.predictor = VideoPredictor.start(task="t2v")
+    def setup(self, weights: Optional[str] = None) -> None:
+        self.predictor = VideoPredictor.start(task="t2v", weights_url=weights)
 
     def run(
         self,
@@ -62,6 +62,34 @@ class Runner(BaseRunner):
             choices=["default", "ddim", "dpm"],
             default="default",
         ),
+        lora_weights: str = Input(
+            description="A LoRA to apply: the https address of a .safetensors file or of a training's tar, a Hugging Face owner/name or owner/name/file.safetensors, or a data URI. Leave empty for none.",
+            default="",
+        ),
+        lora_scale: float = Input(
+            description="Strength of the LoRA. 1 is as trained, 0 is without it, negative turns it round; beyond 2 most fall apart.",
+            ge=-10,
+            le=10,
+            default=1,
+        ),
+        lora_alpha: Optional[float] = Input(
+            description="Alpha the LoRA was trained with, for files that do not store it; leave empty otherwise. Without it alpha is taken to equal the rank.",
+            default=None,
+        ),
+        extra_lora: str = Input(
+            description="A second LoRA, applied together with the first. Takes the same forms as lora_weights.",
+            default="",
+        ),
+        extra_lora_scale: float = Input(
+            description="Strength of the second LoRA.",
+            ge=-10,
+            le=10,
+            default=1,
+        ),
+        extra_lora_alpha: Optional[float] = Input(
+            description="Alpha of the second LoRA, as lora_alpha.",
+            default=None,
+        ),
         output_format: str = Input(
             description="File format of the result. mp4 plays everywhere; webm is VP9; gif has no more than 256 colours.",
             choices=["mp4", "webm", "gif"],
@@ -81,5 +109,11 @@ class Runner(BaseRunner):
             seed=seed,
             use_dynamic_cfg=use_dynamic_cfg,
             scheduler=scheduler,
+            lora_weights=lora_weights,
+            lora_scale=lora_scale,
+            lora_alpha=lora_alpha,
+            extra_lora=extra_lora,
+            extra_lora_scale=extra_lora_scale,
+            extra_lora_alpha=extra_lora_alpha,
             output_format=output_format,
         )

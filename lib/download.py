@@ -13,7 +13,7 @@ from typing import BinaryIO
 from lib import partial
 from lib.archive import NoSpaceError, disk_error, require_free_space, size_text
 from lib.partial import Part, Progress, Remote
-from lib.transport import TRANSIENT, FetchError, Patience, Source, TruncatedError, shown
+from lib.transport import TRANSIENT, FetchError, Patience, Rules, Source, TruncatedError, shown
 
 BLOCK_BYTES = 256 << 10
 # pget waits for ever on a body that stalls: below this pace it is stopped and Python takes over.
@@ -82,11 +82,16 @@ def fetch(
 
 
 def read(
-    url: str, *, max_bytes: int, headers: Mapping[str, str] | None = None, timeout: float = 30.0
+    url: str,
+    *,
+    max_bytes: int,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 30.0,
+    rules: Rules | None = None,
 ) -> bytes:
     """Return a small document whole. Raises FetchError, also when it is longer than `max_bytes`."""
-    source = Source(url=url, headers=dict(headers or {}), timeout=timeout)
-    patience = Patience(source)
+    source = Source(url=url, headers=dict(headers or {}), timeout=timeout, rules=rules)
+    patience = Patience(source, rules.stop if rules else None)
     while True:
         try:
             with source.open() as response:

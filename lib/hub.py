@@ -7,14 +7,14 @@ huggingface_hub's own download begins an interrupted file anew, up to 5 GB for t
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from urllib.parse import quote
 
 from lib.download import read
 from lib.errors import UserError
 from lib.layout import INDEX
-from lib.transport import FetchError
+from lib.transport import FetchError, Rules
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 FOLDERS = frozenset({"scheduler", "text_encoder", "tokenizer", "transformer", "vae"})
@@ -42,7 +42,7 @@ class HubFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The files that a model needs of a repository at one commit."""
+    """Files of a repository at one commit: all of them, or those that a model needs."""
 
     repository: str
     revision: str
@@ -50,30 +50,42 @@ class Snapshot:
     files: tuple[HubFile, ...]
 
 
+class NoRepositoryError(UserError):
+    """The Hub has no such repository, or does not show it to this token."""
+
+
 def snapshot(repository: str, revision: str) -> Snapshot:
     """Resolve a revision and list the model's files. Raises UserError when the repository holds no model."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    address = f"{endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    whole = listing(repository, revision)
+    wanted = _wanted([file.path for file in whole.files], repository)
+    return replace(whole, files=tuple(file for file in whole.files if file.path in wanted))
+
+
+def endpoint() -> str:
+    """Return where the Hub is: HF_ENDPOINT, by default huggingface.co."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def listing(repository: str, revision: str, *, rules: Rules | None = None) -> Snapshot:
+    """Resolve a revision and list every file. Raises UserError, NoRepositoryError among them."""
+    hub = endpoint()
+    address = f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
     try:
-        listing = json.loads(read(address, max_bytes=LISTING_BYTES, headers=headers()))
-        commit = str(listing["sha"])
-        entries = [(str(entry["rfilename"]), entry) for entry in listing["siblings"]]
+        answer = json.loads(read(address, max_bytes=LISTING_BYTES, headers=headers(), rules=rules))
+        commit = str(answer["sha"])
+        entries = [(str(entry["rfilename"]), entry) for entry in answer["siblings"]]
     except FetchError as error:
         raise _rephrased(error, repository, revision) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{endpoint} did not answer as a Hugging Face Hub does about {repository}."
-        ) from error
-    wanted = _wanted([path for path, _ in entries], repository)
+        raise UserError(f"{hub} did not answer as a Hugging Face Hub does about {repository}.") from error
     files = tuple(
         HubFile(
             path=path,
             size=entry.get("size"),
             sha256=(entry.get("lfs") or {}).get("sha256"),
-            url=f"{endpoint}/{repository}/resolve/{commit}/{quote(path)}",
+            url=f"{hub}/{repository}/resolve/{commit}/{quote(path)}",
         )
         for path, entry in entries
-        if path in wanted
     )
     return Snapshot(repository=repository, revision=revision, commit=commit, files=files)
 
@@ -130,7 +142,7 @@ def _rephrased(error: FetchError, repository: str, revision: str) -> UserError:
             f"{repository} is gated: accept its terms on its page on the Hugging Face Hub, then set HF_TOKEN."
         )
     if code == "RepoNotFound" or error.status in (401, 404):
-        return UserError(
+        return NoRepositoryError(
             f"The Hugging Face Hub has no repository {repository}, or it is private. "
             "Check the name; for a private one set HF_TOKEN."
         )

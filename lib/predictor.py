@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lib import models, weights
+from lib import lora_cache, lora_source, models, weights
 from lib.compute import ComputeThread, limit_spinning
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
 from lib.serving import guard
 
 if TYPE_CHECKING:
-    from lib.generation import Generator
+    import numpy as np
+
+    from lib.generation import Generator, Request
+    from lib.lora import Applied, Choice, Loras
 
 
 class MetricSink(Protocol):
@@ -29,18 +32,23 @@ class VideoPredictor:
 
     spec: ModelSpec
     generator: "Generator"
+    loras: "Loras"
+    default_lora: lora_source.Address | None
+    """What COG_WEIGHTS names: used by every request that names no other."""
     compute: ComputeThread
     scratch: Scratch
     any_size: bool
     setup_facts: dict[str, object]
 
     @classmethod
-    def start(cls, task: Task) -> "VideoPredictor":
+    def start(cls, task: Task, weights_url: str | None = None) -> "VideoPredictor":
         """Settle model, device, dtype and memory plan, load, and print it all in one line.
 
         COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one),
         COGVIDEOX_OFFLOAD forces a memory plan and COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
-        Raises UserError when they ask for what cannot be.
+        `weights_url`, or COG_WEIGHTS, is a LoRA for every request, as a training's output; it may be any
+        address or path, since it comes from the server's owner. Raises UserError when they ask for what
+        cannot be.
         """
         started = time.perf_counter()
         limit_spinning()
@@ -53,14 +61,24 @@ class VideoPredictor:
         )
         spec = models.spec_for(name, folder)
         weights.go_offline()
+        weights_url = str(weights_url or os.environ.get("COG_WEIGHTS") or "")
+        default_lora = (
+            lora_source.parse(weights_url, trusted=True, max_bytes=lora_cache.max_bytes())
+            if weights_url
+            else None
+        )
 
         from lib.generation import Generator
+        from lib.lora import Choice, Loras
         from lib.pipelines import inspect_machine, load_pipeline, plan_memory
 
         machine = inspect_machine(spec)
         plan = plan_memory(spec, folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
         compute = ComputeThread()
         pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan))
+        loras = Loras(pipeline=pipeline, spec=spec, offload=plan.offload, report=_print_now)
+        if default_lora is not None:
+            compute.run(lambda: loras.load(Choice(address=default_lora, scale=1.0)))
         seconds = time.perf_counter() - started
         embedded = (
             " (embedded; COGVIDEOX_MODEL chooses another)" if name == models.DEFAULT_MODELS[task] else ""
@@ -77,6 +95,8 @@ class VideoPredictor:
         return cls(
             spec=spec,
             generator=Generator(spec=spec, pipeline=pipeline, report=_print_now),
+            loras=loras,
+            default_lora=default_lora,
             compute=compute,
             scratch=Scratch(),
             any_size=os.environ.get("COGVIDEOX_ANY_SIZE") == "1",
@@ -94,20 +114,36 @@ class VideoPredictor:
         *,
         output_format: str,
         image: Path | None = None,
+        lora_weights: str = "",
+        lora_scale: float = 1.0,
+        lora_alpha: float | None = None,
+        extra_lora: str = "",
+        extra_lora_scale: float = 1.0,
+        extra_lora_alpha: float | None = None,
         **inputs: object,
     ) -> Path:
         """Make one video and return its path, which stays until the next request or shutdown."""
         from lib.encode import write_video
         from lib.generation import build_request
         from lib.images import read_image
+        from lib.lora import choices
 
         self.scratch.clear()
+        chosen = choices(
+            lora_weights=lora_weights,
+            lora_scale=lora_scale,
+            lora_alpha=lora_alpha,
+            extra_lora=extra_lora,
+            extra_lora_scale=extra_lora_scale,
+            extra_lora_alpha=extra_lora_alpha,
+            default=self.default_lora,
+        )
         if self.spec.task == "i2v":
             inputs["image"] = read_image(guard.check_file(image), name="the given image")
         request = build_request(self.spec, any_size=self.any_size, **inputs)
         with self.scratch.request() as folder:
             stop = threading.Event()
-            frames = self.compute.run(lambda: self.generator.frames(request, stop=stop), stop=stop)
+            frames, lora_facts = self.compute.run(lambda: self._generate(request, chosen, stop), stop=stop)
             with self.generator.timed("writing"):
                 path = write_video(
                     frames,
@@ -119,6 +155,7 @@ class VideoPredictor:
                         "prompt": request.prompt,
                         "negative_prompt": request.negative_prompt,
                         **request.settings(),
+                        **{name: str(value) for name, value in lora_facts.items()},
                     },
                 )
         facts = self.setup_facts | {
@@ -127,11 +164,35 @@ class VideoPredictor:
             "width": request.width,
             "height": request.height,
             "fps": request.fps,
+            **lora_facts,
         }
         facts |= {f"{stage}_seconds": seconds for stage, seconds in self.generator.timings.items()}
         for name, value in facts.items():
             metrics.record_metric(name, value)
         return path
+
+    def _generate(
+        self, request: "Request", chosen: "list[Choice]", stop: threading.Event
+    ) -> "tuple[np.ndarray, dict[str, object]]":
+        """The frames, and what is to be known of the LoRAs they were made with."""
+        started = time.perf_counter()
+        with self.loras.applied(chosen, stop=stop) as applied:
+            seconds = time.perf_counter() - started
+            frames = self.generator.frames(request, stop=stop)
+        if applied:
+            self.generator.timings["lora"] = round(seconds, 3)
+        return frames, _lora_facts(chosen, applied)
+
+
+def _lora_facts(chosen: "list[Choice]", applied: "list[Applied]") -> dict[str, object]:
+    """Metrics and metadata: lora, lora_scale and the same of extra_lora, and the words they listen to."""
+    facts: dict[str, object] = {}
+    for choice, lora in zip(chosen, applied, strict=True):
+        facts |= {choice.slot: lora.label, f"{choice.slot}_scale": lora.scale}
+        if choice.alpha is not None:
+            facts[f"{choice.slot}_alpha"] = choice.alpha
+    words = dict.fromkeys(lora.trigger_word for lora in applied if lora.trigger_word)
+    return facts | ({"trigger_word": ", ".join(words)} if words else {})
 
 
 def _print_now(line: str) -> None:

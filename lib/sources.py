@@ -8,13 +8,21 @@ import http.client
 import ipaddress
 import os
 import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from lib.archive import disk_error, size_text
+from lib.compute import Stopped
 from lib.errors import UserError
-from lib.transport import TRANSIENT, Rules, Source, shown
+from lib.transport import TRANSIENT, FetchError, Patience, Rules, Source, TruncatedError, shown
 
 SILENCE_SECONDS = 30.0
 TOTAL_SECONDS = 600.0  # a fetch holds the server's only slot: a byte now and then must not hold it for ever
+BLOCK_BYTES = 256 << 10
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 _COMPATIBLE = ipaddress.ip_network("::/96")  # RFC 4291, 2.5.5.1
@@ -73,12 +81,94 @@ def open_url(url: str) -> http.client.HTTPResponse:
     be reached or does not answer with 2xx.
     """
     check_address(url)
-    rules = Rules(check_url=check_address, check_peer=_check_peer, seconds=TOTAL_SECONDS)
-    source = Source(url=url, timeout=SILENCE_SECONDS, rules=rules)
+    source = Source(url=url, timeout=SILENCE_SECONDS, rules=request_rules())
     try:
         return source.open()
     except TRANSIENT as error:
         raise source.failure(error) from error
+
+
+def request_rules(*, stop: threading.Event | None = None, trusted: str | None = None) -> Rules:
+    """What holds for addresses that a request names; below `trusted`, the operator's own, all is allowed."""
+
+    def excepting(check: Callable[..., None]) -> Callable[..., None]:
+        def checked(*arguments: str) -> None:
+            if trusted is None or not arguments[-1].startswith(f"{trusted}/"):
+                check(*arguments)
+
+        return checked
+
+    return Rules(
+        check_url=excepting(check_address),
+        check_peer=excepting(_check_peer),
+        seconds=TOTAL_SECONDS,
+        stop=stop,
+    )
+
+
+def operator_rules(*, stop: threading.Event | None = None) -> Rules:
+    """What holds for addresses that the server's owner set: anything, in the time that a request has."""
+    return Rules(
+        check_url=lambda url: None, check_peer=lambda address, url: None, seconds=TOTAL_SECONDS, stop=stop
+    )
+
+
+def save_url(
+    url: str, target: Path, *, max_bytes: int, rules: Rules, headers: Mapping[str, str] | None = None
+) -> Path:
+    """Write what is at a URL to the new file `target` and return it; nothing is left unless it came whole.
+
+    A line that breaks is tried again, all within rules.seconds. Raises FetchError, also for more than
+    `max_bytes`, Stopped, and NoSpaceError.
+    """
+    source = Source(url=url, headers=dict(headers or {}), timeout=SILENCE_SECONDS, rules=rules)
+    patience = Patience(source, rules.stop)
+    end = time.monotonic() + rules.seconds
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            if rules.stop is not None and rules.stop.is_set():
+                raise Stopped
+            left = replace(rules, seconds=max(end - time.monotonic(), 0.1))
+            try:
+                with replace(source, rules=left).open() as response:
+                    return _save(response, target, max_bytes=max_bytes, source=source)
+            except TRANSIENT as error:
+                if time.monotonic() >= end:
+                    raise source.failure(error) from error
+                patience.failed(error)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _save(response: http.client.HTTPResponse, target: Path, *, max_bytes: int, source: Source) -> Path:
+    at, announced = 0, response.length
+    with _opened(target) as file:
+        while True:
+            if max(at, announced or 0) > max_bytes:
+                raise FetchError(
+                    f"Cannot download {shown(source.url)}: it is larger than the {size_text(max_bytes)} "
+                    "that are allowed. Use a smaller file."
+                )
+            block = response.read1(BLOCK_BYTES)
+            if not block:
+                break
+            try:
+                file.write(block)
+            except OSError as error:
+                raise disk_error(error, target) from error  # not to be taken for a fault of the line
+            at += len(block)
+    if response.length:
+        raise TruncatedError(f"the connection ended {response.length:,} bytes early")
+    return target
+
+
+def _opened(target: Path):  # type: ignore[no-untyped-def]
+    try:
+        return target.open("wb", buffering=0)
+    except OSError as error:
+        raise disk_error(error, target) from error
 
 
 def _check_peer(address: str, url: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import http.client
 import io
+import select
 import socket
 import ssl
 import threading
@@ -13,10 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import quote, unquote, urlsplit
 
+from lib.compute import Stopped
 from lib.errors import UserError
 
 ATTEMPTS = 4  # in a row without progress
 BACKOFF_SECONDS = 1.0  # doubled after each failed attempt
+STOP_POLL_SECONDS = 0.2
 TRANSIENT = (OSError, http.client.HTTPException)
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -57,12 +60,13 @@ class Rules:
     `check_url` gets the URL and each URL that it redirects to, before anything is sent there; `check_peer`
     gets the IP address that was connected to, and its URL, before the request is sent. Both raise for what
     may not be read. Behind a proxy the peer is the proxy, which is not asked about. Headers and body of one
-    response have `seconds` in all.
+    response have `seconds` in all. Reading raises Stopped soon after `stop` was set, even from a silent host.
     """
 
     check_url: Callable[[str], None]
     check_peer: Callable[[str, str], None]
     seconds: float
+    stop: threading.Event | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +194,9 @@ class _RuledConnections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
                     self.rules.check_peer(connection.sock.getpeername()[0], req.full_url)
 
             connection.connect = connect_and_check  # type: ignore[method-assign]
-            connection.response_class = functools.partial(_TimedResponse, deadline=self.deadline)
+            connection.response_class = functools.partial(
+                _TimedResponse, deadline=self.deadline, stop=self.rules.stop
+            )
             return connection
 
         return self.do_open(make, req)
@@ -199,14 +205,23 @@ class _RuledConnections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
 class _TimedResponse(http.client.HTTPResponse):
     """A response that has to arrive by `deadline`, whatever the pace of its bytes."""
 
-    def __init__(self, sock: socket.socket, *args: object, deadline: float, **options: object) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *args: object,
+        deadline: float,
+        stop: threading.Event | None,
+        **options: object,
+    ) -> None:
         super().__init__(sock, *args, **options)  # type: ignore[arg-type]
-        self.fp = io.BufferedReader(_TimedRaw(self.fp.detach(), sock, deadline))
+        self.fp = io.BufferedReader(_TimedRaw(self.fp.detach(), sock, deadline, stop))
 
 
 class _TimedRaw(io.RawIOBase):
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
-        self.raw, self.sock, self.deadline = raw, sock, deadline
+    def __init__(
+        self, raw: io.RawIOBase, sock: socket.socket, deadline: float, stop: threading.Event | None
+    ) -> None:
+        self.raw, self.sock, self.deadline, self.stop = raw, sock, deadline, stop
         self.silence = sock.gettimeout() or float("inf")
 
     def readable(self) -> bool:
@@ -217,11 +232,26 @@ class _TimedRaw(io.RawIOBase):
         if left > 0:
             self.sock.settimeout(min(self.silence, left))
             try:
+                self._wait(min(self.silence, left))
                 return self.raw.readinto(buffer)
             except TimeoutError:
                 if time.monotonic() < self.deadline:
                     raise
         raise DeadlineError("the host is too slow: the whole did not arrive in the time allowed")
+
+    def _wait(self, seconds: float) -> None:
+        """Return when there is something to read or `seconds` are over; raise Stopped when told to."""
+        if self.stop is None:
+            return
+        end = time.monotonic() + seconds
+        ready = select.poll()
+        ready.register(self.sock, select.POLLIN)
+        # What TLS has decrypted already does not show on the socket.
+        while not getattr(self.sock, "pending", int)() and time.monotonic() < end:
+            if self.stop.is_set():
+                raise Stopped
+            if ready.poll(1000 * STOP_POLL_SECONDS):
+                return
 
     def close(self) -> None:
         self.raw.close()

@@ -76,7 +76,7 @@ def local_environment(config: PredictorConfig) -> dict[str, str]:
 
 
 def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
-    """The model's and the cache's folder, where set, as they are named from anywhere.
+    """The folders of model and cache, and COG_WEIGHTS' file, where set, as they are named from anywhere.
 
     They are relative to where the caller stands; a server stands in its scratch directory. The name of a
     known model stays one even where a folder is called the same.
@@ -89,6 +89,9 @@ def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
         folder = Path(model).expanduser()
         if folder.is_dir():
             found["COGVIDEOX_MODEL"] = str(folder.resolve())
+    lora = variables.get("COG_WEIGHTS")
+    if lora and "://" not in lora and (path := Path(lora).expanduser()).exists():
+        found["COG_WEIGHTS"] = str(path.resolve())
     return found
 
 
