@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: which files of a repository a model needs, and how to ask for them.
+"""The Hugging Face Hub: which files a repository has, which of them a model needs, and how to ask for them.
 
 The files then come through lib/download.py, which continues inside a file after an interruption;
 huggingface_hub's own download begins an interrupted file anew, up to 5 GB for these checkpoints.
@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import Literal
 from urllib.parse import quote
 
 from lib.download import read
@@ -66,16 +67,23 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def listing(repository: str, revision: str, *, rules: Rules | None = None) -> Snapshot:
+def listing(
+    repository: str,
+    revision: str,
+    *,
+    kind: Literal["models", "datasets"] = "models",
+    rules: Rules | None = None,
+) -> Snapshot:
     """Resolve a revision and list every file. Raises UserError, NoRepositoryError among them."""
     hub = endpoint()
-    address = f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    address = f"{hub}/api/{kind}/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    pages = hub if kind == "models" else f"{hub}/{kind}"
     try:
         answer = json.loads(read(address, max_bytes=LISTING_BYTES, headers=headers(), rules=rules))
         commit = str(answer["sha"])
         entries = [(str(entry["rfilename"]), entry) for entry in answer["siblings"]]
     except FetchError as error:
-        raise _rephrased(error, repository, revision) from error
+        raise _rephrased(error, repository, revision, kind) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{hub} did not answer as a Hugging Face Hub does about {repository}.") from error
     files = tuple(
@@ -83,7 +91,7 @@ def listing(repository: str, revision: str, *, rules: Rules | None = None) -> Sn
             path=path,
             size=entry.get("size"),
             sha256=(entry.get("lfs") or {}).get("sha256"),
-            url=f"{hub}/{repository}/resolve/{commit}/{quote(path)}",
+            url=f"{pages}/{repository}/resolve/{commit}/{quote(path)}",
         )
         for path, entry in entries
     )
@@ -131,8 +139,9 @@ def _without_variants(places: list[PurePosixPath]) -> list[PurePosixPath]:
     return [place for place in places if place not in variants]
 
 
-def _rephrased(error: FetchError, repository: str, revision: str) -> UserError:
+def _rephrased(error: FetchError, repository: str, revision: str, kind: str) -> UserError:
     code = error.headers.get("X-Error-Code")
+    what = "repository" if kind == "models" else "data set"
     if code == "RevisionNotFound":
         return UserError(
             f"{repository} has no revision {revision!r} on the Hugging Face Hub. Check the revision."
@@ -143,7 +152,7 @@ def _rephrased(error: FetchError, repository: str, revision: str) -> UserError:
         )
     if code == "RepoNotFound" or error.status in (401, 404):
         return NoRepositoryError(
-            f"The Hugging Face Hub has no repository {repository}, or it is private. "
+            f"The Hugging Face Hub has no {what} {repository}, or it is private. "
             "Check the name; for a private one set HF_TOKEN."
         )
     return error

@@ -71,9 +71,7 @@ def choices(
         slot = name.removesuffix("_weights")
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"{slot}_alpha={alpha:g} is out of range: it has to be above 0.")
-        address = (
-            lora_source.parse(source, max_bytes=lora_cache.max_bytes()) if source.strip() else fallback
-        )
+        address = lora_source.parse(source, max_bytes=lora_cache.max_bytes()) if source.strip() else fallback
         if address is not None:
             chosen.append(Choice(address=address, scale=scale, alpha=alpha, slot=slot))
         elif alpha is not None:

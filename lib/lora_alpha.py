@@ -93,9 +93,7 @@ def _from_config(config: Mapping[str, object], ranks: Mapping[str, int], name: s
                 f"matrices have {found}."
             )
     return Scaling(
-        alphas={
-            module: _positive(_looked_up(alpha_pattern, module, alpha), name) for module in ranks
-        },
+        alphas={module: _positive(_looked_up(alpha_pattern, module, alpha), name) for module in ranks},
         rslora=bool(config.get("use_rslora")),
     )
 

@@ -59,11 +59,14 @@ def locate(address: Address, *, stop: threading.Event | None = None, report: Rep
 
     Raises UserError when there is no such LoRA, it is of another kind or too large, and Stopped.
     """
-    if address.place == "local":
-        if address.file.is_dir():
+    try:
+        if address.place == "local" and address.file.is_dir():
             return _in_folder(address.file, given=address.given)
-        if kind_of(address.file, name=address.given) == "safetensors":
-            return Found(file=address.file)
+        if address.place == "local" and kind_of(address.file, name=address.given) == "safetensors":
+            config = _read_config(address.file.with_name(CONFIG), given=address.given)
+            return Found(file=address.file, config=config)
+    except OSError as error:
+        raise UserError(f"{address.given} cannot be read: {error.strerror or error}.") from error
     folder = cache_folder() / "loras"
     entry = folder / hashlib.sha256(address.key.encode()).hexdigest()[:32]
     try:

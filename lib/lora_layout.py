@@ -128,7 +128,7 @@ def read_lora(
             header.metadata,
             adapter_config,
             ranks={module: pair.rank for module, pair in pairs.items()},
-            alphas=_read_alphas(path, alpha_keys),
+            alphas=_read_alphas(path, alpha_keys, name),
             name=name,
         ),
         recorded=recorded,
@@ -237,13 +237,16 @@ def _matrix(key: str, tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _read_alphas(path: Path, keys: Mapping[str, str]) -> dict[str, float]:
+def _read_alphas(path: Path, keys: Mapping[str, str], name: str) -> dict[str, float]:
     if not keys:
         return {}
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        return {module: _scalar(file.get_tensor(key)) for module, key in keys.items()}
+    try:
+        with safe_open(path, "pt") as file:
+            return {module: _scalar(file.get_tensor(key)) for module, key in keys.items()}
+    except SafetensorError as error:
+        raise UserError(f"{name} is no whole safetensors file: {error}. Get it again.") from error
 
 
 def _scalar(tensor) -> float:  # type: ignore[no-untyped-def]

@@ -1,11 +1,11 @@
 """What a caller may write to name a LoRA, and which address each form means; nothing is fetched here.
 
-    https://replicate.delivery/.../trained_model.tar          the output of a training
-    https://example.com/style.safetensors                     any https address
-    owner/name, owner/name@revision/folder/file.safetensors   the Hugging Face Hub
-    https://huggingface.co/owner/name/blob/main/x.safetensors one of its pages
-    data:application/octet-stream;base64,...                  the file itself
-    /data/style.safetensors                                   this machine, where that is allowed
+https://replicate.delivery/.../trained_model.tar          the output of a training
+https://example.com/style.safetensors                     any https address
+owner/name, owner/name@revision/folder/file.safetensors   the Hugging Face Hub
+https://huggingface.co/owner/name/blob/main/x.safetensors one of its pages
+data:application/octet-stream;base64,...                  the file itself
+/data/style.safetensors                                   this machine, where that is allowed
 """
 
 import base64
@@ -26,7 +26,10 @@ from lib.sources import local_sources_allowed
 from lib.transport import shown
 
 Place = Literal["url", "hub", "data", "local"]
+REPLICATE_HOSTS = frozenset({"replicate.com", "www.replicate.com"})
+REPLICATE_VERSION = re.compile(r"[\w.-]+/[\w.-]+:[0-9a-f]{64}")
 HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
+HUB_PAGES = ("blob", "resolve", "tree", "raw")
 CIVITAI = re.compile(r"(?:www\.)?civitai\.(?:com|red|green)")
 HUB_NAME = re.compile(
     rf"(?P<repository>{hub.REPOSITORY.pattern})(?:@(?P<revision>[^/@\s]+))?(?:/(?P<path>.+))?"
@@ -69,6 +72,8 @@ class Address:
 def parse(source: str, *, trusted: bool = False, max_bytes: int) -> Address:
     """Return the address that `source` means. Raises UserError naming the forms, or the right one of them."""
     source = source.strip()
+    if source.partition("/")[0].lower() in (*HUB_HOSTS, *REPLICATE_HOSTS):  # as people copy them
+        source = f"https://{source}"
     if source.startswith("data:"):
         return _data(source, trusted, max_bytes)
     scheme = source.partition("://")[0].lower() if "://" in source else ""
@@ -84,6 +89,8 @@ def parse(source: str, *, trusted: bool = False, max_bytes: int) -> Address:
             )
     if (match := HUB_NAME.fullmatch(source)) and ".." not in source:
         return _hub(match["repository"], match["revision"], match["path"], source, trusted)
+    if REPLICATE_VERSION.fullmatch(source):
+        raise UserError(f"{_cut(source)!r} is a version of a model on Replicate. {REPLICATE_HINT}")
     raise UserError(f"{_cut(source)!r} names no LoRA; give {FORMS}.")
 
 
@@ -107,7 +114,11 @@ def _data(source: str, trusted: bool, max_bytes: int) -> Address:
     digest = hashlib.sha256(content).hexdigest()
     label = f"data URI {digest[:12]}"
     return Address(
-        place="data", given=f"The LoRA of {label}", label=label, key=f"data:{digest}", trusted=trusted,
+        place="data",
+        given=f"The LoRA of {label}",
+        label=label,
+        key=f"data:{digest}",
+        trusted=trusted,
         content=content,
     )
 
@@ -139,7 +150,7 @@ def _url(source: str, scheme: str, trusted: bool) -> Address:
     if parts is None or not host or scheme not in ("http", "https"):
         raise UserError(f"{given} names no LoRA; give {FORMS}.")
     steps = [unquote(step) for step in parts.path.split("/") if step]
-    if host in ("replicate.com", "www.replicate.com"):
+    if host in REPLICATE_HOSTS:
         raise UserError(f"{given} is a page of Replicate, not a file. {REPLICATE_HINT}")
     if CIVITAI.fullmatch(host) and steps[:1] == ["models"]:
         raise UserError(_civitai_page(given, parse_qs(parts.query)))
@@ -171,7 +182,9 @@ def _hub_page(steps: list[str], source: str, trusted: bool) -> Address:
         raise UserError(f"{_cut(given)!r} is no address of a Hugging Face repository.")
     if not kind:
         return _hub(repository, None, None, given, trusted)
-    if kind[0] not in ("blob", "resolve", "tree", "raw") or len(steps) < 4:
+    if steps[-1].endswith(".safetensors") and kind[0] not in HUB_PAGES:
+        return _hub(repository, None, "/".join(steps[2:]), given, trusted)
+    if kind[0] not in HUB_PAGES or len(steps) < 4:
         raise UserError(
             f"{_cut(given)!r} is no file of a Hugging Face repository; give {repository} or "
             f"{repository}/file.safetensors."
@@ -179,9 +192,7 @@ def _hub_page(steps: list[str], source: str, trusted: bool) -> Address:
     return _hub(repository, steps[3], "/".join(rest), given, trusted)
 
 
-def _hub(
-    repository: str, revision: str | None, path: str | None, source: str, trusted: bool
-) -> Address:
+def _hub(repository: str, revision: str | None, path: str | None, source: str, trusted: bool) -> Address:
     given, path = repr(_cut(source)), (path or "").strip("/")
     refuse_pickle(path, name=given)
     revision = revision or "main"

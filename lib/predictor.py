@@ -62,10 +62,9 @@ class VideoPredictor:
         spec = models.spec_for(name, folder)
         weights.go_offline()
         weights_url = str(weights_url or os.environ.get("COG_WEIGHTS") or "")
+        largest = lora_cache.max_bytes()  # a setting that is none ends the start, not the first request
         default_lora = (
-            lora_source.parse(weights_url, trusted=True, max_bytes=lora_cache.max_bytes())
-            if weights_url
-            else None
+            lora_source.parse(weights_url, trusted=True, max_bytes=largest) if weights_url else None
         )
 
         from lib.generation import Generator

@@ -103,9 +103,10 @@ def test_the_video_is_that_of_plain_diffusers_and_says_what_made_it(server, host
 
 
 def test_every_source_gives_the_same_video(server, host, folder):
-    uri = "data:application/octet-stream;base64," + base64.b64encode(
-        (folder / "lora.safetensors").read_bytes()
-    ).decode()
+    uri = (
+        "data:application/octet-stream;base64,"
+        + base64.b64encode((folder / "lora.safetensors").read_bytes()).decode()
+    )
     sources = [
         host.url("/lora.safetensors"),
         host.url("/trained.tar"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -301,6 +301,48 @@ def test_an_adapter_takes_the_transformers_dtype(tmp_path):
     loras.load(choice(save_lora(tmp_path / "lora.safetensors")))
     kinds = {p.dtype for key, p in generator.pipeline.transformer.named_parameters() if "lora_" in key}
     assert kinds == {torch.bfloat16}
+
+
+def offloaded(monkeypatch, plan: str) -> tuple[Generator, Loras]:
+    """Of weights that wait on the CPU for a device which is the CPU too: the hooks are those of a GPU."""
+    name = f"enable_{plan}_cpu_offload"
+    offload = getattr(DiffusionPipeline, name)
+    monkeypatch.setattr(
+        DiffusionPipeline, name, lambda self, **named: offload(self, **{"device": "cpu"} | named)
+    )
+    generator = load_generator(WEIGHTS / "tiny-t2v")
+    getattr(generator.pipeline, name)()
+    loras = Loras(pipeline=generator.pipeline, spec=generator.spec, offload=plan, report=lambda line: None)
+    return generator, loras
+
+
+def breaks(*arguments, **options):
+    raise RuntimeError("no memory")
+
+
+def test_frames_of_offloaded_weights_are_the_same(tmp_path, base_frames, monkeypatch):
+    generator, loras = offloaded(monkeypatch, "model")
+    file = save_lora(tmp_path / "lora.safetensors")
+    assert np.array_equal(frames_with(generator, loras, choice(file, 0.5)), plain_frames([file], [0.5]))
+    assert np.array_equal(generator.frames(request_for()), base_frames)
+
+
+@pytest.mark.parametrize("plan", ["model", "sequential"])
+def test_weights_stay_offloaded_whatever_is_attached_detached_or_fails(tmp_path, monkeypatch, plan):
+    monkeypatch.setattr(lora, "MAX_ATTACHED", 1)
+    generator, loras = offloaded(monkeypatch, plan)
+    first, second = (save_lora(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2))
+    transformer = generator.pipeline.transformer
+    for file in (first, second):
+        loras.load(choice(file))
+        assert len(adapters(generator)) == 1 and hasattr(transformer, "_hf_hook")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.set_peft_model_state_dict", breaks)
+        with pytest.raises(RuntimeError, match="no memory"):
+            loras.load(choice(first))
+    assert adapters(generator) == [] and hasattr(transformer, "_hf_hook")
+    loras.load(choice(first))
+    assert len(adapters(generator)) == 1 and hasattr(generator.pipeline.vae, "_hf_hook")
 
 
 def test_the_trigger_word_is_told_once_and_reported_each_time(tmp_path, loras, monkeypatch):

@@ -31,6 +31,8 @@ def refused(source: str, **options) -> str:
         ("owner/name@v1", "owner/name", "v1", ""),
         ("owner/name@v1/a.safetensors", "owner/name", "v1", "a.safetensors"),
         ("https://huggingface.co/owner/name", "owner/name", "main", ""),
+        ("huggingface.co/owner/name", "owner/name", "main", ""),
+        ("huggingface.co/owner/name/a.safetensors", "owner/name", "main", "a.safetensors"),
         ("https://huggingface.co/owner/name/", "owner/name", "main", ""),
         ("https://www.huggingface.co/owner/name", "owner/name", "main", ""),
         ("https://hf.co/owner/name/tree/v2", "owner/name", "v2", ""),
@@ -85,8 +87,13 @@ def test_a_data_uri_is_its_content():
     ("source", "messages"),
     [
         ("https://replicate.com/owner/model", ["page of Replicate", "https://replicate.delivery/"]),
+        ("replicate.com/owner/model", ["page of Replicate", "trained_model.tar"]),
+        ("owner/model:" + "0" * 64, ["a version of a model on Replicate. ", "https://replicate.delivery/"]),
         ("https://civitai.com/models/123/name", ["CivitAI", "api/download/models/<modelVersionId>"]),
-        ("https://civitai.com/models/123?modelVersionId=456", ["https://civitai.com/api/download/models/456."]),
+        (
+            "https://civitai.com/models/123?modelVersionId=456",
+            ["https://civitai.com/api/download/models/456."],
+        ),
         ("owner/name/a.bin", ["pickle by its name"]),
         ("https://x.example/a.ckpt?x=1", ["pickle by its name"]),
         ("https://huggingface.co/o/n/blob/main/a.pt", ["pickle by its name"]),
