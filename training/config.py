@@ -278,11 +278,13 @@ def _checked(name: str, value: Any, kind: Any, limits: Any) -> Any:
     if get_origin(kind) is Literal:
         kind = str
     if get_origin(kind) is tuple:
+        _require(isinstance(value, (list, tuple)), f"{name}={value!r} is not a list")
         return tuple(str(item) for item in value)
     if kind in (int, float):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         wanted = "a whole number" if kind is int else "a number"
-        _require(number and (kind is float or value == int(value)), f"{name}={value!r} is not {wanted}")
+        whole = isinstance(value, int) or (number and value.is_integer())
+        _require(number and (kind is float or whole), f"{name}={value!r} is not {wanted}")
         low, high = limits["ge"], limits["le"]
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             nearest = low if low is not None and not value >= low else high
