@@ -13,6 +13,9 @@ import torch
 from training.latents import Encodings, Section
 from training.objective import IMAGE_NOISE_DEVIATION, IMAGE_NOISE_MEAN, padded_in_front
 
+ORDER, SAMPLE = 0, 1
+"""Apart in the seeds: numpy takes (1, 2) and (1, 2, 0) for the same."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chances:
@@ -63,7 +66,7 @@ class Sampler:
         """Every epoch is a permutation of all samples; steps run over the epochs' borders."""
         epoch, place = divmod(step * self.global_batch + index, len(self.sections))
         if self._order[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
+            rng = np.random.default_rng((self.seed, ORDER, epoch))
             self._order = (epoch, rng.permutation(len(self.sections)))
         return self.sections[self._order[1][place]]
 
@@ -80,7 +83,7 @@ class Sampler:
     def _draw(self, step: int, index: int) -> dict[str, torch.Tensor]:
         """One sample. All chances are drawn in any case, so that one setting does not shift the others."""
         section = self.section(step, index)
-        rng = np.random.default_rng((self.seed, step, index))
+        rng = np.random.default_rng((self.seed, SAMPLE, step, index))
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         flip, drop_caption, drop_image, crop = rng.random(4)
         timestep, deviation = int(rng.integers(self.timesteps)), rng.normal()

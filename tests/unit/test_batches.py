@@ -1,0 +1,255 @@
+"""Every draw follows from seed, step and global index alone: nothing else decides what a step learns from."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from training.batches import Batch, Chances, Sampler
+from training.latents import Encodings, LatentCache, Section
+
+CHANNELS, TOKENS, WIDTH = 2, 3, 4
+
+
+class Store:
+    """Encoded clips in a folder, whose values say which clip, side and crop they are."""
+
+    def __init__(self, folder):
+        self.cache = LatentCache(folder)
+        self.encodings = Encodings(self.cache, text_key="text")
+        self.prompt("")
+
+    def prompt(self, text: str) -> None:
+        embeddings = torch.full((TOKENS, WIDTH), float(len(text)))
+        self.cache.write(self.encodings.prompt_path(text), {"embeddings": embeddings})
+
+    def section(
+        self, number: int, *, frames=3, side=(2, 3), sides=1, crops=1, std=0.5, image=True
+    ) -> Section:
+        """A clip whose latents' mean is 100 * number + 10 * side + crop."""
+        caption = "x" * (number + 1)
+        self.prompt(caption)
+        files = []
+        for mirrored in range(sides):
+            paths = []
+            for crop in range(crops):
+                path = self.cache.path("clip", number, mirrored, crop)
+                mean = torch.full((frames, CHANNELS, *side), 100.0 * number + 10 * mirrored + crop)
+                tensors = {"mean": mean, "std": torch.full_like(mean, std)}
+                if image:
+                    shape = (3, 1, 4 * side[0], 4 * side[1])
+                    tensors["image"] = torch.full(shape, 10 * number + mirrored, dtype=torch.uint8)
+                self.cache.write(path, tensors)
+                paths.append(path)
+            files.append(tuple(paths))
+        return Section(f"{number}.mp4", caption, 4 * frames - 3, tuple(files))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "cache")
+
+
+def sampler(store: Store, sections: list[Section], **changes) -> Sampler:
+    chances = {"flip": 0.0, "caption_dropout": 0.0, "image_dropout": 0.0}
+    chances |= {name: changes.pop(name) for name in tuple(changes) if name in chances}
+    options = {
+        "seed": 1, "global_batch": 4, "scaling_factor": 0.7, "temporal_patch": None, "timesteps": 1000,
+    }  # fmt: skip
+    return Sampler(sections, store.encodings, chances=Chances(**chances), **options | changes)
+
+
+def one(made: Sampler, step: int, index: int) -> Batch:
+    (batch,) = made.batches(step, [index])
+    return batch
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {field.name: getattr(batch, field.name) for field in fields(Batch)}
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    for name, value in tensors(first).items():
+        assert torch.equal(value, getattr(second, name)), name
+
+
+RANDOM = ("latents", "noise", "timesteps", "image_noise", "image_deviation", "latent_noise")
+
+
+def test_a_draw_depends_on_seed_step_and_index_alone(store):
+    sections = [store.section(number, crops=2, sides=2) for number in range(5)]
+    chances = {"flip": 0.5, "caption_dropout": 0.3, "image_dropout": 0.3}
+    made = sampler(store, sections, **chances)
+    forwards = {(step, index): one(made, step, index) for step in range(6) for index in range(4)}
+    again = sampler(store, sections, **chances)
+    for place in reversed(list(forwards)):
+        assert_same(forwards[place], one(again, *place))
+
+
+@pytest.mark.parametrize("other", [{"step": 8}, {"index": 1}, {"seed": 2}])
+def test_another_step_index_or_seed_draws_everything_afresh(store, other):
+    """With one clip alone, so that nothing differs by the choice of the clip."""
+    section = store.section(1)
+    place = {"step": 7, "index": 0}
+    before = one(sampler(store, [section], seed=1), **place)
+    seed = other.get("seed", 1)
+    after = one(
+        sampler(store, [section], seed=seed), **place | {k: v for k, v in other.items() if k != "seed"}
+    )
+    for name in RANDOM:
+        assert not torch.equal(getattr(before, name), getattr(after, name)), name
+    assert torch.equal(before.images, after.images) and torch.equal(before.text, after.text)
+
+
+def test_noises_of_one_sample_are_independent(store):
+    section = store.section(0, frames=9, side=(16, 16), std=1.0)
+    batch = one(sampler(store, [section], scaling_factor=1.0), 3, 0)
+    pairs = [
+        (batch.latents, batch.noise),
+        (batch.noise[:, :1], batch.latent_noise),
+        (batch.latents[:, :1], batch.latent_noise),
+        (batch.noise.flatten()[:1000], batch.image_noise.flatten()[:1000]),
+    ]
+    for first, second in pairs:
+        correlation = np.corrcoef(first.flatten(), second.flatten())[0, 1]
+        assert abs(correlation) < 0.2
+        assert abs(first.mean()) < 0.2 and 0.8 < first.std() < 1.2
+
+
+def test_latents_are_sampled_from_the_posterior_and_scaled(store):
+    section = store.section(3, frames=9, side=(16, 16), std=0.5)
+    values = torch.cat([one(sampler(store, [section]), step, 0).latents for step in range(4)])
+    assert abs(values.mean() - 0.7 * 300) < 0.01
+    assert abs(values.std() - 0.7 * 0.5) < 0.01
+
+
+def test_two_halves_of_a_global_batch_are_the_whole(store):
+    sections = [store.section(number, sides=2) for number in range(7)]
+    made = sampler(store, sections, global_batch=4, flip=0.5, caption_dropout=0.5)
+    (whole,) = made.batches(5, range(4))
+    (first,), (second,) = made.batches(5, range(2)), made.batches(5, range(2, 4))
+    for name, value in tensors(whole).items():
+        assert torch.equal(value, torch.cat([getattr(first, name), getattr(second, name)])), name
+
+
+@pytest.mark.parametrize(("count", "global_batch"), [(1, 1), (5, 1), (5, 2), (3, 8), (8, 4)])
+def test_every_epoch_is_a_permutation_of_all_samples(store, count, global_batch):
+    sections = [store.section(number) for number in range(count)]
+    made = sampler(store, sections, global_batch=global_batch)
+    steps = 6 * count
+    order = [made.section(step, index).clip for step in range(steps) for index in range(global_batch)]
+    epochs = [order[at : at + count] for at in range(0, len(order), count)]
+    assert len(epochs) >= 6
+    assert all(sorted(epoch) == sorted(each.clip for each in sections) for epoch in epochs)
+    if count >= 5:
+        assert len({tuple(epoch) for epoch in epochs}) > 2
+    other = sampler(store, sections, global_batch=global_batch, seed=9)
+    if count >= 5:
+        assert order != [other.section(s, i).clip for s in range(steps) for i in range(global_batch)]
+
+
+def test_chances_have_the_frequency_asked_for(store):
+    section = store.section(0, sides=2, crops=3)
+    made = sampler(store, [section], flip=0.25, caption_dropout=0.1, image_dropout=0.05)
+    drawn = [one(made, step, index) for step in range(500) for index in range(4)]
+    flipped = np.mean([batch.images.flatten()[0] == 1 for batch in drawn])
+    no_caption = np.mean([not batch.text.any() for batch in drawn])
+    no_image = np.mean([not batch.image_kept for batch in drawn])
+    steps = np.array([batch.timesteps.item() for batch in drawn])
+    crops = np.bincount([round(batch.latents.mean().item() / 0.7) % 10 for batch in drawn], minlength=3)
+    for found, asked in ((flipped, 0.25), (no_caption, 0.1), (no_image, 0.05)):
+        assert abs(found - asked) < 4 * (asked * (1 - asked) / 2000) ** 0.5
+    assert crops.shape == (3,) and crops.min() > 580
+    assert steps.min() < 10 and steps.max() > 989 and abs(steps.mean() - 499.5) < 30
+    dropped = np.array([(not batch.text.any(), not batch.image_kept) for batch in drawn])
+    assert 0 < dropped.all(1).sum() < 30  # apart from one another: a two-hundredth of all
+
+
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_a_chance_of_none_or_all_is_exactly_that(store, chance):
+    section = store.section(4, sides=2)
+    made = sampler(store, [section], flip=chance, caption_dropout=chance, image_dropout=chance)
+    for step in range(40):
+        batch = one(made, step, 0)
+        assert bool(batch.image_kept) == (chance == 0)
+        assert batch.text.any() == (chance == 0)
+        assert batch.images.flatten()[0] == 40 + chance
+
+
+@pytest.mark.parametrize("changed", ["flip", "caption_dropout", "image_dropout"])
+def test_changing_one_chance_does_not_shift_the_other_draws(store, changed):
+    section = store.section(2, sides=2, std=0.5)
+    plain, other = sampler(store, [section]), sampler(store, [section], **{changed: 1.0})
+    affected = {"flip": {"images", "latents"}, "caption_dropout": {"text"}, "image_dropout": {"image_kept"}}
+    for step in range(5):
+        before, after = tensors(one(plain, step, 1)), tensors(one(other, step, 1))
+        differing = {name for name in before if not torch.equal(before[name], after[name])}
+        assert differing == affected[changed]
+
+
+def test_the_images_noise_has_the_papers_deviation(store):
+    section = store.section(0)
+    made = sampler(store, [section])
+    logarithms = torch.cat([one(made, step, 0).image_deviation for step in range(1500)]).log()
+    assert abs(logarithms.mean() + 3) < 0.05 and abs(logarithms.std() - 0.5) < 0.04
+
+
+def test_samples_of_other_lengths_and_sizes_are_batched_apart_and_none_is_lost(store):
+    shapes = [{"frames": 3}, {"frames": 5}, {"frames": 3}, {"frames": 3, "side": (3, 2)}, {"frames": 5}]
+    sections = [store.section(number, **shape) for number, shape in enumerate(shapes)]
+    made = sampler(store, sections, global_batch=5)
+    batches = list(made.batches(0, range(5)))
+    assert sorted(tuple(batch.latents.shape) for batch in batches) == [
+        (1, 3, CHANNELS, 3, 2), (2, 3, CHANNELS, 2, 3), (2, 5, CHANNELS, 2, 3),
+    ]  # fmt: skip
+    captions = sorted(text[0, 0].item() for batch in batches for text in batch.text)
+    assert captions == [1, 2, 3, 4, 5]
+    alone = [one(made, 0, index) for index in range(5)]
+    for name in RANDOM:
+        together = {tuple(value.flatten().tolist()) for batch in batches for value in getattr(batch, name)}
+        assert together == {tuple(getattr(batch, name).flatten().tolist()) for batch in alone}, name
+
+
+def test_latents_are_padded_in_front_for_a_temporal_patch_and_noise_covers_the_padding(store):
+    section = store.section(1, frames=3)
+    plain = one(sampler(store, [section]), 0, 0)
+    padded = one(sampler(store, [section], temporal_patch=2), 0, 0)
+    assert padded.latents.shape[1] == padded.noise.shape[1] == 4
+    assert torch.equal(padded.latents[:, 1:], plain.latents)
+    assert torch.equal(padded.latents[:, 0], plain.latents[:, 0])
+    assert not torch.equal(padded.noise[:, 0], padded.noise[:, 1])
+    assert padded.latent_noise.shape[1] == padded.images.shape[2] == 1
+
+
+def test_text_to_video_has_no_image_and_the_same_draws_otherwise(store):
+    with_image, without = store.section(1), store.section(1, image=False)
+    text_only = one(sampler(store, [without]), 4, 0)
+    store.section(1)
+    both = one(sampler(store, [with_image]), 4, 0)
+    for name in ("images", "image_noise", "image_deviation", "latent_noise", "image_kept"):
+        assert getattr(text_only, name) is None
+        assert getattr(both, name) is not None
+    for name in ("latents", "noise", "timesteps", "text"):
+        assert torch.equal(getattr(text_only, name), getattr(both, name))
+
+
+def test_batches_have_the_types_that_the_step_computes_in(store):
+    batch = one(sampler(store, [store.section(1)]), 0, 0)
+    kinds = {name: value.dtype for name, value in tensors(batch).items()}
+    assert kinds == {
+        "latents": torch.float32, "noise": torch.float32, "timesteps": torch.int64, "text": torch.float32,
+        "images": torch.uint8, "image_noise": torch.float32, "image_deviation": torch.float32,
+        "latent_noise": torch.float32, "image_kept": torch.bool,
+    }  # fmt: skip
+
+
+def test_latents_kept_in_bf16_are_sampled_in_float32(store):
+    section = store.section(0, std=0.5)
+    path = section.files[0][0]
+    mean = torch.full((3, CHANNELS, 2, 3), 1.0)
+    half = {"mean": mean.bfloat16(), "std": 0.5 * mean.bfloat16(), "image": torch.zeros(3, 1, 8, 12).byte()}
+    store.cache.write(path, half)
+    batch = one(sampler(store, [section]), 0, 0)
+    assert batch.latents.dtype == torch.float32
+    assert not torch.equal(batch.latents, batch.latents.bfloat16().float())
