@@ -142,7 +142,7 @@ class Host:
 
 
 def hub_of(
-    repository: str, files: dict[str, bytes], *, commit: str, branch: str = "main"
+    repository: str, files: dict[str, bytes], *, commit: str, branch: str = "main", kind: str = "models"
 ) -> dict[str, Served]:
     """Return what a Hub serves for one repository: the listing with sizes and checksums, and the files.
 
@@ -164,12 +164,13 @@ def hub_of(
         "sha": commit,
         "siblings": siblings,
     }
+    pages = "" if kind == "models" else f"/{kind}"
     served = {
-        f"/{repository}/resolve/{commit}/{path}": Served(body, headers={"X-Repo-Commit": commit})
+        f"{pages}/{repository}/resolve/{commit}/{path}": Served(body, headers={"X-Repo-Commit": commit})
         for path, body in files.items()
     }
     for revision in (branch, commit):
-        served[f"/api/models/{repository}/revision/{revision}"] = Served(
+        served[f"/api/{kind}/{repository}/revision/{revision}"] = Served(
             json.dumps(listing).encode(), ranges=False, headers={"Content-Type": "application/json"}
         )
     return served

@@ -1,0 +1,315 @@
+"""A folder that people train on -> clips with captions, and what cannot be used with the reason.
+
+`open_data` and `fetch_hub_dataset`, which make such a folder, live in training/opening.py and are offered
+here too.
+"""
+
+import os
+import posixpath
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lib.errors import UserError
+from training.listings import (
+    FORMS,
+    TABLES,
+    VIDEO_ENDINGS,
+    UnreadableError,
+    is_ignored,
+    read_lines,
+    read_table,
+    read_text,
+)
+from training.opening import fetch_hub_dataset, open_data
+
+__all__ = ["Clip", "LeftOut", "fetch_hub_dataset", "find_clips", "full_caption", "open_data"]
+
+TRANSPORT_STREAMS = frozenset({".ts", ".mts", ".m2ts"})
+"""What camcorders write, and the decoder refuses."""
+VIDEO_LINES, CAPTION_LINES = ("videos.txt",), ("prompts.txt", "prompt.txt")
+VIDEO_COLUMNS = ("file_name", "video", "video_path", "file", "path", "media")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
+SHOWN = 5
+"""How many reasons an error lists."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """A video file and what it shows."""
+
+    path: Path
+    """On the disk."""
+    name: str
+    """Its path within the data set, with forward slashes."""
+    caption: str
+    """As its owner wrote it, without blanks around it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """Something that cannot be trained on."""
+
+    name: str
+    """The file's path within the data set; of a row without a file, where the row is."""
+    reason: str
+    """Why, in words for its owner."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """One line of a listing."""
+
+    where: str
+    video: object
+    caption: object = None
+    remedy: str = ""
+    """Where to write the caption when there is none."""
+    fault: str = ""
+
+
+def find_clips(
+    folder: Path, *, video_column: str = "", caption_column: str = ""
+) -> tuple[list[Clip], list[LeftOut]]:
+    """Return the clips at and below a folder and what is left out, both sorted by name.
+
+    In every folder the first of these that is there says which clips it has, for the folders below too:
+    metadata.jsonl, metadata.csv, videos.txt with prompts.txt. Elsewhere each video has its own .txt.
+    `video_column` and `caption_column` name a table's columns, or, ending in .txt, the line-by-line files.
+    Raises UserError when there is no clip at all, a column is missing, or line counts differ.
+    """
+    files = _Files(Path(folder))
+    found: dict[str, Clip | LeftOut] = {}
+    listings: dict[str, str] = {}
+    for place in files.folders:
+        listing, entries = _listing(files, place, video_column, caption_column)
+        if listing:
+            listings[place] = listing
+        for entry in entries:
+            _take(entry, place, files, found)
+    _check_columns(files, listings, video_column, caption_column)
+    for name in files.paths:
+        if name not in found and (item := _not_listed(name, files, listings)) is not None:
+            found[name] = item
+    clips = sorted((item for item in found.values() if isinstance(item, Clip)), key=lambda clip: clip.name)
+    left_out = [item for item in found.values() if isinstance(item, LeftOut)]
+    left_out.sort(key=lambda item: item.name)
+    if not clips:
+        raise UserError(f"{files.root.name} holds no clips: {_what_there_is(files, left_out)}. {FORMS}")
+    return clips, left_out
+
+
+def full_caption(caption: str, *, trigger_word: str, caption_prefix: str, caption_suffix: str) -> str:
+    """Return prefix, trigger word, caption and suffix, with one blank between them where one belongs.
+
+    The trigger word is left out where it is among the others' words already, in capitals or not.
+    """
+    prefix, trigger, suffix = caption_prefix.strip(), trigger_word.strip(), caption_suffix.strip()
+    others = " ".join((prefix, caption, suffix))
+    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", others, re.IGNORECASE):
+        trigger = ""
+    text = " ".join(part for part in (prefix, trigger, caption.strip()) if part)
+    joint = "" if not text or suffix.startswith((",", ".", ";", ":", "!", "?", ")")) else " "
+    return f"{text}{joint}{suffix}" if suffix else text
+
+
+class _Files:
+    """The files at and below a folder by their names within it, without what systems leave behind."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder.")
+        self.root = root.absolute()
+        self.paths: dict[str, Path] = {}
+        self.folders: list[str] = []
+        for place, below, names in os.walk(self.root):
+            below[:] = sorted(name for name in below if not is_ignored(name))
+            self.folders.append(_within(self.root, Path(place)))
+            for name in sorted(names):
+                path = Path(place, name)
+                if not is_ignored(name) and path.is_file():
+                    self.paths[_within(self.root, path)] = path
+        self._exact = {unicodedata.normalize("NFC", name): name for name in self.paths}
+        self._folded: dict[str, list[str]] = {}
+        for key, name in self._exact.items():
+            self._folded.setdefault(key.casefold(), []).append(name)
+
+    def find(self, name: str) -> str | None:
+        """The name as it is on the disk, where only capitals or the form of accents may differ."""
+        key = unicodedata.normalize("NFC", name)
+        folded = self._folded.get(key.casefold(), [])
+        return self._exact.get(key) or (folded[0] if len(folded) == 1 else None)
+
+    def beside(self, place: str, *names: str) -> str | None:
+        """The first of these files that a folder itself has."""
+        found = [self.find(posixpath.join(place, name)) for name in names]
+        return next((name for name in found if name and posixpath.dirname(name) == place), None)
+
+    def locate(self, place: str, written: str) -> str:
+        """Return the name of the file that a listing in folder `place` names; LookupError says why not."""
+        text = written.strip().replace("\\", "/")
+        if text.startswith("/"):
+            text = posixpath.relpath(text, self.root)
+            place = ""
+        name = posixpath.normpath(posixpath.join(place, text))
+        if name.split("/")[0] == "..":
+            raise LookupError("it lies outside of the data set")
+        found = self.find(name)
+        if found is None:
+            raise LookupError("there is no such file in the data set")
+        return found
+
+
+def _within(root: Path, path: Path) -> str:
+    # Names in another encoding than the system's would fail wherever they are printed or stored.
+    name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
+    return "" if name == "." else name
+
+
+def _is_text(column: str) -> bool:
+    return column.lower().endswith(".txt")
+
+
+def _check_columns(files: _Files, listings: dict[str, str], video_column: str, caption_column: str) -> None:
+    tables = [name for name in listings.values() if PurePosixPath(name).name.lower() in TABLES]
+    for option, given in (("video_column", video_column), ("caption_column", caption_column)):
+        if given and not _is_text(given) and not tables:
+            raise UserError(
+                f"{files.root.name} has no metadata.jsonl or metadata.csv, so there is no column {given!r}. "
+                f"Leave {option} empty."
+            )
+
+
+def _listing(files: _Files, place: str, video_column: str, caption_column: str) -> tuple[str, list[_Entry]]:
+    """Return the name and the entries of the listing in a folder; none of both where it has none."""
+    for table in TABLES:
+        if name := files.beside(place, table):
+            return name, _table_entries(files.paths[name], name, video_column, caption_column)
+    videos = files.beside(place, *((video_column,) if _is_text(video_column) else VIDEO_LINES))
+    captions = files.beside(place, *((caption_column,) if _is_text(caption_column) else CAPTION_LINES))
+    if videos and captions:
+        return videos, _line_entries(files, videos, captions)
+    return "", []
+
+
+def _table_entries(path: Path, name: str, video_column: str, caption_column: str) -> list[_Entry]:
+    try:
+        columns, rows = read_table(path)
+    except UnreadableError as error:
+        return [_Entry(where=name, video=None, fault=f"it {error}")]
+    if not columns:
+        # Every line is damaged, or there is none.
+        rows_at_fault = [_Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
+        return rows_at_fault or [_Entry(where=name, video=None, fault="it is empty")]
+    video = _column(columns, video_column, VIDEO_COLUMNS, "video_column", name)
+    caption = _column(columns, caption_column, CAPTION_COLUMNS, "caption_column", name)
+    return [
+        _Entry(
+            where=f"{name}, line {row.line}",
+            video=row.values.get(video),
+            caption=row.values.get(caption),
+            remedy=f"write what it shows into column {caption!r} of {name}, line {row.line}",
+            fault=row.fault,
+        )
+        for row in rows
+    ]
+
+
+def _column(columns: list[str], given: str, usual: tuple[str, ...], option: str, table: str) -> str:
+    known = {column.lower(): column for column in reversed(columns)}
+    wanted = (given,) if given and not _is_text(given) else usual
+    for column in wanted:
+        if column in columns or column.lower() in known:
+            return column if column in columns else known[column.lower()]
+    needed = repr(given) if wanted != usual else f"of the usual names ({', '.join(usual)})"
+    raise UserError(
+        f"{table} has no column {needed}. It has: {', '.join(columns)}. Name the right one with {option}."
+    )
+
+
+def _line_entries(files: _Files, videos: str, captions: str) -> list[_Entry]:
+    lines = []
+    for name in (videos, captions):
+        try:
+            lines.append(read_lines(files.paths[name]))
+        except UnreadableError as error:
+            return [_Entry(where=name, video=None, fault=f"it {error}")]
+    paths, texts = lines
+    while paths and not paths[-1]:
+        paths.pop()
+    while len(texts) > len(paths) and not texts[-1]:
+        texts.pop()
+    if len(paths) != len(texts):
+        raise UserError(
+            f"{videos} has {len(paths)} lines and {captions} has {len(texts)}: each line of one names a "
+            "video and the same line of the other is its caption, so both need as many."
+        )
+    return [
+        _Entry(
+            where=f"{videos}, line {number}",
+            video=path,
+            caption=text,
+            remedy=f"write what it shows into line {number} of {captions}",
+        )
+        for number, (path, text) in enumerate(zip(paths, texts, strict=True), start=1)
+    ]
+
+
+def _take(entry: _Entry, place: str, files: _Files, found: dict[str, Clip | LeftOut]) -> None:
+    """Add the clip that a listing's entry names to what was found, or why there is none."""
+    if entry.fault:
+        found[entry.where] = LeftOut(name=entry.where, reason=entry.fault)
+        return
+    if not isinstance(entry.video, str) or not entry.video.strip():
+        found[entry.where] = LeftOut(name=entry.where, reason="it names no video file")
+        return
+    try:
+        name = files.locate(place, entry.video)
+    except LookupError as error:
+        found[entry.where] = LeftOut(name=entry.where, reason=f"{entry.video.strip()}: {error}")
+        return
+    if name in found:
+        found[entry.where] = LeftOut(name=entry.where, reason=f"{name} is named before already")
+    elif PurePosixPath(name).suffix.lower() not in VIDEO_ENDINGS:
+        allowed = ", ".join(sorted(VIDEO_ENDINGS))
+        found[name] = LeftOut(name=name, reason=f"it is no video that can be read here ({allowed})")
+    elif not isinstance(entry.caption, str) or not entry.caption.strip():
+        found[name] = LeftOut(name=name, reason=f"no caption: {entry.remedy}")
+    else:
+        found[name] = Clip(path=files.paths[name], name=name, caption=entry.caption.strip())
+
+
+def _not_listed(name: str, files: _Files, listings: dict[str, str]) -> Clip | LeftOut | None:
+    """What becomes of a file that no listing names; None for what is no video."""
+    ending = PurePosixPath(name).suffix.lower()
+    if ending in TRANSPORT_STREAMS:
+        return LeftOut(name=name, reason=f"{ending} files cannot be read: convert it to mp4")
+    if ending not in VIDEO_ENDINGS:
+        return None
+    for above in PurePosixPath(name).parents:
+        place = "" if str(above) == "." else str(above)
+        if place in listings:
+            return LeftOut(name=name, reason=f"it is not named in {listings[place]}")
+    own = f"{PurePosixPath(name).with_suffix('')}.txt"
+    found = files.beside(posixpath.dirname(name), f"{posixpath.basename(name)}.txt", posixpath.basename(own))
+    if found is None:
+        return LeftOut(name=name, reason=f"no caption: write what it shows into {own}")
+    try:
+        caption = read_text(files.paths[found]).strip()
+    except UnreadableError as error:
+        return LeftOut(name=name, reason=f"no caption: {found} {error}")
+    if not caption:
+        return LeftOut(name=name, reason=f"no caption: {found} is empty; write what the clip shows into it")
+    return Clip(path=files.paths[name], name=name, caption=caption)
+
+
+def _what_there_is(files: _Files, left_out: list[LeftOut]) -> str:
+    if not files.paths:
+        return "it is empty"
+    counts = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in files.paths)
+    there = f"it has {', '.join(f'{count} {ending}' for ending, count in counts.most_common(SHOWN))}"
+    reasons = "; ".join(f"{item.name}: {item.reason}" for item in left_out[:SHOWN])
+    more = f"; and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+    return f"{there} ({reasons}{more})" if reasons else there

@@ -1,0 +1,112 @@
+"""The files of a data set: which count, and what their texts say (tables, lines, captions)."""
+
+import codecs
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+VIDEO_ENDINGS = frozenset(
+    {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".wmv", ".flv"}
+)
+TABLES = ("metadata.jsonl", "metadata.csv")
+FORMS = (
+    "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not, each with its caption: in a .txt of the "
+    "same name beside it, in metadata.jsonl or metadata.csv (columns file_name and text), or line by line in "
+    "prompts.txt beside videos.txt."
+)
+IGNORED = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
+MAX_LISTING_BYTES = 256 << 20
+MAX_CAPTION_BYTES = 1 << 20
+
+
+class UnreadableError(Exception):
+    """Why a text file cannot be used; the message goes on after its name: "is not UTF-8 text: ..."."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One entry of a table."""
+
+    line: int
+    """Where it is in its file, from 1; of a quoted field over several lines the last."""
+    values: dict[str, object]
+    """By column; of JSON as it is there, of CSV text."""
+    fault: str = ""
+    """Why there are no values."""
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name is one that systems leave behind, or hidden."""
+    return name.startswith(".") or name.lower() in IGNORED
+
+
+def read_text(path: Path, *, max_bytes: int = MAX_CAPTION_BYTES) -> str:
+    """Return a file's text, in UTF-8 or marked UTF-16. Raises UnreadableError."""
+    with open(path, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnreadableError(f"is larger than {max_bytes >> 20} MiB")
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise UnreadableError("is not UTF-8 text: save it in that encoding") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return a file's lines without their ends and blanks around them. Raises UnreadableError."""
+    text = read_text(path, max_bytes=MAX_LISTING_BYTES)
+    # Not str.splitlines, which also splits at characters that occur within captions.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return [line.strip() for line in lines]
+
+
+def read_table(path: Path) -> tuple[list[str], list[Row]]:
+    """Return the columns and rows of a .jsonl or .csv; damaged rows carry a fault. Raises UnreadableError.
+
+    A CSV's first row names the columns; fields are separated by commas, semicolons or tabs.
+    """
+    return _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
+
+
+def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:
+    rows = [_json_row(number, line) for number, line in enumerate(read_lines(path), start=1) if line]
+    return list(dict.fromkeys(name for row in rows for name in row.values)), rows
+
+
+def _json_row(number: int, line: str) -> Row:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Row(line=number, values={}, fault=f"the line is not JSON ({error})")
+    if not isinstance(values, dict):
+        return Row(line=number, values={}, fault="the line is no JSON object in {}")
+    return Row(line=number, values=values)
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
+    text = read_text(path, max_bytes=MAX_LISTING_BYTES)
+    header = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    columns: list[str] = []
+    rows = []
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            if not columns:
+                columns = [field.strip() for field in fields]
+            elif len(fields) > len(columns):
+                fault = (
+                    f"the row has {len(fields)} fields and the table {len(columns)} columns: "
+                    'put captions with commas in "quotes"'
+                )
+                rows.append(Row(line=reader.line_num, values={}, fault=fault))
+            else:
+                rows.append(Row(line=reader.line_num, values=dict(zip(columns, fields, strict=False))))
+    except csv.Error as error:
+        fault = f"the table cannot be read from here on ({error})"
+        rows.append(Row(line=reader.line_num, values={}, fault=fault))
+    return columns, rows
