@@ -32,9 +32,14 @@ FEWER_BYTES = (
 def start_accelerator(config: TrainingConfig, run: Path) -> Accelerator:
     """The accelerator of this process: GPU if there is one, as many processes as `accelerate launch` began.
 
-    Raises UserError for sharding set up with `accelerate config`: a frozen base with a LoRA has next to
-    nothing to shard.
+    Raises UserError for a launch that went another way than asked, and for sharding set up with `accelerate
+    config`: a frozen base with a LoRA has next to nothing to shard.
     """
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes and began one, as it does where it sees no "
+            "GPUs; add --multi_gpu, which works on CPUs too."
+        )
     AcceleratorState._reset_state()  # of an earlier run in this process, whose precision may differ
     on_cpu = not torch.cuda.is_available()
     accelerator = Accelerator(

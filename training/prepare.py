@@ -12,7 +12,7 @@ import torch
 from lib import weights
 from lib.errors import UserError
 from training.config import TrainingConfig
-from training.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
+from training.dataset import Clip, LeftOut, find_clips, full_caption, open_data
 from training.latents import (
     Encodings,
     LatentCache,
@@ -56,11 +56,11 @@ def found_clips(
     try:
         with accelerator.main_process_first():  # the others find what it unpacked
             if config.dataset_name:
+                from training.dataset import fetch_hub_dataset
+
                 folder = fetch_hub_dataset(config.dataset_name, work, report)
-            elif accelerator.is_main_process or Path(config.input_videos).is_dir():
-                folder = open_data(Path(config.input_videos), work)
             else:
-                folder = next(path for path in work.iterdir() if path.is_dir())
+                folder = open_data(Path(config.input_videos), work)
         clips, left_out = find_clips(
             folder, video_column=config.video_column, caption_column=config.caption_column
         )
@@ -71,8 +71,8 @@ def found_clips(
         tell_left_out(left_out, report)
         check_left_out(config, left_out, usable=len(clips))
         yield clips, left_out
-    finally:
         accelerator.wait_for_everyone()
+    finally:
         if accelerator.is_main_process:
             shutil.rmtree(work, ignore_errors=True)
 

@@ -22,6 +22,10 @@ from lib.serving.server import Server, ServerError
 from lib.serving.signature import SignatureError
 
 EXAMPLE_PROMPT = "a red circle moves right on a black background"
+TRAINING_EXAMPLE = (
+    "curl -s {}/trainings -H 'Content-Type: application/json' "
+    """-d '{{"input": {{"input_videos": "https://example.org/clips.zip"}}}}'"""
+)
 PREDICT_USAGE = "script/predict NAME [-i input=value ...] [-o PATH] [--url http://host:port]"
 
 
@@ -85,14 +89,24 @@ def serve_command(arguments: list[str]) -> int:
     parser.add_argument("name", help=f"one of: {', '.join(predictors())}")
     parser.add_argument("--port", type=int, default=5000, help="default 5000")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
+    parser.add_argument("--train", action="store_true", help="serve POST /trainings in place of predictions")
     given = parser.parse_args(arguments)
     if not 0 < given.port < 65536:
         raise UserError(f"--port {given.port} is out of range: 1 to 65535")
     config = find_predictor(given.name)
+    if given.train and config.train is None:
+        raise UserError(f"{config.name} has no training; those that have: {', '.join(_trainable())}")
+    options = {"mode": "train"} if given.train else {}
     try:
-        with Server(config, host=given.host, port=given.port, prediction_logs=True) as server:
-            print(f"{config.name} is ready at {server.url} (Ctrl-C stops it). Try:", file=sys.stderr)
-            print(curl_example(server.url, schema_of(config)), file=sys.stderr, flush=True)
+        with Server(config, host=given.host, port=given.port, prediction_logs=True, **options) as server:
+            what = "training" if given.train else config.name
+            print(f"{what} is ready at {server.url} (Ctrl-C stops it). Try:", file=sys.stderr)
+            example = (
+                TRAINING_EXAMPLE.format(server.url)
+                if given.train
+                else curl_example(server.url, schema_of(config))
+            )
+            print(example, file=sys.stderr, flush=True)
             raise ServerError(f"the server ended with status {server.wait()}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -194,6 +208,10 @@ def _match_format(inputs: dict[str, Any], output: Path | None, document: dict[st
     ending = output.suffix.removeprefix(".").lower() if output else ""
     if ending in formats and inputs.setdefault("output_format", ending) != ending:
         raise UserError(f"--output {output} does not fit output_format={inputs['output_format']}")
+
+
+def _trainable() -> list[str]:
+    return [name for name, config in predictors().items() if config.train is not None]
 
 
 _FILE = "@FILE@"

@@ -66,13 +66,15 @@ def find_predictor(name: str, project: Path = PROJECT) -> PredictorConfig:
 
 
 def local_environment(config: PredictorConfig) -> dict[str, str]:
-    """The variables of the file's `environment:`, under those already set, without the model.
+    """The variables of the file's `environment:`, under those already set, with the embedded model.
 
-    The model named there is for images that are built; locally, without COGVIDEOX_MODEL, the embedded
-    one runs.
+    The model named there is for images that are built; locally, without COGVIDEOX_MODEL, the embedded one for
+    the same task runs.
     """
-    variables = {name: value for name, value in config.environment.items() if name != "COGVIDEOX_MODEL"}
-    return {name: value for name, value in variables.items() if name not in os.environ}
+    variables = dict(config.environment)
+    if spec := models.SPECS.get(variables.pop("COGVIDEOX_MODEL", "")):
+        variables["COGVIDEOX_MODEL"] = models.DEFAULT_MODELS[spec.task]
+    return {name: value for name, value in variables.items() if not os.environ.get(name)}
 
 
 def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
