@@ -12,7 +12,7 @@ import torch
 from lib import weights
 from lib.errors import UserError
 from training.config import TrainingConfig
-from training.dataset import Clip, LeftOut, find_clips, full_caption, open_data
+from training.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from training.latents import (
     Encodings,
     LatentCache,
@@ -56,8 +56,6 @@ def found_clips(
     try:
         with accelerator.main_process_first():  # the others find what it unpacked
             if config.dataset_name:
-                from training.dataset import fetch_hub_dataset
-
                 folder = fetch_hub_dataset(config.dataset_name, work, report)
             else:
                 folder = open_data(Path(config.input_videos), work)
