@@ -84,7 +84,7 @@ def clip_samples(path: Path, sampling: Sampling, *, timeout: float = 120.0) -> I
         begun: dict[int, np.ndarray] = {}
         coming = 0
         # Every frame from the first, wanted or not: to leave some out the decoder seeks, and then it gives
-        # wrong ones in WMV, MPEG program streams and files that flag every frame as a key frame.
+        # wrong ones in H.264 without B-frames, WMV and MPEG program streams.
         last = max(int(part[-1]) for part in parts)
         for index, frame in enumerate(video.read(range(last + 1), size=size)):
             while coming < len(parts) and parts[coming][0] <= index:
