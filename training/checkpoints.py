@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import math
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +19,7 @@ from training.config import TrainingConfig
 LORA = "lora.safetensors"
 TENSORS = "training.pt"
 STATE = "state.json"
+TENSOR_KEYS = frozenset({"optimizer", "schedule", "scaler", "random"})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,17 +97,23 @@ def latest(run: Path) -> Path | None:
 def read_state(folder: Path) -> State:
     """Raises UserError when the folder is no checkpoint."""
     try:
-        return State(**json.loads((folder / STATE).read_text()))
+        state = State(**json.loads((folder / STATE).read_text()))
+        _check_state(state)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder.name} is not a checkpoint of this trainer: {error}.") from error
+    return state
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
     """Optimizer, schedule and random state. Raises UserError when the file is damaged or holds code."""
     try:
-        return torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        tensors = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
+        missing = TENSOR_KEYS - set(tensors if isinstance(tensors, dict) else ())
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except Exception as error:  # in a damaged file the unpickler stumbles in any way
         raise UserError(f"{TENSORS} of the checkpoint cannot be read: {error}.") from error
+    return tensors
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -157,6 +164,20 @@ def telling_what_is_kept(run: Path) -> Iterator[None]:
         step = int(newest.name.removeprefix("step-"))
         kept = f"The checkpoint of step {step} is kept; {LORA} in it can be used."
         raise type(error)(f"{error} {kept}") from error
+
+
+def _check_state(state: State) -> None:
+    """A stranger's file may hold anything; what is wrong must not come out hours later."""
+    for name in ("step", "seed", "global_batch"):
+        value = getattr(state, name)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} is {value!r}")
+    for name, kind in (("base", str), ("data", str), ("fits", dict), ("losses", list)):
+        if not isinstance(getattr(state, name), kind):
+            raise ValueError(f"{name} is {getattr(state, name)!r}")
+    sound = all(type(loss) is float and math.isfinite(loss) for loss in state.losses)
+    if not sound or len(state.losses) != state.step:
+        raise ValueError(f"losses are not {state.step} numbers")
 
 
 def _flush(path: Path) -> None:

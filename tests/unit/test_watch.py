@@ -1,0 +1,145 @@
+"""The losses on disk, and the moment at which training has gone wrong: then, and not before."""
+
+import numpy as np
+import pytest
+
+from lib.errors import UserError
+from training.watch import DivergedError, LossFile, LossWatch, write_losses
+
+
+def feed(watch: LossWatch, losses, *, norm: float = 1.0, scaled: bool = False) -> int:
+    """How many were seen before it stopped."""
+    for count, loss in enumerate(losses):
+        try:
+            watch.see(float(loss), norm=norm, scaled=scaled)
+        except DivergedError:
+            return count
+    return len(losses)
+
+
+def ordinary(seed: int, steps: int = 600, *, batch: int = 1, scale: float = 1.0) -> np.ndarray:
+    """What a healthy run costs: 0.02 to 0.8 by the luck of the timestep, a little less with time."""
+    rng = np.random.default_rng(seed)
+    timesteps = rng.random((steps, batch))
+    base = 0.02 + 0.75 * (1 - timesteps) ** 4 + 0.1 * rng.lognormal(0, 0.7, (steps, batch))
+    return scale * base.mean(1) * np.linspace(1, 0.7, steps)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize(("batch", "scale"), [(1, 1.0), (1, 4.0), (4, 0.02)])
+def test_an_ordinary_noisy_run_is_never_stopped(seed, batch, scale):
+    losses = ordinary(seed, batch=batch, scale=scale)
+    assert feed(LossWatch([]), losses) == len(losses)
+
+
+def test_a_lucky_beginning_and_single_spikes_stop_nothing():
+    easy = np.full(40, 0.002)
+    losses = np.concatenate([easy, ordinary(0, 200)])
+    losses[[100, 101, 102, 150, 151]] = 1e6
+    assert feed(LossWatch([]), losses) == len(losses)
+
+
+@pytest.mark.parametrize("growth", [1.02, 1.1, 3.0])
+def test_an_exploding_loss_stops_within_the_window(growth):
+    losses = np.concatenate([ordinary(1, 100), 0.5 * growth ** np.arange(1, 400)])
+    seen = feed(LossWatch([]), losses)
+    hopeless = int(np.argmax(losses > 20))
+    assert seen < hopeless + 25
+    assert losses[:seen].max() > 2
+
+
+def test_a_run_that_explodes_at_once_and_stays_finite_is_stopped():
+    losses = np.concatenate([np.linspace(0.4, 0.6, 20), np.full(100, 50.0)])
+    assert feed(LossWatch([]), losses) <= 45
+
+
+def test_the_message_says_what_happened_and_what_to_change():
+    watch = LossWatch([0.5] * 20)
+    with pytest.raises(DivergedError) as caught:
+        for _ in range(40):
+            watch.see(30.0, norm=1.0, scaled=False)
+    message = str(caught.value)
+    assert message.startswith(
+        "the loss has exploded: about 30 over the last 20 steps up to 40, 0.5 at the beginning. "
+    )
+    for name in ("learning_rate", "max_grad_norm", "lr_warmup_steps"):
+        assert name in message
+    assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_no_number_stops_at_once_and_is_not_recorded(loss):
+    watch = LossWatch([0.5, 0.4])
+    with pytest.raises(DivergedError, match=rf"^the loss is {loss} at step 3\. Lower learning_rate"):
+        watch.see(loss, norm=1.0, scaled=False)
+    assert watch.losses == [0.5, 0.4]
+
+
+def test_gradients_that_are_no_numbers_stop_at_once_unless_fp16_skips_the_step():
+    for norm in (float("nan"), float("inf")):
+        with pytest.raises(DivergedError, match=rf"^the gradients are {norm} at step 1\."):
+            LossWatch([]).see(0.5, norm=norm, scaled=False)
+    watch = LossWatch([])
+    watch.see(0.5, norm=float("inf"), scaled=True)
+    assert watch.losses == [0.5]
+    assert feed(watch, [0.5] * 100, norm=float("inf"), scaled=True) == 48
+    with_breaks = LossWatch([])
+    for _ in range(5):
+        assert feed(with_breaks, [0.5] * 40, norm=float("inf"), scaled=True) == 40
+        assert feed(with_breaks, [0.5], norm=1.0, scaled=True) == 1
+
+
+def test_the_recent_loss_is_the_mean_of_the_last_steps():
+    watch = LossWatch([100.0] * 5 + [1.0, 3.0] * 10)
+    assert watch.recent() == 2.0
+    watch.see(21.0, norm=1.0, scaled=False)
+    assert watch.recent() == 3.0
+
+
+def test_losses_of_the_state_grow_with_the_watch():
+    losses: list[float] = []
+    LossWatch(losses).see(0.25, norm=1.0, scaled=False)
+    assert losses == [0.25]
+
+
+# On disk
+
+
+def rows(path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def test_the_file_grows_a_line_a_step_that_can_be_read_at_once(tmp_path):
+    path = tmp_path / "loss.csv"
+    with LossFile(path, [], active=True) as file:
+        assert rows(path) == ["step,loss"]
+        for step, loss in enumerate([0.5, 0.1 + 0.2, 1e-9], start=1):
+            file.add(step, loss)
+            assert len(rows(path)) == step + 1
+    assert rows(path) == ["step,loss", "1,0.5", "2,0.30000000000000004", "3,1e-09"]
+
+
+def test_steps_after_the_checkpoint_are_cut_off_when_resuming(tmp_path):
+    path = tmp_path / "loss.csv"
+    with LossFile(path, [], active=True) as file:
+        for step in range(1, 8):
+            file.add(step, step / 10)
+    with LossFile(path, [0.1, 0.2, 0.3], active=True) as file:
+        assert rows(path)[1:] == ["1,0.1", "2,0.2", "3,0.3"]
+        file.add(4, 0.9)
+    assert rows(path)[1:] == ["1,0.1", "2,0.2", "3,0.3", "4,0.9"]
+    assert [each.name for each in tmp_path.iterdir()] == ["loss.csv"]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with LossFile(tmp_path / "loss.csv", [0.5], active=False) as file:
+        file.add(2, 0.4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_whole_curve_is_written_exactly(tmp_path):
+    losses = np.random.default_rng(0).random(50).tolist()
+    write_losses(tmp_path / "loss.csv", losses)
+    found = [line.split(",") for line in rows(tmp_path / "loss.csv")[1:]]
+    assert [int(step) for step, _ in found] == list(range(1, 51))
+    assert [float(loss) for _, loss in found] == losses
