@@ -67,6 +67,8 @@ def check_at_the_door(config: TrainingConfig, name: str, device: str) -> None:
     if name in models.SPECS:
         _check_base(name, models.SPECS[name].task, config)
         _check_shape(config, models.SPECS[name])
+    elif Path(name).expanduser().is_dir():  # of a repository only the task is known before the download
+        settle(config, name, locate_base(name, config, print), device)
     if config.optimizer.endswith("_8bit") and device == "cpu":
         raise UserError(
             f"optimizer={config.optimizer} needs an NVIDIA GPU; on this CPU take {config.optimizer[:-5]}."
@@ -109,7 +111,7 @@ def settle(config: TrainingConfig, name: str, folder: Path, device: str) -> Plan
     return Plan(
         config=config,
         spec=spec,
-        base=spec.name if Path(name).is_dir() else name,
+        base=spec.name if Path(name).expanduser().is_dir() else name,
         folder=folder,
         device=device,
         precision=precision(config, device),
