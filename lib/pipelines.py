@@ -103,13 +103,9 @@ def component_bytes(folder: Path, dtype: str) -> dict[str, int]:
 
 def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryPlan) -> "DiffusionPipeline":
     """Load a folder without touching the network and place it as planned."""
-    import diffusers.utils.logging
     import torch
-    import transformers.utils.logging
 
-    for library in (diffusers, transformers):  # what the caller should know is reported by generation.py
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+    silence_libraries()
     pipeline = _pipeline_class(spec).from_pretrained(
         folder, dtype=getattr(torch, machine.dtype), local_files_only=True, use_safetensors=True
     )
@@ -125,6 +121,16 @@ def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryP
     else:
         pipeline.enable_sequential_cpu_offload()
     return pipeline
+
+
+def silence_libraries() -> None:
+    """No bars and warnings of diffusers and transformers: what the caller should know is reported by us."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 def build_scheduler(name: Literal["default", "ddim", "dpm"], original: "SchedulerMixin") -> "SchedulerMixin":

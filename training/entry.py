@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lib import weights
-from lib.archive import disk_error, extract_tar
+from lib.archive import disk_error
 from lib.compute import ComputeThread
-from lib.errors import UserError
 from lib.lock import lock
 from lib.scratch import Scratch
 from lib.serving.guard import check_file
-from lib.sources import check_address, local_sources_allowed, request_rules, save_url
 from training import checkpoints
 from training.config import TrainingConfig
-from training.result import TRAINING_STATE, pack
+from training.result import pack
 
-MAX_OUTPUT_BYTES = 50 * 10**9
 KEPT_RUNS = 3
 SECRETS = ("hub_token", "wandb_api_key")
 Report = Callable[[str], None]
@@ -40,7 +37,7 @@ class CogTrainer:
         """
         self.scratch.clear()
         config = config_from(inputs)
-        run = _new_run()
+        run = _new_run(config.resume_from)
         stop = threading.Event()
 
         def work(folder: Path) -> Path:
@@ -82,62 +79,22 @@ def print_now(line: str) -> None:
 
 
 def _train(config: TrainingConfig, run: Path, *, stop: threading.Event, report: Report) -> Path:
-    from training.trainer import train
+    from training.trainer import train  # a command that is refused need not wait for torch
 
-    origin = run / "origin"
-    try:
-        if config.resume_from and checkpoints.latest(run) is None:
-            start_from = open_origin(config.resume_from, origin, stop=stop, report=report)
-        else:
-            start_from = None
-        return train(config, run, start_from=start_from, stop=stop, report=report)
-    finally:
-        shutil.rmtree(origin, ignore_errors=True)
+    return train(config, run, stop=stop, report=report)
 
 
-def open_origin(
-    given: str, folder: Path, *, stop: threading.Event | None = None, report: Report = print
-) -> Path:
-    """The folder with what resume_from names: a checkpoint, or at least lora.safetensors.
+def _new_run(resume_from: str) -> Path:
+    """A folder for a training's checkpoints.
 
-    `given` is the URL of an output, or, where local sources are allowed, a tar, a folder of results, of a run
-    or of a checkpoint. Raises UserError when it is none of these.
+    Of the earlier runs that did not finish, the newest stay, and the one that `resume_from` goes on from.
     """
-    if "://" in given:
-        check_address(given)
-        archive = folder / "output.tar"
-        report("resume_from: downloading the earlier output")
-        save_url(given, archive, max_bytes=MAX_OUTPUT_BYTES, rules=request_rules(stop=stop))
-        place = extract_tar(archive, folder / "content", max_bytes=MAX_OUTPUT_BYTES)
-        archive.unlink()
-    else:
-        place = Path(given).expanduser()
-        if not local_sources_allowed():
-            raise UserError(
-                f"resume_from={given!r} is a path on the server; give the https:// address of the tar."
-            )
-        if not place.exists():
-            raise UserError(f"resume_from={given} does not exist; give an earlier output or a checkpoint.")
-        if place.is_file():
-            place = extract_tar(place, folder / "content", max_bytes=MAX_OUTPUT_BYTES)
-    for found in (place, place / TRAINING_STATE, checkpoints.latest(place)):
-        if found is not None and checkpoints.is_checkpoint(found):
-            return found
-    for found in (place, place / "output", place / "result"):
-        if (found / checkpoints.LORA).is_file():
-            return found
-    raise UserError(
-        f"resume_from={given} holds neither a training state nor {checkpoints.LORA}; give the output of this "
-        "trainer, made with save_training_state to go on exactly."
-    )
-
-
-def _new_run() -> Path:
-    """A folder for a training's checkpoints; of the earlier runs that did not finish, the newest stay."""
     trainings = weights.cache_folder() / "trainings"
     try:
         trainings.mkdir(parents=True, exist_ok=True)
-        earlier = sorted(path for path in trainings.iterdir() if path.is_dir())
+        needed = Path(resume_from).expanduser().absolute()
+        folders = (path.absolute() for path in trainings.iterdir() if path.is_dir())
+        earlier = sorted(path for path in folders if not needed.is_relative_to(path))
         for path in earlier[: -KEPT_RUNS + 1]:
             with lock(path, print_now, wait=False) as nobodys:
                 if nobodys:  # not of a training that another server is running

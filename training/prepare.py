@@ -11,6 +11,7 @@ import torch
 
 from lib import weights
 from lib.errors import UserError
+from lib.pipelines import silence_libraries
 from training.config import TrainingConfig
 from training.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from training.latents import (
@@ -83,6 +84,7 @@ def encode_data(
 
     Raises UserError when no clip can be used, or one cannot and on_bad_clip says stop.
     """
+    silence_libraries()
     parts = {name: model_digest(plan.folder / name) for name in ("vae", "text_encoder", "tokenizer")}
     cache = LatentCache(weights.cache_folder() / "latents")
     text_key = f"{parts['text_encoder']} {parts['tokenizer']} {plan.spec.text_tokens} {plan.dtype}"

@@ -28,6 +28,7 @@ from training.config import TrainingConfig, digest
 from training.devices import alone, log_clips, memory_advice, start_accelerator, start_trackers
 from training.latents import pixels
 from training.optimization import build_optimizer, build_schedule
+from training.origin import found_origin
 from training.plan import Plan, base_name, check_at_the_door, locate_base, settle, total_steps
 from training.prepare import Data, encode_data, found_clips
 from training.publish import Publisher
@@ -44,18 +45,12 @@ REPORT_SECONDS = 1.0
 
 
 def train(
-    config: TrainingConfig,
-    run: Path,
-    *,
-    start_from: Path | None = None,
-    stop: threading.Event | None = None,
-    report: Report = print,
+    config: TrainingConfig, run: Path, *, stop: threading.Event | None = None, report: Report = print
 ) -> Path:
     """Train and return the folder of results: lora.safetensors, README.md, captions, loss curve, clips.
 
-    `start_from` is a checkpoint, or the unpacked output of an earlier run. When `stop` is set,
-    a checkpoint is saved and Stopped raised. Raises UserError for what the caller can mend; the run's
-    checkpoints stay.
+    When `stop` is set, a checkpoint is saved and Stopped raised. Raises UserError for what the caller can
+    mend; the run's checkpoints stay.
     """
 
     def stopped() -> bool:
@@ -70,17 +65,17 @@ def train(
         report = _silent
     name, device = base_name(), accelerator.device.type
     check_at_the_door(config, name, device)
-    origin = checkpoints.latest(run) or start_from
-    if origin is not None and checkpoints.is_checkpoint(origin):
-        config = checkpoints.continued(config, checkpoints.read_state(origin))
-    publisher = Publisher(config, report, active=accelerator.is_main_process)
     with alone(run, accelerator), checkpoints.telling_what_is_kept(run), memory_advice(config):
-        with found_clips(config, run / "data", accelerator, report) as (clips, left_out):
-            plan = settle(config, name, locate_base(name, config, report), device)
-            weights.go_offline()
-            data = encode_data(plan, clips, left_out, accelerator, report=report, check=check)
-        start_trackers(accelerator, config)
-        trainer = Trainer(plan, data, run, accelerator, publisher, origin=origin, report=report)
+        with found_origin(config.resume_from, run, accelerator, stop=stop, report=report) as origin:
+            if origin is not None and checkpoints.is_checkpoint(origin):
+                config = checkpoints.continued(config, checkpoints.read_state(origin))
+            publisher = Publisher(config, report, active=accelerator.is_main_process)
+            with found_clips(config, run / "data", accelerator, report) as (clips, left_out):
+                plan = settle(config, name, locate_base(name, config, report), device)
+                weights.go_offline()
+                data = encode_data(plan, clips, left_out, accelerator, report=report, check=check)
+            start_trackers(accelerator, config)
+            trainer = Trainer(plan, data, run, accelerator, publisher, origin=origin, report=report)
         trainer.run_to_end(stopped)
         return trainer.finish()
 
