@@ -138,14 +138,14 @@ def continued(config: TrainingConfig, state: State) -> TrainingConfig:
     return config if config.seed is not None else replace(config, seed=state.seed)
 
 
-def check_unfinished(state: State, *, base: str, steps: int) -> None:
-    """Raise UserError unless the state is of this base and has steps left."""
+def check_unfinished(state: State, *, base: str, steps: int, has_result: bool = True) -> None:
+    """Raise UserError unless the state is of this base and has steps left, or at least no result."""
     if state.base != base:
         raise UserError(
             f"the checkpoint was trained on {state.base} and this run's base is {base}: set COGVIDEOX_MODEL "
             "to the same, or begin anew in another output_dir."
         )
-    if state.step >= steps:
+    if state.step >= steps + (not has_result):
         raise UserError(
             f"the checkpoint has {state.step} steps already and this run ends at {steps}: give a larger "
             "max_train_steps, which counts them all, or another output_dir to begin anew."

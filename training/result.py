@@ -77,6 +77,14 @@ def write_result(
     return final
 
 
+def steps_of_result(run: Path) -> int:
+    """How many steps the result of a run was trained for; 0 where there is none."""
+    try:
+        return len((run / RESULT / "loss.csv").read_text().splitlines()) - 1
+    except OSError:
+        return 0
+
+
 def pack(folder: Path, target: Path) -> Path:
     """The folder's content as an uncompressed tar (weights do not compress), whole or not at all."""
     partial = target.with_name(target.name + ".partial")

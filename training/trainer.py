@@ -22,17 +22,18 @@ from lib import weights
 from lib.compute import Stopped
 from training import checkpoints, objective
 from training.adapter import add_adapter, load_adapter, save_adapter
-from training.batches import Batch, Chances, Sampler
+from training.ahead import Ahead
+from training.batches import Chances, Sampler
 from training.checkpoints import State
 from training.config import TrainingConfig, digest
 from training.devices import alone, log_clips, memory_advice, start_accelerator, start_trackers
-from training.latents import pixels
+from training.inputs import Feeder, Inputs, with_last
 from training.optimization import build_optimizer, build_schedule
 from training.origin import found_origin
 from training.plan import Plan, base_name, check_at_the_door, locate_base, settle, total_steps
 from training.prepare import Data, encode_data, found_clips
 from training.publish import Publisher
-from training.result import RESULT, facts, write_result
+from training.result import RESULT, TRAINING_STATE, facts, steps_of_result, write_result
 from training.validation import load_scheduler, validate, validation_requests
 from training.watch import LossFile, LossWatch
 
@@ -52,12 +53,10 @@ def train(
     When `stop` is set, a checkpoint is saved and Stopped raised. Raises UserError for what the caller can
     mend; the run's checkpoints stay.
     """
-
-    def stopped() -> bool:
-        return stop is not None and stop.is_set()
+    stop = stop or threading.Event()
 
     def check() -> None:
-        if stopped():
+        if stop.is_set():
             raise Stopped
 
     accelerator = start_accelerator(config, run)
@@ -76,7 +75,7 @@ def train(
                 data = encode_data(plan, clips, left_out, accelerator, report=report, check=check)
             start_trackers(accelerator, config)
             trainer = Trainer(plan, data, run, accelerator, publisher, origin=origin, report=report)
-        trainer.run_to_end(stopped)
+        trainer.run_to_end(stop)
         return trainer.finish()
 
 
@@ -90,18 +89,8 @@ class Denoiser(nn.Module):
         frozen = [n for n, p in self.named_parameters() if not p.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen + [n for n, _ in self.named_buffers()]
 
-    def forward(
-        self, latents: torch.Tensor, text: torch.Tensor, timesteps: torch.Tensor,
-        ofs: torch.Tensor | None, rotary: objective.Rotary | None,
-    ) -> torch.Tensor:  # fmt: skip
-        return self.transformer(
-            hidden_states=latents,
-            encoder_hidden_states=text,
-            timestep=timesteps,
-            ofs=ofs,
-            image_rotary_emb=rotary,
-            return_dict=False,
-        )[0]
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        return self.transformer(**inputs.arguments(), return_dict=False)[0]
 
 
 class Trainer:
@@ -136,8 +125,7 @@ class Trainer:
         self.denoiser, self.optimizer = accelerator.prepare(Denoiser(self.transformer), optimizer)
 
         scheduler = load_scheduler(plan.folder)
-        self.alphas_cumprod = scheduler.alphas_cumprod.float()
-        self.sampler = Sampler(
+        sampler = Sampler(
             data.sections,
             data.encodings,
             seed=plan.seed,
@@ -146,21 +134,35 @@ class Trainer:
                 flip=config.random_flip,
                 caption_dropout=config.caption_dropout,
                 image_dropout=config.noised_image_dropout,
+                prior=config.prior_preservation,
             ),
+            prior_prompts=plan.config.prior_captions,
             scaling_factor=data.scaling_factor,
             temporal_patch=self.transformer.config.patch_size_t,
             timesteps=scheduler.config.num_train_timesteps,
         )
+        self.feeder = Feeder(
+            sampler,
+            transformer_config=self.transformer.config,
+            alphas_cumprod=scheduler.alphas_cumprod.float(),
+            vae=data.vae,
+            batch_size=config.train_batch_size,
+            micro_batches=config.gradient_accumulation_steps,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            device=accelerator.device,
+            dtype=getattr(torch, plan.dtype),
+        )
         self.state = self._begun(origin)
         self.watch = LossWatch(self.state.losses)
 
-    def run_to_end(self, stopped: Callable[[], bool]) -> None:
-        """The loop. Saves a checkpoint and raises Stopped once `stopped()` is true on any process."""
+    def run_to_end(self, stop: threading.Event) -> None:
+        """The loop. Saves a checkpoint and raises Stopped once `stop` is set on any process."""
         config, reported = self.plan.config, 0.0
         with LossFile(self.run / "loss.csv", self.state.losses, active=self.is_main) as file:
             for step in range(self.state.step, self.steps):
                 rate = self.schedule.get_last_lr()[0]
-                loss, norm, stop = self.step(step, stopped())
+                loss, norm, stopping = self.step(step, stop.is_set())
                 self.watch.see(loss, norm=norm, scaled=self.plan.precision == "fp16")
                 self.state.step = step + 1
                 file.add(step + 1, loss)
@@ -169,23 +171,29 @@ class Trainer:
                 if last or time.monotonic() - reported >= REPORT_SECONDS:
                     reported = time.monotonic()
                     self.report(f"progress: training {step + 1}/{self.steps}, loss {self.watch.recent():.4f}")
-                if last or stop or (step + 1) % config.checkpointing_steps == 0:
+                if last or stopping or (step + 1) % config.checkpointing_steps == 0:
                     self.save_checkpoint()
-                if stop and not last:
+                if stopping and not last:
                     raise Stopped
-                if self.wanted and (last or (step + 1) % config.validation_steps == 0):
-                    self.validate()
+                if (step + 1) % config.validation_steps == 0 and not last and not self.validate(stop):
+                    self.save_checkpoint()
+                    raise Stopped
+        if not self.validate(stop):
+            raise Stopped
 
-    def step(self, step: int, stopping: bool) -> tuple[float, float, bool]:
+    def step(self, batches: Iterator[list[Inputs]], stopping: bool) -> tuple[float, float, bool]:
         """One optimizer step: loss over the global batch, norm of the gradients, whether anyone stops."""
         config, accelerator = self.plan.config, self.accelerator
         total = torch.zeros((), device=accelerator.device)
         ours = config.train_batch_size * config.gradient_accumulation_steps
-        for batch, last in _marking_last(self._batches(step)):
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.denoiser):
-                loss = self.losses(batch).sum() / ours
-                accelerator.backward(loss)
-            total += loss.detach()
+        for micro in range(config.gradient_accumulation_steps):
+            last_batch = micro + 1 == config.gradient_accumulation_steps
+            for inputs, last in with_last(next(batches), last=last_batch):
+                # The processes exchange their gradients once a step.
+                with contextlib.nullcontext() if last else accelerator.no_sync(self.denoiser):
+                    loss = self.losses(inputs).sum() / ours
+                    accelerator.backward(loss)
+                total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -195,35 +203,18 @@ class Trainer:
         mean_loss, stops = accelerator.reduce(figures, reduction="mean").tolist()
         return mean_loss, float(norm), stops > 0
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def losses(self, inputs: Inputs) -> torch.Tensor:
         """The loss of each sample, float32 [B]."""
-        device, dtype, config = (
-            self.accelerator.device,
-            getattr(torch, self.plan.dtype),
-            self.transformer.config,
-        )
-        latents, noise = batch.latents.to(device), batch.noise.to(device)
-        alphas = self.alphas_cumprod[batch.timesteps]
-        image = None if batch.images is None else self.image_latents(batch)
-        hidden = objective.model_input(objective.noised(latents, noise, alphas), image).to(dtype)
-        predicted = self.denoiser(
-            hidden,
-            batch.text.to(device, dtype),
-            batch.timesteps.to(device),
-            objective.offset(config, hidden),
-            objective.rotary_tables(config, latents.shape, device),
-        )
-        return objective.losses(predicted, latents, noise, alphas)
-
-    @torch.no_grad()
-    def image_latents(self, batch: Batch) -> torch.Tensor:
-        """Of the noisy first frames, scaled, zero where the condition is dropped: [B, 1, C, h, w]."""
-        vae = self.data.vae
-        image = objective.noisy_image(pixels(batch.images, vae), batch.image_deviation, batch.image_noise)
-        posterior = vae.encode(image).latent_dist
-        mean, std = posterior.mean.transpose(1, 2).float(), posterior.std.transpose(1, 2).float()
-        latents = (mean + std * batch.latent_noise.to(mean)) * objective.image_factor(vae)
-        return latents * batch.image_kept.to(mean).view(-1, 1, 1, 1, 1)
+        predicted = self.denoiser(inputs)
+        if not inputs.prior:
+            return objective.losses(predicted, inputs.latents, inputs.noise, inputs.alphas_cumprod)
+        self.transformer.disable_adapters()
+        try:
+            with torch.no_grad():
+                target = self.denoiser(inputs)
+        finally:
+            self.transformer.enable_adapters()
+        return objective.mean_squares(predicted.float() - target.float())
 
     def save_checkpoint(self) -> None:
         """By the main process; the others wait for it."""
@@ -247,15 +238,25 @@ class Trainer:
     def save_lora(self, path: Path, dtype: torch.dtype) -> None:
         save_adapter(self.transformer, path, facts(self.plan, self.state, self.steps), dtype=dtype)
 
-    def validate(self) -> None:
-        """Clips of every validation prompt with the LoRA as it stands; by the main process."""
+    def validate(self, stop: threading.Event) -> bool:
+        """Clips of every validation prompt with the LoRA as it stands, made by the main process.
+
+        False on every process when `stop` was set meanwhile.
+        """
+        if not self.wanted:
+            return True
+        done = True
         if self.is_main:
-            made = validate(
-                self.plan, self.wanted, self.transformer, self.data.encodings, self.run / "validation",
-                step=self.state.step, report=self.report,
-            )  # fmt: skip
-            log_clips(self.accelerator, made, fps=round(self.plan.sampling.fps), step=self.state.step)
-        self.accelerator.wait_for_everyone()
+            try:
+                made = validate(
+                    self.plan, self.wanted, self.transformer, self.data.encodings, self.run / "validation",
+                    step=self.state.step, stop=stop, report=self.report,
+                )  # fmt: skip
+                log_clips(self.accelerator, made, fps=round(self.plan.sampling.fps), step=self.state.step)
+            except Stopped:
+                done = False
+        agreed = self.accelerator.reduce(torch.tensor(float(done), device=self.accelerator.device), "mean")
+        return agreed.item() == 1
 
     def finish(self) -> Path:
         """Write the folder of results, upload it if asked to, and return it."""
@@ -269,14 +270,6 @@ class Trainer:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
-
-    def _batches(self, step: int) -> Iterator[Batch]:
-        """This process's share of a step. Globally samples are numbered by micro-batch, then by process."""
-        config, accelerator = self.plan.config, self.accelerator
-        size = config.train_batch_size
-        for micro in range(config.gradient_accumulation_steps):
-            first = (micro * accelerator.num_processes + accelerator.process_index) * size
-            yield from self.sampler.batches(step, range(first, first + size))
 
     def _begun(self, origin: Path | None) -> State:
         """The state to go on from: a checkpoint's, only its weights, or the beginning."""
@@ -297,7 +290,9 @@ class Trainer:
             self.report(f"starting from the LoRA in {origin.name}, with a fresh optimizer")
             return fresh
         state = checkpoints.read_state(origin)
-        checkpoints.check_unfinished(state, base=plan.base, steps=self.steps)
+        # A run that ended after the last step and before its result was written lacks that only.
+        done = origin.name == TRAINING_STATE or steps_of_result(origin.parent.parent) == self.steps
+        checkpoints.check_unfinished(state, base=plan.base, steps=self.steps, has_result=done)
         for name, what in (("data", "the clips or captions"), ("global_batch", "the batch over all devices")):
             if getattr(state, name) != getattr(fresh, name):
                 self.report(f"{what} changed since the checkpoint: losses are not those of an unbroken run")
@@ -331,15 +326,6 @@ def store_in_fp8(transformer: "CogVideoXTransformer3DModel", dtype: torch.dtype)
     apply_layerwise_casting(
         transformer, torch.float8_e4m3fn, dtype, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, "lora_")
     )
-
-
-def _marking_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each batch, and whether it is the last: there the processes exchange their gradients."""
-    held = next(batches)
-    for following in batches:
-        yield held, False
-        held = following
-    yield held, True
 
 
 def _silent(line: str) -> None:

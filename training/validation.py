@@ -1,6 +1,7 @@
 """Clips made during training, as the service would make them with the LoRA as it stands."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,11 @@ def validation_requests(plan: Plan) -> list[Wanted]:
 
 def validate(
     plan: Plan, wanted: list[Wanted], transformer: "CogVideoXTransformer3DModel", encodings: Encodings,
-    folder: Path, *, step: int, report: Callable[[str], None],
+    folder: Path, *, step: int, stop: threading.Event, report: Callable[[str], None],
 ) -> list[tuple[Path, np.ndarray]]:  # fmt: skip
     """Make every wanted clip and write it into `folder`; the paths and frames, uint8 [F, H, W, 3].
+
+    Raises Stopped when `stop` is set.
 
     The VAE with its decoder comes from the disk for this and goes again. The LoRA computes in the base's type
     meanwhile, as it will when it serves.
@@ -98,7 +101,7 @@ def validate(
                 embeddings = tuple(
                     encodings.prompt(text)[None].to(plan.device, dtype) for text in (clip.request.prompt, "")
                 )
-                frames = generator.frames(clip.request, embeddings=embeddings)
+                frames = generator.frames(clip.request, embeddings=embeddings, stop=stop)
                 path = write_video(
                     frames,
                     folder / f"step-{step:06d}-{clip.number}.mp4",
