@@ -9,8 +9,10 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lib.archive import disk_error
 from lib.errors import UserError
-from training.clips import Sampling, clip_samples
+from training.clips import Sample, Sampling, clip_samples
 from training.config import digest
 from training.dataset import Clip, LeftOut
 
@@ -33,6 +36,8 @@ DEFAULT_CACHE_GB = 200.0
 FORMAT = 1
 """Raised when the meaning of cached files changes."""
 PIECES, PIECE_BYTES = 64, 1 << 16
+STALE_SECONDS = 86_400
+"""A file half written for longer than a day is nobody's any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +52,15 @@ class Section:
 
 
 class LatentCache:
-    """A folder of safetensors files named by digests; any number of processes may share it."""
+    """A folder of safetensors files named by digests; any number of processes may share it.
+
+    Raises UserError for a COGVIDEOX_LATENTS_GB that is no size.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.max_bytes = float(os.environ.get("COGVIDEOX_LATENTS_GB") or DEFAULT_CACHE_GB) * 1e9
+        self.max_bytes = _bound()
 
     def path(self, *parts: object, suffix: str = ".safetensors") -> Path:
         return self.folder / f"{digest([FORMAT, *parts])}{suffix}"
@@ -61,6 +69,25 @@ class LatentCache:
         """Whole or not at all."""
         with _renamed_to(path) as partial:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file is there and whole; asking counts as use."""
+        try:
+            with safe_open(path, "pt"):  # reads the header, which says how long the file is
+                _mark_used(path)
+        except (OSError, SafetensorError):
+            return False
+        return True
+
+    def read(self, path: Path) -> dict[str, torch.Tensor]:
+        """Raises UserError when the file went away since the run began."""
+        try:
+            _mark_used(path)
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path} cannot be read any more: {error}. Start again: what is missing is encoded anew."
+            ) from error
 
     def write_json(self, path: Path, content: object) -> None:
         with _renamed_to(path) as partial:
@@ -71,7 +98,11 @@ class LatentCache:
         files = []
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process trims too
-                files.append((path.stat().st_mtime, path.stat().st_size, path))
+                used, size = path.stat().st_mtime, path.stat().st_size
+                if path.suffix == ".partial" and used < time.time() - STALE_SECONDS:
+                    path.unlink()
+                else:
+                    files.append((used, size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.max_bytes:
@@ -122,11 +153,11 @@ class Encodings:
 
     def prompt(self, text: str) -> torch.Tensor:
         """Embeddings [tokens, width] of a prompt that was encoded."""
-        return load_file(self.prompt_path(text))["embeddings"]
+        return self.cache.read(self.prompt_path(text))["embeddings"]
 
     def sample(self, section: Section, *, flipped: bool, crop: int) -> dict[str, torch.Tensor]:
         """`mean` and `std` [f, C, h, w], unscaled, and `image` uint8 [3, 1, H, W]."""
-        return load_file(section.files[int(flipped)][crop])
+        return self.cache.read(section.files[int(flipped)][crop])
 
 
 @torch.inference_mode()
@@ -138,7 +169,8 @@ def encode_prompts(
 
     As the pipelines do: padded to `tokens`, cut there, no attention mask.
     """
-    missing = [text for text in dict.fromkeys(prompts) if not encodings.prompt_path(text).exists()]
+    cache = encodings.cache
+    missing = [text for text in dict.fromkeys(prompts) if not cache.holds(encodings.prompt_path(text))]
     if not missing:
         return
     tokenizer, encoder = load()
@@ -151,7 +183,7 @@ def encode_prompts(
         if whole > tokens:
             report(f"a caption has {whole} tokens, the base reads the first {tokens}: {text[:60]!r} ...")
         embeddings = encoder(ids.to(device))[0][0]
-        encodings.cache.write(encodings.prompt_path(text), {"embeddings": embeddings})
+        cache.write(encodings.prompt_path(text), {"embeddings": embeddings})
         report(f"progress: encoding captions {done + 1}/{len(missing)}")
 
 
@@ -169,16 +201,18 @@ def encode_clip(
     found = _read_index(cache, index)
     if found is None:
         found = []
-        try:
-            for sample in clip_samples(clip.path, sampling):
-                check()
-                path = cache.path("sample", *key, sample.section, sample.crop, sample.flipped)
-                cache.write(path, _encode(vae(), sample.frames, images=images))
-                found.append(
-                    [sample.section, int(sample.flipped), sample.crop, len(sample.frames), path.name]
-                )
-        except UserError as error:
-            return LeftOut(name=clip.name, reason=str(error))
+        samples = clip_samples(clip.path, sampling)
+        while True:
+            try:
+                sample: Sample | None = next(samples, None)
+            except UserError as error:  # of the clip; that of a full disk is no reason to leave it out
+                return LeftOut(name=clip.name, reason=str(error))
+            if sample is None:
+                break
+            check()
+            path = cache.path("sample", *key, sample.section, sample.crop, sample.flipped)
+            cache.write(path, _encode(vae(), sample.frames, images=images))
+            found.append([sample.section, int(sample.flipped), sample.crop, len(sample.frames), path.name])
         cache.write_json(index, found)
     return _sections(clip, found, cache)
 
@@ -208,14 +242,30 @@ def _content_digest(path: Path) -> str:
 
 
 def _read_index(cache: LatentCache, index: Path) -> list[list] | None:
-    """The clip's samples where every file is there; using them counts for what stays in the cache."""
+    """The clip's samples where every file is there and whole."""
     try:
         rows = json.loads(index.read_text())
-        for path in [index, *(cache.folder / row[-1] for row in rows)]:
-            os.utime(path)
+        _mark_used(index)
     except (OSError, ValueError):
         return None
-    return rows
+    return rows if all(cache.holds(cache.folder / row[-1]) for row in rows) else None
+
+
+def _mark_used(path: Path) -> None:
+    """What was used last is trimmed last."""
+    with contextlib.suppress(PermissionError):  # of another user, who shares the cache
+        os.utime(path)
+
+
+def _bound() -> float:
+    """The cache's size in bytes: COGVIDEOX_LATENTS_GB."""
+    text = os.environ.get("COGVIDEOX_LATENTS_GB") or str(DEFAULT_CACHE_GB)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text) * 1e9
+    raise UserError(
+        f"COGVIDEOX_LATENTS_GB={text} is not a size in GB above 0; empty means {DEFAULT_CACHE_GB:g}."
+    )
 
 
 def _sections(clip: Clip, rows: list[list], cache: LatentCache) -> list[Section]:

@@ -89,8 +89,13 @@ def encode_data(
     cache = LatentCache(weights.cache_folder() / "latents")
     text_key = f"{parts['text_encoder']} {parts['tokenizer']} {plan.spec.text_tokens} {plan.dtype}"
     encodings = Encodings(cache, text_key=text_key)
+    prompts = [
+        "",
+        *plan.config.prior_captions,
+        *plan.config.validation_prompts,
+        *(clip.caption for clip in clips),
+    ]
     if accelerator.is_main_process:
-        prompts = ["", *plan.config.validation_prompts, *(clip.caption for clip in clips)]
         encode_prompts(
             prompts, encodings, load=lambda: load_text_encoder(plan), tokens=plan.spec.text_tokens,
             device=plan.device, report=report, check=check,
@@ -116,7 +121,8 @@ def encode_data(
     left_out = [*left_out, *unusable]
     check_left_out(plan.config, left_out, usable=len(sections))
     if accelerator.is_main_process:
-        cache.trim({path for section in sections for side in section.files for path in side})
+        samples = {path for section in sections for side in section.files for path in side}
+        cache.trim(samples | {encodings.prompt_path(text) for text in prompts})
     vae = holder() if plan.is_i2v else None
     scaling_factor = _scaling_factor(plan)
     if vae is not None:
