@@ -24,6 +24,8 @@ class Chances:
     flip: float
     caption_dropout: float
     image_dropout: float
+    prior: float = 0.0
+    """That a sample gets a prior prompt and is held to the base's answer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,6 +49,8 @@ class Batch:
     """What samples the image's latents from their posterior, [B, 1, C, h, w]."""
     image_kept: torch.Tensor | None
     """bool [B]; False: the image condition is dropped."""
+    prior: bool
+    """The prompts are prior prompts: nothing is to be learnt for them."""
 
 
 class Sampler:
@@ -55,11 +59,13 @@ class Sampler:
     def __init__(
         self, sections: Sequence[Section], encodings: Encodings, *, seed: int, global_batch: int,
         chances: Chances, scaling_factor: float, temporal_patch: int | None, timesteps: int,
+        prior_prompts: Sequence[str] = ("",),
     ) -> None:  # fmt: skip
         self.sections, self.encodings = sections, encodings
         self.seed, self.global_batch = seed, global_batch
         self.chances, self.scaling_factor = chances, scaling_factor
         self.temporal_patch, self.timesteps = temporal_patch, timesteps
+        self.prior_prompts = prior_prompts
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def section(self, step: int, index: int) -> Section:
@@ -71,22 +77,28 @@ class Sampler:
         return self.sections[self._order[1][place]]
 
     def batches(self, step: int, indices: Sequence[int]) -> Iterator[Batch]:
-        """The samples with these global indices, those of one shape together, in a fixed order."""
-        groups: dict[tuple[int, ...], list[dict[str, torch.Tensor]]] = {}
+        """The samples with these global indices, those of one shape and kind together, in a fixed order."""
+        groups: dict[tuple, list[dict[str, torch.Tensor]]] = {}
         for index in indices:
-            drawn = self._draw(step, index)
-            groups.setdefault(tuple(drawn["latents"].shape), []).append(drawn)
-        names = Batch.__dataclass_fields__
-        for group in groups.values():
-            yield Batch(**{n: torch.stack([d[n] for d in group]) if n in group[0] else None for n in names})
+            drawn, prior = self._draw(step, index)
+            groups.setdefault((drawn["latents"].shape, prior), []).append(drawn)
+        names = [name for name in Batch.__dataclass_fields__ if name != "prior"]
+        for (_, prior), group in groups.items():
+            tensors = {n: torch.stack([d[n] for d in group]) if n in group[0] else None for n in names}
+            yield Batch(**tensors, prior=prior)
 
-    def _draw(self, step: int, index: int) -> dict[str, torch.Tensor]:
-        """One sample. All chances are drawn in any case, so that one setting does not shift the others."""
+    def _draw(self, step: int, index: int) -> tuple[dict[str, torch.Tensor], bool]:
+        """One sample, and whether it is to keep what the base knows.
+
+        All chances are drawn in any case, so that one setting does not shift the others.
+        """
         section = self.section(step, index)
         rng = np.random.default_rng((self.seed, SAMPLE, step, index))
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         flip, drop_caption, drop_image, crop = rng.random(4)
         timestep, deviation = int(rng.integers(self.timesteps)), rng.normal()
+        prior, prior_prompt = bool(rng.random() < self.chances.prior), rng.integers(len(self.prior_prompts))
+        caption = "" if drop_caption < self.chances.caption_dropout else section.caption
         flipped = bool(flip < self.chances.flip)
         files = section.files[int(flipped)]
         stored = self.encodings.sample(section, flipped=flipped, crop=int(crop * len(files)))
@@ -97,9 +109,7 @@ class Sampler:
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=noise),
             "timesteps": torch.tensor(timestep),
-            "text": self.encodings.prompt(
-                "" if drop_caption < self.chances.caption_dropout else section.caption
-            ),
+            "text": self.encodings.prompt(self.prior_prompts[prior_prompt] if prior else caption),
         }
         if (image := stored.get("image")) is not None:
             drawn |= {
@@ -111,4 +121,4 @@ class Sampler:
                 ),
                 "image_kept": torch.tensor(drop_image >= self.chances.image_dropout),
             }
-        return drawn
+        return drawn, prior

@@ -135,6 +135,11 @@ class TrainingConfig:
     """Share of samples whose image condition is zero; image to video only."""
     caption_dropout: float = setting(0.1, ge=0, le=1)
     """Share of samples with the empty caption, which guidance compares with at prediction."""
+    prior_preservation: float = setting(0.0, ge=0, le=0.9)
+    """Share of samples that keep what the base knows: prompted by one of prior_prompts, the LoRA is to answer
+    as the base does. Needs no other clips."""
+    prior_prompts: str = setting("")
+    """For prior_preservation, separated by validation_prompt_separator; without any, the empty prompt."""
 
     # Memory and precision
     gradient_checkpointing: bool | None = setting(None)
@@ -224,6 +229,10 @@ class TrainingConfig:
             not self.push_checkpoints or bool(self.hub_model_id),
             "push_checkpoints needs hub_model_id, the repository that receives them",
         )
+        _require(
+            not self.prior_prompts or self.prior_preservation > 0,
+            "prior_prompts need prior_preservation, the share of samples that they are for",
+        )
         if self.hub_model_id:
             owner, slash, name = self.hub_model_id.partition("/")
             _require(
@@ -244,6 +253,11 @@ class TrainingConfig:
     def validation_prompts(self) -> list[str]:
         parts = self.validation_prompt.split(self.validation_prompt_separator)
         return [part.strip() for part in parts if part.strip()]
+
+    @property
+    def prior_captions(self) -> list[str]:
+        parts = self.prior_prompts.split(self.validation_prompt_separator)
+        return [part.strip() for part in parts if part.strip()] or [""]
 
     def public(self) -> dict[str, Any]:
         """Every setting but secrets and this machine's paths, for records and model cards."""

@@ -41,7 +41,11 @@ def losses(
 
     It equals the x0 error weighted by 1 / (1 - a), which the original code uses.
     """
-    error = predicted.float() - velocity(latents, noise, alphas_cumprod)
+    return mean_squares(predicted.float() - velocity(latents, noise, alphas_cumprod))
+
+
+def mean_squares(error: torch.Tensor) -> torch.Tensor:
+    """Of each sample [B, ...]: [B]."""
     return error.pow(2).mean(dim=tuple(range(1, error.ndim)))
 
 

@@ -128,7 +128,7 @@ def train(
         default="to_q,to_k,to_v,to_out.0",
     ),
     max_train_steps: Optional[int] = Input(
-        description="Optimizer steps in all, those of a resumed run included. Default 1500 where num_train_epochs is empty.",
+        description="Optimizer steps in all, those before a resume included; 1500 where num_train_epochs is empty too.",
         ge=1,
         le=1000000,
         default=None,
@@ -256,6 +256,16 @@ def train(
         le=1,
         default=0.1,
     ),
+    prior_preservation: float = Input(
+        description="Share of samples that keep what the base knows: prompted by one of prior_prompts, the LoRA is to answer as the base does. Needs no other clips.",
+        ge=0,
+        le=0.9,
+        default=0.0,
+    ),
+    prior_prompts: str = Input(
+        description="For prior_preservation, separated by validation_prompt_separator; without any, the empty prompt.",
+        default="",
+    ),
     gradient_checkpointing: Optional[bool] = Input(
         description="Compute activations again in the backward pass: far less memory, a third more work. By default on a GPU only.",
         default=None,
@@ -362,7 +372,7 @@ def train(
         default=None,
     ),
     hub_model_id: str = Input(
-        description="Hugging Face repository (owner/name) that receives the result; it is made, private, if it is not there.",
+        description="Hugging Face repository (owner/name) that receives the result; made, private, if it is not there.",
         default="",
     ),
     hub_token: Optional[Secret] = Input(
@@ -425,6 +435,8 @@ def train(
             max_grad_norm=max_grad_norm,
             noised_image_dropout=noised_image_dropout,
             caption_dropout=caption_dropout,
+            prior_preservation=prior_preservation,
+            prior_prompts=prior_prompts,
             gradient_checkpointing=gradient_checkpointing,
             mixed_precision=mixed_precision,
             base_precision=base_precision,

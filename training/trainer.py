@@ -159,10 +159,15 @@ class Trainer:
     def run_to_end(self, stop: threading.Event) -> None:
         """The loop. Saves a checkpoint and raises Stopped once `stop` is set on any process."""
         config, reported = self.plan.config, 0.0
-        with LossFile(self.run / "loss.csv", self.state.losses, active=self.is_main) as file:
+        micro_batches = config.gradient_accumulation_steps
+        numbers = range(self.state.step * micro_batches, self.steps * micro_batches)
+        with (
+            LossFile(self.run / "loss.csv", self.state.losses, active=self.is_main) as file,
+            Ahead(self.feeder.micro_batch, numbers) as batches,
+        ):
             for step in range(self.state.step, self.steps):
                 rate = self.schedule.get_last_lr()[0]
-                loss, norm, stopping = self.step(step, stop.is_set())
+                loss, norm, stopping = self.step(batches, stop.is_set())
                 self.watch.see(loss, norm=norm, scaled=self.plan.precision == "fp16")
                 self.state.step = step + 1
                 file.add(step + 1, loss)
