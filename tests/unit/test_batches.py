@@ -52,7 +52,7 @@ def store(tmp_path):
 
 
 def sampler(store: Store, sections: list[Section], **changes) -> Sampler:
-    chances = {"flip": 0.0, "caption_dropout": 0.0, "image_dropout": 0.0}
+    chances = {"flip": 0.0, "caption_dropout": 0.0, "image_dropout": 0.0, "prior": 0.0}
     chances |= {name: changes.pop(name) for name in tuple(changes) if name in chances}
     options = {
         "seed": 1, "global_batch": 4, "scaling_factor": 0.7, "temporal_patch": None, "timesteps": 1000,
@@ -66,10 +66,11 @@ def one(made: Sampler, step: int, index: int) -> Batch:
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {field.name: getattr(batch, field.name) for field in fields(Batch)}
+    return {field.name: getattr(batch, field.name) for field in fields(Batch) if field.name != "prior"}
 
 
 def assert_same(first: Batch, second: Batch) -> None:
+    assert first.prior == second.prior
     for name, value in tensors(first).items():
         assert torch.equal(value, getattr(second, name)), name
 
@@ -79,7 +80,7 @@ RANDOM = ("latents", "noise", "timesteps", "image_noise", "image_deviation", "la
 
 def test_a_draw_depends_on_seed_step_and_index_alone(store):
     sections = [store.section(number, crops=2, sides=2) for number in range(5)]
-    chances = {"flip": 0.5, "caption_dropout": 0.3, "image_dropout": 0.3}
+    chances = {"flip": 0.5, "caption_dropout": 0.3, "image_dropout": 0.3, "prior": 0.3}
     made = sampler(store, sections, **chances)
     forwards = {(step, index): one(made, step, index) for step in range(6) for index in range(4)}
     again = sampler(store, sections, **chances)
@@ -186,6 +187,40 @@ def test_changing_one_chance_does_not_shift_the_other_draws(store, changed):
         before, after = tensors(one(plain, step, 1)), tensors(one(other, step, 1))
         differing = {name for name in before if not torch.equal(before[name], after[name])}
         assert differing == affected[changed]
+
+
+def test_prior_samples_have_a_prior_prompt_and_nothing_else_changed(store):
+    section = store.section(3)
+    for prompt in ("prior number one", "the second prior"):
+        store.prompt(prompt)
+    prompts = ["prior number one", "the second prior"]
+    plain = sampler(store, [section], caption_dropout=0.5)
+    mixed = sampler(store, [section], caption_dropout=0.5, prior=0.25, prior_prompts=prompts)
+    drawn = [(one(plain, step, 0), one(mixed, step, 0)) for step in range(800)]
+    chosen = [after.text[0, 0, 0].item() for _, after in drawn if after.prior]
+    assert abs(len(chosen) - 200) < 50
+    assert set(chosen) == {float(len(prompt)) for prompt in prompts}
+    for before, after in drawn[:50]:
+        differing = {n for n, v in tensors(before).items() if not torch.equal(v, getattr(after, n))}
+        assert differing == ({"text"} if after.prior else set())
+        assert not before.prior
+
+
+def test_all_prior_prompts_are_drawn_and_never_mixed_with_the_clips_own(store):
+    prompts = ["p" * 50, "p" * 60, "p" * 70]
+    for prompt in prompts:
+        store.prompt(prompt)
+    sections = [store.section(number) for number in range(4)]
+    made = sampler(store, sections, global_batch=8, prior=0.5, prior_prompts=prompts)
+    seen = set()
+    for step in range(30):
+        batches = list(made.batches(step, range(8)))
+        assert sum(len(batch.latents) for batch in batches) == 8 and len(batches) <= 2
+        for batch in batches:
+            lengths = set(batch.text[:, 0, 0].tolist())
+            assert all((length >= 50) == batch.prior for length in lengths)
+            seen |= lengths
+    assert seen == {1, 2, 3, 4, 50, 60, 70}
 
 
 def test_the_images_noise_has_the_papers_deviation(store):

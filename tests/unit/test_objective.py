@@ -8,10 +8,12 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from PIL import Image
 
-from tests.training_factory import CHANNELS, TEXT_WIDTH, is_i2v, pipeline, plan, transformer, vae
+from tests.training_factory import CHANNELS, TEXT_WIDTH, is_i2v, pipeline, transformer, vae
 from tiny.networks import SCHEDULER
 from training import objective
+from training.adapter import add_adapter
 from training.batches import Batch
+from training.inputs import Feeder
 from training.trainer import Trainer
 
 ALPHAS = CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.float()
@@ -41,7 +43,7 @@ def batch(layout: str, frames: int, width: int, height: int, *, size: int = 1, s
         "timesteps": torch.full((size,), step),
         "text": noise(size, 224 if layout.startswith("1.5") else 226, TEXT_WIDTH, seed=4),
         "images": None, "image_noise": None, "image_deviation": None, "latent_noise": None,
-        "image_kept": None,
+        "image_kept": None, "prior": False,
     }  # fmt: skip
     if is_i2v(layout):
         pixels = np.stack([np.asarray(image) for image in images(size, width, height)])
@@ -97,31 +99,25 @@ def fed_by_the_pipeline(pipe, given: Batch, frames: int, noisy: torch.Tensor, *,
     return calls[step]
 
 
-def fed_by_the_trainer(pipe, given: Batch, **planned: str) -> dict:
-    """What Trainer.losses hands to the transformer. `planned` is of the plan, which settles the type."""
-    seen = []
+def feeder(pipe, *given: Batch, dtype: torch.dtype = torch.float32) -> Feeder:
+    """What the trainer feeds its transformer with, for batches that are given."""
+    return Feeder(
+        SimpleNamespace(batches=lambda step, indices: given),
+        transformer_config=pipe.transformer.config,
+        alphas_cumprod=ALPHAS,
+        vae=pipe.vae,
+        batch_size=len(given[0].latents),
+        micro_batches=1,
+        process=0,
+        processes=1,
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
 
-    def denoiser(hidden, text, timesteps, ofs, rotary):
-        seen.append(
-            {
-                "hidden_states": hidden, "encoder_hidden_states": text, "timestep": timesteps, "ofs": ofs,
-                "image_rotary_emb": rotary,
-            }
-        )  # fmt: skip
-        return given.noise
 
-    losses_of(pipe, given, denoiser, **planned)
-    return seen[0]
-
-
-def losses_of(pipe, given: Batch, denoiser, **planned: str) -> torch.Tensor:
-    trainer = Trainer.__new__(Trainer)
-    trainer.plan = plan(**planned)
-    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
-    trainer.transformer, trainer.denoiser = pipe.transformer, denoiser
-    trainer.data = SimpleNamespace(vae=pipe.vae)
-    trainer.alphas_cumprod = ALPHAS
-    return trainer.losses(given)
+def fed_by_the_trainer(pipe, given: Batch, *, dtype: torch.dtype = torch.float32) -> dict:
+    (inputs,) = feeder(pipe, given, dtype=dtype).micro_batch(0)
+    return inputs.arguments()
 
 
 def assert_same_inputs(ours: dict, theirs: dict) -> None:
@@ -199,15 +195,14 @@ def test_a_sample_is_predicted_as_the_pipeline_predicts_it():
     assert torch.equal(mine, other) and mine.abs().mean() > 0.01
 
 
-def test_on_a_gpu_the_exact_sum_is_rounded_once_to_the_bases_type():
+def test_the_exact_sum_is_rounded_once_to_the_bases_type():
     pipe, given = pipeline("5b-i2v"), batch("5b-i2v", 9, 48, 32, step=1)
-    exact = fed_by_the_trainer(pipe, given)["hidden_states"]
-    rounded = fed_by_the_trainer(pipe, given, device="cuda", precision="bf16")
-    assert exact.dtype == torch.float32
-    assert torch.equal(rounded["hidden_states"], exact.bfloat16())
-    assert rounded["encoder_hidden_states"].dtype == torch.bfloat16
-    on_a_cpu = fed_by_the_trainer(pipe, given, precision="bf16")["hidden_states"]
-    assert torch.equal(on_a_cpu, exact)  # which autocast rounds where it must
+    exact = fed_by_the_trainer(pipe, given)
+    rounded = fed_by_the_trainer(pipe, given, dtype=torch.bfloat16)
+    for name in ("hidden_states", "encoder_hidden_states"):
+        assert exact[name].dtype == torch.float32
+        assert torch.equal(rounded[name], exact[name].bfloat16())
+    assert all(table.dtype == torch.float32 for table in rounded["image_rotary_emb"])
 
 
 def test_padding_repeats_the_first_frame_in_front_and_is_what_the_pipeline_drops():
@@ -237,13 +232,14 @@ def test_image_latents_are_scaled_as_at_prediction(inverted):
     model = vae(scaling_factor=0.7, inverted=inverted)
     given = batch("5b-i2v", 9, 48, 32, size=2)
     given.latent_noise = torch.zeros_like(given.latent_noise)
-    trainer = SimpleNamespace(data=SimpleNamespace(vae=model))
+    pipe = pipeline("5b-i2v")
+    pipe.vae = model
     with torch.no_grad():
         mean = model.encode(given.images.float() / 255 * 2 - 1).latent_dist.mean.transpose(1, 2)
-    made = Trainer.image_latents(trainer, given)
+    made = feeder(pipe, given).image_latents(given)
     assert torch.equal(made, mean * (1 / 0.7 if inverted else 0.7))
     given.image_kept = torch.tensor([True, False])
-    dropped = Trainer.image_latents(trainer, given)
+    dropped = feeder(pipe, given).image_latents(given)
     assert torch.equal(dropped[0], made[0]) and not dropped[1].any()
 
 
@@ -329,12 +325,68 @@ def test_each_sample_of_a_batch_has_its_own_timestep():
         assert torch.equal(together[[index]], alone)
 
 
-def test_trainer_losses_compare_with_the_velocity_of_padded_latents():
+def losses_of(denoiser, pipe, given: Batch, model=None) -> torch.Tensor:
+    trainer = Trainer.__new__(Trainer)
+    trainer.transformer, trainer.denoiser = model, denoiser
+    (inputs,) = feeder(pipe, given).micro_batch(0)
+    return trainer.losses(inputs)
+
+
+def test_the_trainers_loss_compares_with_the_velocity_of_padded_latents():
     pipe, given = pipeline("1.5-5b-i2v"), batch("1.5-5b-i2v", 17, 48, 32, size=2, step=300)
-    made = losses_of(
-        pipe, given, lambda *inputs: objective.velocity(given.latents, given.noise, ALPHAS[given.timesteps])
-    )
-    assert made.tolist() == [0, 0]
+    exact = objective.velocity(given.latents, given.noise, ALPHAS[given.timesteps])
+    assert losses_of(lambda inputs: exact, pipe, given).tolist() == [0, 0]
+    assert losses_of(lambda inputs: exact + 0.5, pipe, given).tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_prior_samples_are_held_to_the_bases_own_answer():
+    pipe, given = pipeline("1.5-5b-i2v"), batch("1.5-5b-i2v", 17, 48, 32, size=2, step=300)
+    given.prior = True
+    model = pipe.transformer
+    parameters = add_adapter(model, rank=2, alpha=2, targets=["to_q", "to_v"])
+
+    def denoiser(inputs):
+        return model(**inputs.arguments(), return_dict=False)[0]
+
+    assert losses_of(denoiser, pipe, given, model).tolist() == [0, 0]  # the LoRA begins as the base
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.5)
+    (inputs,) = feeder(pipe, given).micro_batch(0)
+    with torch.no_grad():
+        answer = denoiser(inputs)
+        model.disable_adapters()
+        base = denoiser(inputs)
+        model.enable_adapters()
+    made = losses_of(denoiser, pipe, given, model)
+    assert torch.allclose(made, (answer - base).pow(2).mean((1, 2, 3, 4))) and made.min() > 1e-4
+    made.sum().backward()
+    assert all(parameter.requires_grad and parameter.grad.any() for parameter in parameters)
+    with torch.no_grad():
+        assert torch.equal(denoiser(inputs), answer)
+
+
+def test_shapes_are_fed_one_after_the_other_each_with_its_own_tables():
+    pipe = pipeline("5b")
+    first, second = batch("5b", 9, 48, 32), batch("5b", 17, 48, 32)
+    made = feeder(pipe, first, second).micro_batch(0)
+    assert [inputs.latents.shape[1] for inputs in made] == [3, 5]
+    for inputs, given in zip(made, (first, second), strict=True):
+        assert torch.equal(inputs.rotary[0], fed_by_the_trainer(pipe, given)["image_rotary_emb"][0])
+        assert len(inputs.rotary[0]) == given.latents.shape[1] * 2 * 3
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_and_micro_batches_share_a_step_without_overlap(processes):
+    asked = []
+    for process in range(processes):
+        made = feeder(pipeline("5b"), batch("5b", 9, 48, 32))
+        made.sampler = SimpleNamespace(batches=lambda step, indices: asked.append((step, *indices)) or [])
+        made.process, made.processes, made.batch_size, made.micro_batches = process, processes, 2, 2
+        for number in range(4):
+            made.micro_batch(number)
+    for step in (0, 1):
+        indices = [index for begun, *share in asked if begun == step for index in share]
+        assert sorted(indices) == list(range(4 * processes))
 
 
 def test_a_convolution_kept_in_float32_ignores_autocast():
