@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules by name, built by torch, bitsandbytes, prodigyopt and diffusers."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -54,3 +55,17 @@ def build_schedule(config: TrainingConfig, optimizer: Optimizer, steps: int) -> 
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
+
+
+def load_states(optimizer: Optimizer, schedule: LRScheduler, states: dict[str, Any]) -> None:
+    """Go on from saved states, at the learning rate of this run: both were just built with it.
+
+    A run that has diverged goes on with a lower rate, which the saved states would undo.
+    """
+    rates = schedule.base_lrs
+    optimizer.load_state_dict(states["optimizer"])
+    schedule.load_state_dict(states["schedule"])
+    schedule.base_lrs = rates
+    for group, rate, factor in zip(optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]

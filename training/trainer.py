@@ -28,7 +28,7 @@ from training.checkpoints import State
 from training.config import TrainingConfig, digest
 from training.devices import alone, log_clips, memory_advice, start_accelerator, start_trackers
 from training.inputs import Feeder, Inputs, with_last
-from training.optimization import build_optimizer, build_schedule
+from training.optimization import build_optimizer, build_schedule, load_states
 from training.origin import found_origin
 from training.plan import Plan, base_name, check_at_the_door, locate_base, settle, total_steps
 from training.prepare import Data, encode_data, found_clips
@@ -302,8 +302,7 @@ class Trainer:
             if getattr(state, name) != getattr(fresh, name):
                 self.report(f"{what} changed since the checkpoint: losses are not those of an unbroken run")
         tensors = checkpoints.read_tensors(origin)
-        self.optimizer.load_state_dict(tensors["optimizer"])
-        self.schedule.load_state_dict(tensors["schedule"])
+        load_states(self.optimizer, self.schedule, tensors)
         if self.accelerator.scaler and tensors["scaler"]:
             self.accelerator.scaler.load_state_dict(tensors["scaler"])
         torch.set_rng_state(tensors["random"])
