@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -153,8 +154,8 @@ Rank {config.rank}, alpha {config.alpha:g}.
 With this service, from the folder of this file or with the URL of the tar in its place:
 
 ```
-COGVIDEOX_MODEL={plan.base} script/predict {spec.task} -i prompt={prompt}{image} \
--i lora_weights=lora.safetensors -i lora_scale=1
+COGVIDEOX_MODEL={plan.base} script/predict {spec.task} -i {shlex.quote(f"prompt={example}")}{image} \
+-i lora_weights="$PWD/lora.safetensors" -i lora_scale=1
 ```
 
 With diffusers:
