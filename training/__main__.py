@@ -1,7 +1,7 @@
 """Trains on this machine: script/train input_videos=FOLDER output_dir=runs/star [setting=value ...]
 
-Or on several GPUs: accelerate launch --num_processes 2 -m training input_videos=... The same command again
-goes on from the newest checkpoint in output_dir.
+Or on several GPUs: accelerate launch --multi_gpu --num_processes 2 -m training input_videos=...
+The same command again goes on from the newest checkpoint in output_dir.
 """
 
 import os
@@ -29,11 +29,10 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     limit_spinning()
     os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _stop(stop))
     first = int(os.environ.get("RANK", "0")) == 0
-    view = LogView()
+    view, stop = LogView(), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _stop(stop, tell=first))
     try:
         pairs, run = _split(arguments)
         values = parse_inputs(pairs, document, send_files=False)
@@ -45,10 +44,10 @@ def main(arguments: list[str]) -> int:
         if first:
             print(error, file=sys.stderr)
         return 1
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         view.close()
         if first:
-            print(f"stopped; the same command goes on from the checkpoint in {run}", file=sys.stderr)
+            print(_what_is_left(run), file=sys.stderr)
         return 130
     view.close()
     if first:
@@ -70,11 +69,19 @@ def _split(arguments: list[str]) -> tuple[list[str], Path]:
     return pairs, Path(folder or "runs/lora").expanduser().absolute()
 
 
-def _stop(stop: threading.Event) -> None:
+def _stop(stop: threading.Event, *, tell: bool) -> None:
     """The first signal asks for a checkpoint and an end, the second does not wait for it."""
     if stop.is_set():
         raise KeyboardInterrupt
     stop.set()
+    if tell:  # past sys.stderr, in the middle of whose print() this may come
+        os.write(2, b"\nstopping after this step; once more: without a checkpoint\n")
+
+
+def _what_is_left(run: Path) -> str:
+    if any((run / "checkpoints").glob("step-*[0-9]")):
+        return f"stopped; the same command goes on from the checkpoint in {run}"
+    return "stopped before the first checkpoint"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
+from lib.archive import disk_error
 from lib.errors import UserError
 from lib.lock import lock
 from training.config import TrainingConfig
@@ -82,16 +83,20 @@ def log_clips(accelerator: Accelerator, clips: list[tuple[Path, np.ndarray]], *,
 
 @contextlib.contextmanager
 def alone(run: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the run's folder. Raises UserError while another process trains there."""
+    """Hold the run's folder. Raises UserError while another process trains there, and where none can be."""
     if not accelerator.is_main_process:
         yield
         return
-    with lock(run, print, wait=False) as held:
+    with contextlib.ExitStack() as stack:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(lock(run, print, wait=False))
+        except OSError as error:
+            raise disk_error(error, run) from error
         if not held:
             raise UserError(
                 f"another process is training in {run.name}; wait for it, or give another output_dir."
             )
-        run.mkdir(parents=True, exist_ok=True)
         yield
 
 

@@ -1,0 +1,271 @@
+"""script/train as a person uses it: settings, sources, refusals, Ctrl-C, kills, the same command again."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.lock import lock
+from lib.serving.configs import PROJECT
+from tests.clips_factory import losses_in, write_clips, zip_of
+from tests.http_host import Host, Served
+from training.config import TrainingConfig
+
+STEPS = 45
+SETTINGS = ["rank=4", "seed=3"]
+LONG = [*SETTINGS, f"max_train_steps={STEPS}", "checkpointing_steps=7"]
+
+# Several commands in one process, so that torch is imported once.
+SEVERAL = """
+import contextlib, io, json, os, sys
+from training.__main__ import main
+
+for variables, arguments in json.load(sys.stdin):
+    os.environ.update(variables)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    for name in variables:
+        del os.environ[name]
+    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the commands stand: clips as a folder, a zip and a tar."""
+    folder = tmp_path_factory.mktemp("command")
+    clips = write_clips(folder / "clips")
+    zip_of(clips, folder / "clips.zip")
+    with tarfile.open(folder / "clips.tar", "w") as tar:
+        tar.add(clips, "clips")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    return os.environ | {
+        "COGVIDEOX_CACHE": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(PROJECT),
+    }  # fmt: skip
+
+
+def started(folder: Path, environment: dict[str, str], *arguments: str, **streams: Any) -> subprocess.Popen:
+    command = [sys.executable, "-P", "-m", "training", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **streams)
+
+
+def finished(folder: Path, environment: dict[str, str], *arguments: str) -> tuple[int, str, str]:
+    """Status, standard output and standard error of a command."""
+    with started(folder, environment, *arguments, stdout=-1, stderr=-1) as process:
+        out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def several(
+    folder: Path, environment: dict[str, str], *commands: list[str], **variables: str
+) -> list[tuple[int, str, str]]:
+    """The same of commands that run in one process; `variables` hold for them in addition."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SEVERAL],
+        input=json.dumps([[variables, command] for command in commands]),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return losses_in((run / "loss.csv").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(folder, environment) -> list[tuple[int, str, str]]:
+    """An unbroken run in runs/whole, and short ones from each kind of source."""
+    short = [*SETTINGS, "max_train_steps=3"]
+    return several(
+        folder,
+        environment,
+        ["input_videos=clips", "output_dir=runs/whole", *LONG],
+        ["input_videos=clips", "output_dir=runs/folder", *short],
+        ["input_videos=@clips.zip", "output_dir=runs/zip", *short],
+        [f"input_videos={folder}/clips.tar", "output_dir=runs/tar", *short],
+    )
+
+
+# The command line
+
+
+def test_help_lists_every_setting(folder, environment):
+    status, out, _ = finished(folder, environment, "--help")
+    assert status == 0
+    assert "output_dir=" in out and "accelerate launch" in out
+    for field in dataclasses.fields(TrainingConfig):
+        assert f"\n  {field.name}  (" in out
+    assert finished(folder, environment)[:2] == (2, out)
+
+
+WRONG = {
+    "an unknown setting": ("learning_rat=1", "learning_rate"),
+    "out of range": ("rank=0", "rank: 0 is less than the minimum of 1"),
+    "no number": ("rank=four", "rank: four is not a whole number"),
+    "a wrong choice": ("optimizer=sgd", "optimizer: "),
+    "no setting at all": ("clips.zip", "'clips.zip' is not setting=value; usage: script/train input_videos="),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_command_line_is_told_at_once(folder, environment, case):
+    argument, message = WRONG[case]
+    status, out, err = finished(folder, environment, "input_videos=clips", argument)
+    assert (status, out) == (1, "")
+    assert message in err and "Traceback" not in err
+    assert not (folder / "runs" / "lora").exists()
+
+
+def test_a_folder_a_zip_and_a_tar_train_the_same(folder, trained):
+    for status, out, err in trained:
+        assert status == 0, err
+        assert Path(out.strip()).is_file()
+    assert [Path(out.strip()).relative_to(folder) for _, out, _ in trained] == [
+        Path("runs", name, "result", "lora.safetensors") for name in ("whole", "folder", "zip", "tar")
+    ]
+    whole = losses(folder / "runs" / "whole")
+    assert len(whole) == STEPS
+    for name in ("folder", "zip", "tar"):
+        assert losses(folder / "runs" / name) == whole[:3]
+        left = sorted(path.name for path in (folder / "runs" / name).iterdir())
+        assert left == ["checkpoints", "loss.csv", "result"]
+
+
+def test_what_cannot_be_is_told_and_leaves_the_earlier_result(folder, environment, trained):
+    again = ["input_videos=clips", "output_dir=runs/folder", *SETTINGS]
+    result = folder / "runs" / "folder" / "result" / "lora.safetensors"
+    before = result.read_bytes()
+    (folder / "taken").write_bytes(b"")
+    cases = {
+        "has 3 steps already and this run ends at 3": [*again, "max_train_steps=3"],
+        "does not fit: rank (it has 4, this run 8)": [*again, "rank=8"],
+        "missing.zip does not exist": ["input_videos=missing.zip", "output_dir=runs/none"],
+        "give the clips with input_videos": ["output_dir=runs/none"],
+        "taken could not be written": ["input_videos=clips", "output_dir=taken"],
+        "clips holds neither a training state nor lora.safetensors": [
+            "input_videos=clips", "output_dir=runs/none", "resume_from=clips",
+        ],
+        "another process is training in busy; wait for it": ["input_videos=clips", "output_dir=runs/busy"],
+    }  # fmt: skip
+    with lock(folder / "runs" / "busy", print):
+        outcomes = several(folder, environment, *cases.values())
+    for message, (status, out, err) in zip(cases, outcomes, strict=True):
+        assert (status, out) == (1, "")
+        assert message in err and "Traceback" not in err
+    assert result.read_bytes() == before
+
+
+def test_a_base_of_the_wrong_kind_is_refused_before_anything_is_asked_for(folder, environment):
+    with Host({"/earlier.tar": Served(b"x")}) as host:
+        command = ["input_videos=clips", "output_dir=runs/caption", "hub_model_id=me/star", "hub_token=x"]
+        variables = {"COGVIDEOX_MODEL": "cogvlm2-caption", "HF_ENDPOINT": host.address}
+        [(status, _, err)] = several(
+            folder, environment, [*command, f"resume_from={host.url('/earlier.tar')}"], **variables
+        )
+    assert status == 1
+    assert "COGVIDEOX_MODEL=cogvlm2-caption is a model for" in err
+    assert "cogvideox-5b-i2v" in err
+    assert host.requests == []
+
+
+# Stopped, killed, and the same command again
+
+
+def begun(run: Path, steps: int, process: subprocess.Popen) -> None:
+    """Wait until a run has done so many steps."""
+    deadline = time.monotonic() + 60
+    while not (run / "loss.csv").exists() or (run / "loss.csv").read_text().count("\n") <= steps:
+        assert process.poll() is None, f"it ended before step {steps}"
+        assert time.monotonic() < deadline, f"no step {steps}"
+        time.sleep(0.01)
+
+
+def controlling_terminal() -> None:
+    """Make standard error this process's terminal, from which Ctrl-C comes."""
+    fcntl.ioctl(2, termios.TIOCSCTTY, 0)
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_been(
+    folder, environment, trained
+):
+    run = folder / "runs" / "stopped"
+    command = ["input_videos=clips", "output_dir=runs/stopped", *LONG]
+    master, terminal = pty.openpty()
+    with started(
+        folder, environment, *command,
+        stdout=subprocess.PIPE, stderr=terminal, start_new_session=True, preexec_fn=controlling_terminal,
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        begun(run, 3, process)
+        os.write(master, b"\x03")
+        shown = read_terminal(master)
+        out = process.communicate(timeout=30)[0]
+    assert (process.returncode, out) == (130, "")
+    assert re.search(r"training \[#*\.+\] \d+/45(, \d:\d\d left)?, loss 0\.\d{4}", shown)
+    assert "stopping after this step" in shown
+    assert f"stopped; the same command goes on from the checkpoint in {run}" in shown
+    assert "Traceback" not in shown
+    done = losses(run)
+    assert f"step-{len(done):08d}" in [path.name for path in (run / "checkpoints").iterdir()]
+    assert 3 <= len(done) < STEPS
+    status, _, err = finished(folder, environment, *command)
+    assert status == 0, err
+    assert f"continuing at step {len(done)} of {STEPS}" in err
+    assert losses(run) == losses(folder / "runs" / "whole")
+
+
+def read_terminal(master: int) -> str:
+    """Everything that is written to the terminal until its last writer has gone."""
+    pieces = []
+    try:
+        while piece := os.read(master, 1 << 16):
+            pieces.append(piece)
+    except OSError:  # how Linux says that nobody holds the other end
+        pass
+    finally:
+        os.close(master)
+    return b"".join(pieces).decode()
+
+
+def test_killed_three_times_at_random_steps_it_ends_with_the_losses_of_an_unbroken_run(
+    folder, environment, trained
+):
+    run = folder / "runs" / "killed"
+    command = ["input_videos=clips", "output_dir=runs/killed", *LONG]
+    drawn = random.randrange(10**6)
+    print(f"kills are drawn from {drawn}")
+    rng, reached = random.Random(drawn), 0
+    for _ in range(3):
+        with started(folder, environment, *command, stdout=-3, stderr=-3) as process:
+            begun(run, reached + rng.randint(1, 10), process)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        kept = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-????????")]
+        reached = max(kept, default=0)
+        assert len(losses(run)) - reached <= 7
+    status, _, err = finished(folder, environment, *command)
+    assert status == 0, err
+    assert losses(run) == losses(folder / "runs" / "whole") == losses(run / "result")
