@@ -14,7 +14,10 @@ BAR_WIDTH = 30
 
 
 class LogView:
-    """Feed it lines (`line`) or the whole log so far (`logs`); `close` before printing anything else."""
+    """Feed it lines (`line`) or the whole log so far (`logs`); `close` before printing anything else.
+
+    Where there is no terminal, a stage is named once, and its notes come at every tenth of the way.
+    """
 
     def __init__(self, stream: TextIO = sys.stderr) -> None:
         self.stream = stream
@@ -22,6 +25,7 @@ class LogView:
         self.seen = 0
         self.stage: str | None = None
         self.began = (0, 0.0)
+        self.tenth = 0
         self.bar_shown = False
 
     def logs(self, text: str) -> None:
@@ -53,9 +57,12 @@ class LogView:
     def _progress(self, stage: str, done: int, total: int, note: str | None) -> None:
         now = time.monotonic()
         if stage != self.stage:
-            self.stage, self.began = stage, (done, now)
+            self.stage, self.began, self.tenth = stage, (done, now), 0
             if not self.live:
                 print(f"{stage} ({total})", file=self.stream, flush=True)
+        if not self.live and note and (tenth := 10 * done // max(total, 1)) > self.tenth:
+            self.tenth = tenth
+            print(f"{stage} {done}/{total}, {note}", file=self.stream, flush=True)
         if self.live:
             shown = bar(stage, done, total, left=self._left(done, total, now))
             self.stream.write(f"\r\x1b[K{shown}{f', {note}' if note else ''}")

@@ -213,6 +213,15 @@ def test_log_lines_show_once_and_progress_lines_do_not():
     assert stream.getvalue() == "hello\ndenoising (50)\nhalf a line\ndone\n"
 
 
+def test_without_a_terminal_notes_come_at_every_tenth():
+    stream = io.StringIO()
+    view = LogView(stream)
+    for step in range(1, 31):
+        view.line(f"progress: training {step}/30, loss {step / 100}")
+    lines = stream.getvalue().splitlines()
+    assert lines == ["training (30)", *(f"training {s}/30, loss {s / 100}" for s in range(3, 31, 3))]
+
+
 def test_a_terminal_gets_a_bar_that_goes_away():
     stream = Terminal()
     view = LogView(stream)
