@@ -37,7 +37,6 @@ class Publisher:
 
     def _create(self) -> None:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
         if self.token is None:
             raise UserError(
@@ -45,8 +44,10 @@ class Publisher:
             )
         try:
             with _online():
-                HfApi(token=self.token).create_repo(self.repository, private=True, exist_ok=True)
-        except (HfHubHTTPError, OSError, ValueError) as error:
+                api = HfApi(token=self.token)
+                api.create_repo(self.repository, private=True, exist_ok=True)
+                api.auth_check(self.repository, write=True)  # it may have been there and be another's
+        except Exception as error:  # each HTTP library has its own, and the Hub's changes it
             raise UserError(
                 f"hub_model_id={self.repository} cannot be written to: {_plain(error)}. Check the name, and "
                 "that hub_token has write access."
@@ -68,16 +69,18 @@ class Publisher:
 
 def _plain(error: Exception) -> str:
     """The first line, which names the status; the rest repeats addresses and request numbers."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return str(error).strip().split("\n")[0].rstrip(". ") or type(error).__name__
 
 
 @contextlib.contextmanager
 def _online() -> Iterator[None]:
-    """Undo lib.weights.go_offline for an upload: loading models stays offline."""
+    """Undo lib.weights.go_offline for an upload: loading models stays offline, and telemetry off."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = False
+    constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY = False, True
     try:
         yield
     finally:

@@ -127,18 +127,18 @@ def model_card(plan: Plan, data: Data, state: State) -> str:
     """README.md: what it is, how to use it, how it was made."""
     config, spec, sampling = plan.config, plan.spec, plan.sampling
     task = {"i2v": "image-to-video", "t2v": "text-to-video"}[spec.task]
-    base = spec.repository or plan.base
     trigger = f"Put `{config.trigger_word}` into the prompt.\n\n" if config.trigger_word else ""
+    repository, _, revision = (spec.repository or plan.base).partition("@")
+    # The Hub refuses a card whose base is no repository.
+    base_model = f"base_model: {repository}\n" if "/" in repository else ""
+    source = json.dumps(repository) + (f", revision={json.dumps(revision)}" if revision else "")
     example = config.validation_prompts[0] if config.validation_prompts else data.sections[0].caption
-    image = " -i image=@photo.jpg" if spec.task == "i2v" else ""
     kind = "CogVideoXImageToVideoPipeline" if spec.task == "i2v" else "CogVideoXPipeline"
     imports = "from diffusers.utils import export_to_video" + (", load_image" if spec.task == "i2v" else "")
-    given = 'image=load_image("photo.jpg"), ' if spec.task == "i2v" else ""
-    prompt = json.dumps(example, ensure_ascii=False)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in config.public().items())
+    image = 'image=load_image("photo.jpg"), ' if spec.task == "i2v" else ""
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in config.public().items())
     return f"""---
-base_model: {base}
-library_name: diffusers
+{base_model}library_name: diffusers
 pipeline_tag: {task}
 tags: [cogvideox, lora, {task}]
 ---
@@ -154,8 +154,7 @@ Rank {config.rank}, alpha {config.alpha:g}.
 With this service, from the folder of this file or with the URL of the tar in its place:
 
 ```
-COGVIDEOX_MODEL={plan.base} script/predict {spec.task} -i {shlex.quote(f"prompt={example}")}{image} \
--i lora_weights="$PWD/lora.safetensors" -i lora_scale=1
+{_command(plan, example)}
 ```
 
 With diffusers:
@@ -165,11 +164,14 @@ import torch
 from diffusers import {kind}
 {imports}
 
-pipe = {kind}.from_pretrained("{base}", torch_dtype=torch.{spec.dtype}).to("cuda")
+pipe = {kind}.from_pretrained({source}, torch_dtype=torch.{spec.dtype}).to("cuda")
 pipe.load_lora_weights("lora.safetensors")
-frames = pipe({given}prompt={prompt}, num_frames={spec.frames}, \
-max_sequence_length={spec.text_tokens}).frames[0]
-export_to_video(frames, "video.mp4", fps={spec.fps})
+frames = pipe(
+    {image}prompt={json.dumps(example, ensure_ascii=False)},
+    num_frames={spec.frames}, width={sampling.width}, height={sampling.height}, \
+max_sequence_length={spec.text_tokens},
+).frames[0]
+export_to_video(frames, "video.mp4", fps={sampling.fps:g})
 ```
 
 Rank and alpha are in the file: do not scale by alpha / rank a second time.
@@ -184,6 +186,25 @@ Captions are in `captions.jsonl`, the loss of every step in `loss.csv` and `loss
 
 The base's licence holds for what is made with it.
 """
+
+
+def _command(plan: Plan, prompt: str) -> str:
+    """What makes a clip with the LoRA on a command line, at the size that was trained."""
+    spec, size = plan.spec, (plan.sampling.width, plan.sampling.height)
+    variables, inputs = [f"COGVIDEOX_MODEL={shlex.quote(plan.base)}"], [f"prompt={prompt}"]
+    if spec.task == "i2v":
+        inputs.append("image=@photo.jpg")
+    if size != (spec.width, spec.height):
+        inputs += [f"width={size[0]}", f"height={size[1]}"]
+        if spec.nearest_size(*size) != size:
+            variables.append("COGVIDEOX_ANY_SIZE=1")
+    given = " ".join(f"-i {shlex.quote(each)}" for each in [*inputs, "lora_scale=1"])
+    return f'{" ".join(variables)} script/predict {spec.task} {given} -i lora_weights="$PWD/lora.safetensors"'
+
+
+def _cell(value: object) -> str:
+    """A value in a table of Markdown, which lines and bars would break."""
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

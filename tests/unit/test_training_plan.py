@@ -1,4 +1,4 @@
-"""What a run settles from base and machine, and what it refuses before anything is downloaded or computed."""
+"""What a run settles from base and machine, and refuses before anything is downloaded or computed."""
 
 import importlib.util
 import json
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from PIL import Image
 
 from lib.errors import UserError
 from lib.models import SPECS
 from tests.training_factory import LAYOUTS, config
+from tiny.networks import SCHEDULER
 from training import plan as module
 from training.plan import (
     base_name,
@@ -22,6 +25,7 @@ from training.plan import (
     trackers,
     warmup_steps,
 )
+from training.validation import load_scheduler, validation_requests
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 TINY = WEIGHTS / "tiny-i2v"
@@ -357,3 +361,47 @@ def test_trackers_by_name():
         "none": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",), "all": ("tensorboard", "wandb")
     }  # fmt: skip
     assert set(module.LIBRARIES) >= {"tensorboard", "wandb", "prodigy", "adam_8bit", "adamw_8bit"}
+
+
+# Validation clips
+
+
+def test_validation_clips_are_those_of_the_service_with_seeds_of_their_own(tmp_path):
+    paths = []
+    for name, colour in (("a.png", (200, 0, 0)), ("b.png", (0, 200, 0))):
+        paths.append(str(tmp_path / name))
+        Image.new("RGB", (128, 96), colour).save(paths[-1])
+    settings = config(
+        validation_prompt="a star:::a moon", validation_images=paths, num_validation_videos=2,
+        max_num_frames=20, guidance_scale=3, validation_inference_steps=4, fps=12, seed=40,
+    )  # fmt: skip
+    wanted = validation_requests(settle(settings, "tiny-i2v", TINY, "cpu"))
+    assert [clip.number for clip in wanted] == [1, 2, 3, 4]
+    requests = [clip.request for clip in wanted]
+    assert [request.prompt for request in requests] == ["a star", "a star", "a moon", "a moon"]
+    assert [request.seed for request in requests] == [40, 41, 42, 43]
+    assert [request.image.getpixel((5, 5))[:2] for request in requests] == [(200, 0)] * 2 + [(0, 200)] * 2
+    for request in requests:
+        assert (request.num_frames, request.width, request.height, request.fps) == (17, 64, 48, 12)
+        assert (request.guidance_scale, request.num_inference_steps, request.scheduler) == (3, 4, "default")
+        assert request.image.size == (64, 48) and request.negative_prompt == ""
+
+
+def test_without_prompts_there_are_no_validation_clips_and_a_bad_image_is_named(tmp_path):
+    assert validation_requests(settle(config(), "tiny-i2v", TINY, "cpu")) == []
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    settings = config(validation_prompt="a star", validation_images=[str(bad)])
+    with pytest.raises(UserError, match=r"validation image bad\.png") as caught:
+        validation_requests(settle(settings, "tiny-i2v", TINY, "cpu"))
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_the_scheduler_is_the_bases_own_with_its_noise(tmp_path, kind):
+    original = kind(**SCHEDULER | {"snr_shift_scale": 3.0})
+    original.save_pretrained(tmp_path / "scheduler")
+    loaded = load_scheduler(tmp_path)
+    assert type(loaded) is kind
+    assert torch.equal(loaded.alphas_cumprod, original.alphas_cumprod)
+    assert loaded.config.prediction_type == "v_prediction" and loaded.alphas_cumprod[-1] == 0
