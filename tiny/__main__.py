@@ -1,6 +1,6 @@
 """Trains the embedded models: `python -m tiny all`, or one stage at a time.
 
-Stages, each resumable from runs/tiny: vae, t2v, i2v, export.
+Stages, each resumable from runs/tiny: vae, t2v, i2v, decoder, export.
 """
 
 import argparse
@@ -12,13 +12,14 @@ from tiny import loop
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tiny", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["vae", "t2v", "i2v", "export", "all"])
+    parser.add_argument("stage", choices=["vae", "t2v", "i2v", "decoder", "export", "all"])
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--t2v-steps", type=int, default=9500)
     parser.add_argument("--i2v-steps", type=int, default=2300)
+    parser.add_argument("--decoder-steps", type=int, default=5500)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.stage in ("vae", "all"):
@@ -30,6 +31,10 @@ def main() -> None:
             from tiny.train_transformer import train_transformer
 
             loop.launch(train_transformer, options.processes, options.folder, task, steps, options.seed)
+    if options.stage in ("decoder", "all"):
+        from tiny.train_decoder import train_decoder
+
+        loop.launch(train_decoder, options.processes, options.folder, options.decoder_steps, options.seed)
     if options.stage in ("export", "all"):
         from tiny.export import export
 

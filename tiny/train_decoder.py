@@ -12,8 +12,10 @@ from diffusers import AutoencoderKLCogVideoX
 from torch.nn import functional as F
 
 from tiny import loop, world
+from tiny.networks import build_vae
 from tiny.train_vae import LATENT_NOISE, reconstruction_quality, to_tensor
 
+EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "tiny-t2v" / "vae"
 PEAK_RATE = 1e-3
 BATCH = 4
 EXTRA_SHARE = 0.5
@@ -21,10 +23,12 @@ SHAPE_SHARES = (0.1, 0.1, 0.1, 0.4, 0.3)  # circle, square, triangle, star, ring
 MOTION_SHARES = (0.1, 0.1, 0.1, 0.1, 0.1, 0.35, 0.15)  # left, right, up, down, still, circling, zigzag
 
 
-def train_decoder(worker: loop.Worker, folder: Path, source: Path, steps: int, seed: int) -> None:
-    """Train for `steps` from the VAE in `source`, resuming from folder/decoder.pt; a checkpoint every 100."""
-    vae = AutoencoderKLCogVideoX.from_pretrained(source, dtype=torch.float32, local_files_only=True)
-    vae.to(worker.device).requires_grad_(False)
+def train_decoder(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
+    """Train for `steps`, resuming from folder/decoder.pt; every 100 steps a checkpoint.
+
+    Begins with folder/vae.pt, or without one with the embedded VAE.
+    """
+    vae = _first_vae(folder).to(worker.device).requires_grad_(False)
     vae.decoder.requires_grad_(True)
     average = loop.Average(vae.decoder, 0.998)
     optimizer = torch.optim.AdamW(
@@ -73,6 +77,14 @@ def train_decoder(worker: loop.Worker, folder: Path, source: Path, steps: int, s
             trained, vae.decoder = vae.decoder, average.module
             log(step=step + 1, **reconstruction_quality(vae, 20))
             vae.decoder = trained
+
+
+def _first_vae(folder: Path) -> AutoencoderKLCogVideoX:
+    if state := loop.load_checkpoint(folder / "vae.pt"):
+        vae = build_vae()
+        vae.load_state_dict(state["average"])
+        return vae
+    return AutoencoderKLCogVideoX.from_pretrained(EMBEDDED, dtype=torch.float32, local_files_only=True)
 
 
 def _loss(decoded: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
