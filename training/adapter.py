@@ -73,7 +73,7 @@ def save_adapter(
     weights = {name: value.to(dtype) for name, value in adapter_weights(transformer).items()}
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(weights, partial, metadata=metadata)
+        save_tensors(weights, partial, metadata=metadata)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -82,6 +82,16 @@ def save_adapter(
             if isinstance(error, OSError)
             else UserError(f"{path} could not be written: {error}.")
         ) from error
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """As safetensors' save_file, whose files only their owner may read, with the mode of other new files."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def load_adapter(transformer: "CogVideoXTransformer3DModel", path: Path) -> None:

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lib.archive import disk_error
 from lib.errors import UserError
+from training.adapter import save_tensors
 from training.clips import Sample, Sampling, clip_samples
 from training.config import digest
 from training.dataset import Clip, LeftOut
@@ -68,7 +69,7 @@ class LatentCache:
     def write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Whole or not at all."""
         with _renamed_to(path) as partial:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+            save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
 
     def holds(self, path: Path) -> bool:
         """Whether a file is there and whole; asking counts as use."""

@@ -283,7 +283,7 @@ def test_a_writer_that_dies_leaves_no_file_under_the_name(cache, monkeypatch):
         Path(arguments[1]).write_bytes(b"half")
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(module, "save_file", broken)
+    monkeypatch.setattr(module, "save_tensors", broken)
     with pytest.raises(RuntimeError):
         cache.write(cache.path("x"), {"x": torch.zeros(1)})
     assert list(cache.folder.iterdir()) == []
