@@ -16,6 +16,7 @@ from lib.serving.configs import PROJECT
 from lib.serving.inputs import describe_inputs, parse_inputs
 from lib.serving.progress import LogView
 from lib.serving.schema import training_inputs
+from training.config import SECRETS
 
 USAGE = "script/train input_videos=FOLDER_OR_ARCHIVE [output_dir=runs/lora] [setting=value ...]"
 OUTPUT_DIR = "output_dir"
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(f"usage: {USAGE}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}")
         return 0 if arguments else 2
+    sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record it
     limit_spinning()
     os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
     first = int(os.environ.get("RANK", "0")) == 0
@@ -67,6 +69,11 @@ def _split(arguments: list[str]) -> tuple[list[str], Path]:
         else:
             pairs.append(argument)
     return pairs, Path(folder or "runs/lora").expanduser().absolute()
+
+
+def _without_secret(argument: str) -> str:
+    name, equals, _ = argument.partition("=")
+    return f"{name}=..." if equals and name in SECRETS else argument
 
 
 def _stop(stop: threading.Event, *, tell: bool) -> None:

@@ -19,6 +19,7 @@ OPTIMIZERS = ("adam", "adamw", "adam_8bit", "adamw_8bit", "prodigy")
 MAX_SEED = 2**63 - 1
 DEFAULT_STEPS = 1500
 MAX_WARMUP_STEPS = 500
+SECRETS = ("hub_token", "wandb_api_key")
 
 
 def setting(
@@ -261,7 +262,7 @@ class TrainingConfig:
 
     def public(self) -> dict[str, Any]:
         """Every setting but secrets and this machine's paths, for records and model cards."""
-        hidden = ("input_videos", "hub_token", "wandb_api_key", "resume_from", "validation_images")
+        hidden = ("input_videos", "resume_from", "validation_images", *SECRETS)
         return {name: getattr(self, name) for name, _, _ in _fields() if name not in hidden}
 
     def fits(self) -> dict[str, Any]:

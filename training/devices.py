@@ -64,7 +64,11 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Open the trackers. The key of wandb is in the environment only for as long as it signs in."""
     if not accelerator.trackers and trackers(config):
         with _variable("WANDB_API_KEY", config.wandb_api_key):
-            accelerator.init_trackers(config.tracker_name, config=_flat(config.public()))
+            accelerator.init_trackers(
+                config.tracker_name,
+                config=_flat(config.public()),
+                init_kwargs={"wandb": {"dir": accelerator.project_dir}},
+            )
 
 
 def log_clips(accelerator: Accelerator, clips: list[tuple[Path, np.ndarray]], *, fps: int, step: int) -> None:

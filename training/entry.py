@@ -15,11 +15,10 @@ from lib.lock import lock
 from lib.scratch import Scratch
 from lib.serving.guard import check_file
 from training import checkpoints
-from training.config import TrainingConfig
+from training.config import SECRETS, TrainingConfig
 from training.result import pack
 
 KEPT_RUNS = 3
-SECRETS = ("hub_token", "wandb_api_key")
 Report = Callable[[str], None]
 
 
