@@ -138,7 +138,7 @@ def measure_shape(options: argparse.Namespace) -> None:
 
     from training import objective
     from training.adapter import add_adapter
-    from training.trainer import store_in_fp8
+    from training.base import store_in_fp8
 
     if not torch.cuda.is_available():
         raise SystemExit("--gpu needs an NVIDIA GPU; there is none that torch sees.")

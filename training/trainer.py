@@ -23,6 +23,7 @@ from lib.compute import Stopped
 from training import checkpoints, objective
 from training.adapter import add_adapter, load_adapter, save_adapter
 from training.ahead import Ahead
+from training.base import load_transformer, store_in_fp8
 from training.batches import Chances, Sampler
 from training.checkpoints import State
 from training.config import TrainingConfig, digest
@@ -215,8 +216,8 @@ class Trainer:
             return objective.losses(predicted, inputs.latents, inputs.noise, inputs.alphas_cumprod)
         self.transformer.disable_adapters()
         try:
-            with torch.no_grad():
-                target = self.denoiser(inputs)
+            with torch.no_grad(), self.accelerator.autocast():
+                target = self.transformer(**inputs.arguments(), return_dict=False)[0]
         finally:
             self.transformer.enable_adapters()
         return objective.mean_squares(predicted.float() - target.float())
@@ -308,28 +309,6 @@ class Trainer:
         torch.set_rng_state(tensors["random"])
         self.report(f"continuing at step {state.step} of {self.steps}")
         return replace(state, fits=fresh.fits, data=data, global_batch=self.global_batch)
-
-
-def load_transformer(plan: Plan) -> "CogVideoXTransformer3DModel":
-    """The base's transformer on the device, in the plan's type."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    transformer = CogVideoXTransformer3DModel.from_pretrained(
-        plan.folder / "transformer", dtype=getattr(torch, plan.dtype), local_files_only=True
-    ).to(plan.device)
-    if plan.device == "cpu" and plan.precision != "no":
-        objective.project_in_float32(transformer.patch_embed.proj)
-    return transformer
-
-
-def store_in_fp8(transformer: "CogVideoXTransformer3DModel", dtype: torch.dtype) -> None:
-    """Keep the frozen linear layers in 8 bits; each computes in `dtype`. Norms, embeddings and LoRA stay."""
-    from diffusers.hooks import apply_layerwise_casting
-    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
-
-    apply_layerwise_casting(
-        transformer, torch.float8_e4m3fn, dtype, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, "lora_")
-    )
 
 
 def _silent(line: str) -> None:
