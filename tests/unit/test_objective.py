@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import CogVideoXDDIMScheduler
 from PIL import Image
 
@@ -327,7 +328,7 @@ def test_each_sample_of_a_batch_has_its_own_timestep():
 
 def losses_of(denoiser, pipe, given: Batch, model=None) -> torch.Tensor:
     trainer = Trainer.__new__(Trainer)
-    trainer.transformer, trainer.denoiser = model, denoiser
+    trainer.transformer, trainer.denoiser, trainer.accelerator = model, denoiser, Accelerator(cpu=True)
     (inputs,) = feeder(pipe, given).micro_batch(0)
     return trainer.losses(inputs)
 
