@@ -2,15 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from lib.archive import disk_error
 from lib.errors import UserError
@@ -18,6 +19,7 @@ from lib.lock import lock
 from training.config import TrainingConfig
 from training.plan import precision, trackers
 
+Made = TypeVar("Made")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 FEWER_BYTES = (
     ("gradient_checkpointing=true", lambda config: config.gradient_checkpointing is False),
@@ -83,6 +85,14 @@ def log_clips(accelerator: Accelerator, clips: list[tuple[Path, np.ndarray]], *,
                 import wandb
 
                 tracker.log({f"validation {index}": wandb.Video(str(path), format="mp4")}, step=step)
+
+
+def from_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
+    """What `make` returns, in every process; only the main one calls it."""
+    made = [make() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(made)
+    return made[0]
 
 
 @contextlib.contextmanager

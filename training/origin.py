@@ -11,6 +11,7 @@ from lib.archive import extract_tar
 from lib.errors import UserError
 from lib.sources import check_address, local_sources_allowed, request_rules, save_url
 from training import checkpoints
+from training.devices import from_main
 from training.result import RESULT, TRAINING_STATE
 
 if TYPE_CHECKING:
@@ -29,17 +30,17 @@ def found_origin(
     The run's own checkpoints come before `resume_from`. One process fetches, the others use what it found.
     """
     work = run / "origin"
-    found = [checkpoints.latest(run)]
-    try:
-        if found[0] is None and resume_from:
-            if accelerator.is_main_process:
-                shutil.rmtree(work, ignore_errors=True)  # what a killed process left
-                found = [open_origin(resume_from, work, stop=stop, report=report)]
-            if accelerator.num_processes > 1:
-                from accelerate.utils import broadcast_object_list
 
-                broadcast_object_list(found)
-        yield found[0]
+    def find() -> Path | None:
+        newest = checkpoints.latest(run)
+        if newest is not None or not resume_from:
+            return newest
+        shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+        return open_origin(resume_from, work, stop=stop, report=report)
+
+    try:
+        yield from_main(accelerator, find)
+        accelerator.wait_for_everyone()
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(work, ignore_errors=True)

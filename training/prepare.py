@@ -14,6 +14,7 @@ from lib.errors import UserError
 from lib.pipelines import silence_libraries
 from training.config import TrainingConfig
 from training.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
+from training.devices import from_main
 from training.latents import (
     Encodings,
     LatentCache,
@@ -55,11 +56,10 @@ def found_clips(
     left out and on_bad_clip says stop.
     """
     try:
-        with accelerator.main_process_first():  # the others find what it unpacked
-            if config.dataset_name:
-                folder = fetch_hub_dataset(config.dataset_name, work, report)
-            else:
-                folder = open_data(Path(config.input_videos), work)
+        if config.dataset_name:
+            folder = from_main(accelerator, lambda: fetch_hub_dataset(config.dataset_name, work, report))
+        else:
+            folder = from_main(accelerator, lambda: open_data(Path(config.input_videos), work))
         clips, left_out = find_clips(
             folder, video_column=config.video_column, caption_column=config.caption_column
         )

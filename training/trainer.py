@@ -27,7 +27,7 @@ from training.base import load_transformer, store_in_fp8
 from training.batches import Chances, Sampler
 from training.checkpoints import State
 from training.config import TrainingConfig, digest
-from training.devices import alone, log_clips, memory_advice, start_accelerator, start_trackers
+from training.devices import alone, from_main, log_clips, memory_advice, start_accelerator, start_trackers
 from training.inputs import Feeder, Inputs, with_last
 from training.optimization import build_optimizer, build_schedule, load_states
 from training.origin import found_origin
@@ -71,7 +71,9 @@ def train(
                 config = checkpoints.continued(config, checkpoints.read_state(origin))
             publisher = Publisher(config, report, active=accelerator.is_main_process)
             with found_clips(config, run / "data", accelerator, report) as (clips, left_out):
-                plan = settle(config, name, locate_base(name, config, report), device)
+                folder = locate_base(name, config, report)
+                # A seed that is not given is drawn once for all.
+                plan = from_main(accelerator, lambda: settle(config, name, folder, device))
                 weights.go_offline()
                 data = encode_data(plan, clips, left_out, accelerator, report=report, check=check)
             start_trackers(accelerator, config)

@@ -2,46 +2,28 @@
 
 import dataclasses
 import fcntl
-import json
 import os
 import pty
 import random
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import termios
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lib.lock import lock
 from lib.serving.configs import PROJECT
-from tests.clips_factory import losses_in, write_clips, zip_of
+from tests.clips_factory import write_clips, zip_of
 from tests.http_host import Host, Served
+from tests.training_commands import begun, finished, losses, several, started
 from training.config import TrainingConfig
 
 STEPS = 45
 SETTINGS = ["rank=4", "seed=3"]
 LONG = [*SETTINGS, f"max_train_steps={STEPS}", "checkpointing_steps=7"]
-
-# Several commands in one process, so that torch is imported once.
-SEVERAL = """
-import contextlib, io, json, os, sys
-from training.__main__ import main
-
-for variables, arguments in json.load(sys.stdin):
-    os.environ.update(variables)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(arguments)
-    for name in variables:
-        del os.environ[name]
-    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -60,39 +42,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return os.environ | {
         "COGVIDEOX_CACHE": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(PROJECT),
     }  # fmt: skip
-
-
-def started(folder: Path, environment: dict[str, str], *arguments: str, **streams: Any) -> subprocess.Popen:
-    command = [sys.executable, "-P", "-m", "training", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **streams)
-
-
-def finished(folder: Path, environment: dict[str, str], *arguments: str) -> tuple[int, str, str]:
-    """Status, standard output and standard error of a command."""
-    with started(folder, environment, *arguments, stdout=-1, stderr=-1) as process:
-        out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-def several(
-    folder: Path, environment: dict[str, str], *commands: list[str], **variables: str
-) -> list[tuple[int, str, str]]:
-    """The same of commands that run in one process; `variables` hold for them in addition."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SEVERAL],
-        input=json.dumps([[variables, command] for command in commands]),
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
-
-
-def losses(run: Path) -> list[float]:
-    return losses_in((run / "loss.csv").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -194,15 +143,6 @@ def test_a_base_of_the_wrong_kind_is_refused_before_anything_is_asked_for(folder
 # Stopped, killed, and the same command again
 
 
-def begun(run: Path, steps: int, process: subprocess.Popen) -> None:
-    """Wait until a run has done so many steps."""
-    deadline = time.monotonic() + 60
-    while not (run / "loss.csv").exists() or (run / "loss.csv").read_text().count("\n") <= steps:
-        assert process.poll() is None, f"it ended before step {steps}"
-        assert time.monotonic() < deadline, f"no step {steps}"
-        time.sleep(0.01)
-
-
 def controlling_terminal() -> None:
     """Make standard error this process's terminal, from which Ctrl-C comes."""
     fcntl.ioctl(2, termios.TIOCSCTTY, 0)
@@ -259,7 +199,7 @@ def test_killed_three_times_at_random_steps_it_ends_with_the_losses_of_an_unbrok
     print(f"kills are drawn from {drawn}")
     rng, reached = random.Random(drawn), 0
     for _ in range(3):
-        with started(folder, environment, *command, stdout=-3, stderr=-3) as process:
+        with started(folder, environment, *command, stderr=subprocess.DEVNULL) as process:
             begun(run, reached + rng.randint(1, 10), process)
             process.kill()
         assert process.returncode == -signal.SIGKILL
