@@ -145,7 +145,7 @@ def test_a_zip_at_an_address_trains_the_same_lora(server, host, clips):
 def test_a_text_to_video_server_trains_text_to_video(serve, clips, server):
     t2v = serve("t2v", mode="train", environment={"COGVIDEOX_CACHE": str(server.cache)})
     output = trained(t2v, input_videos=clips, validation_prompt="a star", validation_inference_steps=1)
-    assert "base_model: tiny-t2v" in output["README.md"].decode()
+    assert "# LoRA for tiny-t2v" in output["README.md"].decode()
     assert "validation/step-000002-1.mp4" in output
     assert len(losses(output)) == 2
 
