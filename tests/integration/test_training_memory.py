@@ -3,7 +3,7 @@
 from bench.training_memory import peak_bytes, render_clips
 
 FRAMES = 97
-COUNTS = (2, 10)
+COUNTS = (1, 6)
 
 
 def test_peak_memory_does_not_depend_on_the_number_of_clips(tmp_path):
