@@ -1,5 +1,6 @@
 """Optimizers and learning rate schedules by name, built by torch, bitsandbytes, prodigyopt and diffusers."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,8 +8,15 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lib.errors import UserError
 from training.config import TrainingConfig
 from training.plan import warmup_steps
+
+PROGRESS = frozenset({"k", "d", "d_max", "d_numerator"})
+"""What prodigy learns for all parameters together."""
+BLOCKWISE = ("qmap", "absmax")
+QUANTILES, BLOCK = 256, 256
+"""How bitsandbytes keeps means in 8 bits: a table of values, and one scale for so many numbers."""
 
 
 def build_optimizer(
@@ -57,15 +65,60 @@ def build_schedule(config: TrainingConfig, optimizer: Optimizer, steps: int) -> 
     )
 
 
-def load_states(optimizer: Optimizer, schedule: LRScheduler, states: dict[str, Any]) -> None:
-    """Go on from saved states, at the learning rate of this run: both were just built with it.
+def load_states(
+    optimizer: Optimizer, schedule: LRScheduler, scaler: torch.amp.GradScaler | None, states: dict[str, Any]
+) -> None:
+    """Go on from saved states under the settings of this run: optimizer and schedule were just built with them.
 
-    A run that has diverged goes on with a lower rate, which the saved states would undo.
+    What was learnt about the gradients is taken over, the learning rate and the other numbers are not: a run
+    that has diverged goes on with a lower rate. Raises UserError for states of another shape; a stranger's
+    would otherwise be read and written beyond their ends.
     """
+    own = {key: value for key, value in optimizer.param_groups[0].items() if key not in PROGRESS}
     rates = schedule.base_lrs
-    optimizer.load_state_dict(states["optimizer"])
-    schedule.load_state_dict(states["schedule"])
-    schedule.base_lrs = rates
-    for group, rate, factor in zip(optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(_sound(optimizer, states["optimizer"]))
+        optimizer.param_groups[0].update(own)
+        _continue_schedule(schedule, states["schedule"], rates)
+        if scaler is not None and states["scaler"]:
+            scaler.load_state_dict(states["scaler"])
+        torch.set_rng_state(states["random"])
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the training state does not fit this run: {error}.") from error
+
+
+def _sound(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state with every tensor as long as its parameter's needs to be, and laid out plainly."""
+    parameters = optimizer.param_groups[0]["params"]
+    (group,) = saved["param_groups"]
+    if len(group["params"]) != len(parameters) or not set(saved["state"]) <= set(range(len(parameters))):
+        raise ValueError("it is of another number of matrices")
+    if not all(math.isfinite(group[key]) for key in PROGRESS & group.keys()):
+        raise ValueError("it holds numbers that are none")
+    state = {
+        index: {key: _sound_value(key, value, parameters[index]) for key, value in values.items()}
+        for index, values in saved["state"].items()
+    }
+    return {"state": state, "param_groups": [group]}
+
+
+def _sound_value(key: str, value: Any, parameter: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            return value
+        raise ValueError(f"{key} is {type(value).__name__}")
+    count = parameter.numel()
+    lengths = {1, count} | ({QUANTILES, -(-count // BLOCK)} if key.startswith(BLOCKWISE) else set())
+    if value.shape != parameter.shape and (value.ndim > 1 or value.numel() not in lengths):
+        raise ValueError(f"{key} is of shape {list(value.shape)} for a matrix of {list(parameter.shape)}")
+    return value.contiguous()
+
+
+def _continue_schedule(schedule: LRScheduler, saved: dict[str, Any], rates: list[float]) -> None:
+    done = saved["last_epoch"]
+    if type(done) is not int or done < 0:
+        raise ValueError(f"the schedule is at step {done!r}")
+    schedule.last_epoch, schedule._step_count, schedule.base_lrs = done, done + 1, rates
+    for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor(done)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]

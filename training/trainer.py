@@ -305,10 +305,7 @@ class Trainer:
             if getattr(state, name) != getattr(fresh, name):
                 self.report(f"{what} changed since the checkpoint: losses are not those of an unbroken run")
         tensors = checkpoints.read_tensors(origin)
-        load_states(self.optimizer, self.schedule, tensors)
-        if self.accelerator.scaler and tensors["scaler"]:
-            self.accelerator.scaler.load_state_dict(tensors["scaler"])
-        torch.set_rng_state(tensors["random"])
+        load_states(self.optimizer, self.schedule, self.accelerator.scaler, tensors)
         self.report(f"continuing at step {state.step} of {self.steps}")
         return replace(state, fits=fresh.fits, data=data, global_batch=self.global_batch)
 

@@ -1,8 +1,11 @@
 """A resumed run goes on from the states of optimizer and schedule, at the learning rate it is given."""
 
+import copy
+
 import pytest
 import torch
 
+from lib.errors import UserError
 from training.config import TrainingConfig
 from training.optimization import build_optimizer, build_schedule, load_states
 
@@ -32,9 +35,17 @@ def going_on(run, **settings):
     weights, optimizer, schedule = a_run(**settings)
     with torch.no_grad():
         weights.copy_(run[0])
-    states = {"optimizer": run[1].state_dict(), "schedule": run[2].state_dict()}
-    load_states(optimizer, schedule, states)
+    load_states(optimizer, schedule, None, states_of(run))
     return weights, optimizer, schedule
+
+
+def states_of(run):
+    return {
+        "optimizer": copy.deepcopy(run[1].state_dict()),
+        "schedule": run[2].state_dict(),
+        "scaler": {},
+        "random": torch.get_rng_state(),
+    }
 
 
 @pytest.mark.parametrize(
@@ -56,3 +67,64 @@ def test_a_resumed_run_goes_on_at_the_learning_rate_that_it_is_given():
     expected = take_steps(*a_run(lr_scheduler="cosine", learning_rate=1e-4), 10)[7:]
     assert rates == expected
     assert resumed[1].state[resumed[0]]["step"] == 10  # the running means were kept
+
+
+def test_the_numbers_of_the_optimizer_are_those_of_the_new_run():
+    run = a_run(adam_weight_decay=0.5)
+    take_steps(*run, 2)
+    resumed = going_on(run, adam_weight_decay=0.25, adam_beta1=0.5)
+    assert resumed[1].param_groups[0]["weight_decay"] == 0.25
+    assert resumed[1].param_groups[0]["betas"] == (0.5, 0.95)
+
+
+def test_prodigy_goes_on_with_the_step_size_that_it_has_found():
+    settings = {"optimizer": "prodigy", "learning_rate": 1.0}
+    run, unbroken = a_prodigy_run(**settings), a_prodigy_run(**settings)
+    take_steps(*run, 6)
+    resumed = a_prodigy_run(**settings)
+    with torch.no_grad():
+        resumed[0].copy_(run[0])
+    load_states(resumed[1], resumed[2], None, states_of(run))
+    take_steps(*resumed, 5)
+    take_steps(*unbroken, 11)
+    assert unbroken[1].param_groups[0]["d"] > 1e-6
+    assert torch.equal(resumed[0], unbroken[0])
+
+
+def a_prodigy_run(**settings):
+    config = TrainingConfig(input_videos="clips", **settings)
+    weights = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = build_optimizer(config, [weights], config.learning_rate)
+    return weights, optimizer, build_schedule(config, optimizer, STEPS)
+
+
+def in_state(key, value):
+    return lambda states: states["optimizer"]["state"][0].update({key: value})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        in_state("exp_avg", torch.zeros(1000)),
+        in_state("exp_avg", torch.zeros(2)),
+        in_state("exp_avg", torch.zeros(1).expand(7)),
+        in_state("exp_avg_sq", "text"),
+        in_state("step", float("nan")),
+        lambda states: states["optimizer"].update(param_groups=[]),
+        lambda states: states["optimizer"]["state"].update({5: {}}),
+        lambda states: states["optimizer"]["param_groups"][0].update(params=[0, 1]),
+        lambda states: states.update(optimizer={}),
+        lambda states: states.update(schedule=[1]),
+        lambda states: states.update(schedule={"last_epoch": -3}),
+        lambda states: states.update(random="x"),
+        lambda states: states.update(random=torch.zeros(3, dtype=torch.uint8)),
+    ],
+)
+def test_a_strangers_states_are_refused_before_they_are_used(spoil):
+    run = a_run()
+    take_steps(*run, 2)
+    states = states_of(run)
+    spoil(states)
+    _, optimizer, schedule = a_run()
+    with pytest.raises(UserError, match="the training state does not fit this run"):
+        load_states(optimizer, schedule, None, states)
