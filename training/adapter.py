@@ -32,7 +32,18 @@ def add_adapter(
     """
     from peft import LoraConfig
 
+    check_targets(transformer, targets)
     transformer.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=True, target_modules=targets)
+    transformer.add_adapter(config, adapter_name=ADAPTER)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def check_targets(transformer: "CogVideoXTransformer3DModel", targets: list[str]) -> None:
+    """Raise UserError unless every target is the end of a linear layer's name."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
@@ -40,12 +51,6 @@ def add_adapter(
             raise UserError(
                 f"target_modules: no linear layer is called {target!r}; there are {', '.join(known)}."
             )
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=True, target_modules=targets)
-    transformer.add_adapter(config, adapter_name=ADAPTER)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
 
 
 def adapter_weights(transformer: "CogVideoXTransformer3DModel") -> dict[str, torch.Tensor]:

@@ -48,6 +48,8 @@ def save(target: Path, state: State, tensors: dict[str, Any], write_lora: Any) -
 
     `write_lora` writes the LoRA to the path that it is given. Raises UserError when the disk is full.
     """
+    if is_checkpoint(target):  # a stop right after a checkpoint asks for the same one once more
+        return target
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +59,6 @@ def save(target: Path, state: State, tensors: dict[str, Any], write_lora: Any) -
         (partial / STATE).write_text(json.dumps(asdict(state)))
         for path in partial.iterdir():
             _flush(path)
-        remove(target)  # the same step once more, after a resume
         os.replace(partial, target)
         _flush(target.parent)
     except OSError as error:
@@ -138,7 +139,7 @@ def continued(config: TrainingConfig, state: State) -> TrainingConfig:
     return config if config.seed is not None else replace(config, seed=state.seed)
 
 
-def check_unfinished(state: State, *, base: str, steps: int, has_result: bool = True) -> None:
+def check_unfinished(state: State, *, base: str, steps: float, has_result: bool = True) -> None:
     """Raise UserError unless the state is of this base and has steps left, or at least no result."""
     if state.base != base:
         raise UserError(

@@ -7,6 +7,7 @@ inputs out for Cog; a test holds the two together.
 import dataclasses
 import hashlib
 import json
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +29,10 @@ def setting(
     ge: float | None = None,
     le: float | None = None,
     choices: tuple[str, ...] | None = None,
-    fits: str = "",
+    fits: bool = False,
 ) -> Any:
-    """A field with its bounds. `fits` names what a saved training state must share with a resumed run."""
-    return dataclasses.field(
-        default=default, metadata={"ge": ge, "le": le, "choices": choices, "fits": bool(fits)}
-    )
+    """A field with its bounds. `fits`: what a training state must share with a run that goes on."""
+    return dataclasses.field(default=default, metadata={"ge": ge, "le": le, "choices": choices, "fits": fits})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +83,11 @@ class TrainingConfig:
     """A clip that cannot be used: train on the rest, or stop and list them all."""
 
     # LoRA
-    rank: int = setting(128, ge=1, le=1024, fits="weights")
+    rank: int = setting(128, ge=1, le=1024, fits=True)
     """Of the LoRA matrices."""
-    lora_alpha: float | None = setting(None, ge=1e-4, le=8192, fits="weights")
+    lora_alpha: float | None = setting(None, ge=1e-4, le=8192, fits=True)
     """The update is scaled by lora_alpha / rank; by default the rank, which every loader assumes."""
-    target_modules: str = setting("to_q,to_k,to_v,to_out.0", fits="weights")
+    target_modules: str = setting("to_q,to_k,to_v,to_out.0", fits=True)
     """Linear layers of the transformer that get LoRA matrices, by the end of their names."""
 
     # Optimization
@@ -112,7 +111,7 @@ class TrainingConfig:
     """Restarts of cosine_with_restarts."""
     lr_power: float = setting(1.0, ge=0, le=100)
     """Power of polynomial."""
-    optimizer: str = setting("adam", choices=OPTIMIZERS, fits="state")
+    optimizer: str = setting("adam", choices=OPTIMIZERS, fits=True)
     """The 8-bit ones need an NVIDIA GPU and bitsandbytes, prodigy needs prodigyopt."""
     adam_beta1: float = setting(0.9, ge=0, le=0.9999)
     """Decay of the gradient's running mean; also prodigy's."""
@@ -233,6 +232,10 @@ class TrainingConfig:
         _require(
             not self.prior_prompts or self.prior_preservation > 0,
             "prior_prompts need prior_preservation, the share of samples that they are for",
+        )
+        _require(
+            re.fullmatch(r"[\w-][\w.-]*", self.tracker_name, re.ASCII) is not None,  # it names a folder
+            f"tracker_name={self.tracker_name!r} is not a plain name of letters, digits, '.', '_' and '-'",
         )
         if self.hub_model_id:
             owner, slash, name = self.hub_model_id.partition("/")

@@ -17,6 +17,7 @@ from lib.archive import disk_error
 from lib.errors import UserError
 from lib.lock import lock
 from training.config import TrainingConfig
+from training.memory import free_memory
 from training.plan import precision, trackers
 
 Made = TypeVar("Made")
@@ -57,8 +58,7 @@ def start_accelerator(config: TrainingConfig, run: Path) -> Accelerator:
             f"accelerate is set up for {accelerator.distributed_type.value}; this trainer uses several "
             "GPUs by data parallelism alone (accelerate launch --multi_gpu)."
         )
-    if config.allow_tf32 and not on_cpu:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32  # also off again after a run that had it
     return accelerator
 
 
@@ -128,7 +128,7 @@ def memory_advice(config: TrainingConfig) -> Iterator[None]:
     else:
         return
     # Raised where the error and the tensors that its traceback holds are gone.
-    torch.cuda.empty_cache()
+    free_memory()
     raise problem
 
 

@@ -16,6 +16,7 @@ from lib.scratch import Scratch
 from lib.serving.guard import check_file
 from training import checkpoints
 from training.config import SECRETS, TrainingConfig
+from training.memory import free_memory
 from training.result import pack
 
 KEPT_RUNS = 3
@@ -45,6 +46,8 @@ class CogTrainer:
             except BaseException:
                 _tell_what_is_left(run)
                 raise
+            finally:
+                free_memory()  # the next training needs what this one's models took
 
         try:
             with self.scratch.request() as folder:
@@ -91,7 +94,7 @@ def _new_run(resume_from: str) -> Path:
     trainings = weights.cache_folder() / "trainings"
     try:
         trainings.mkdir(parents=True, exist_ok=True)
-        needed = Path(resume_from).expanduser().absolute()
+        needed = Path(resume_from).absolute()
         folders = (path.absolute() for path in trainings.iterdir() if path.is_dir())
         earlier = sorted(path for path in folders if not needed.is_relative_to(path))
         for path in earlier[: -KEPT_RUNS + 1]:

@@ -6,7 +6,6 @@ content. The cache is shared by all runs and bounded in bytes; what was not used
 """
 
 import contextlib
-import gc
 import hashlib
 import json
 import math
@@ -14,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX
 
 DEFAULT_CACHE_GB = 200.0
+DECODING_SECONDS = 600.0
+"""For one clip: every frame of it is decoded, of twenty minutes too."""
 FORMAT = 1
 """Raised when the meaning of cached files changes."""
 PIECES, PIECE_BYTES = 64, 1 << 16
@@ -197,12 +198,15 @@ def encode_clip(
 
     `images`: keep the first frame too (image to video). `vae` loads the model when it is first needed.
     """
-    key = [_content_digest(clip.path), asdict(sampling), vae_key, images]
+    content = _content_digest(clip.path)
+    if sampling.fit == "random":  # each clip is cut at places of its own, the same in every run
+        sampling = replace(sampling, seed=int(content[:8], 16))
+    key = [content, asdict(sampling), vae_key, images]
     index = cache.path("clip", *key, suffix=".json")
     found = _read_index(cache, index)
     if found is None:
         found = []
-        samples = clip_samples(clip.path, sampling)
+        samples = clip_samples(clip.path, sampling, timeout=DECODING_SECONDS)
         while True:
             try:
                 sample: Sample | None = next(samples, None)
@@ -216,13 +220,6 @@ def encode_clip(
             found.append([sample.section, int(sample.flipped), sample.crop, len(sample.frames), path.name])
         cache.write_json(index, found)
     return _sections(clip, found, cache)
-
-
-def free_memory() -> None:
-    """Give what was dropped back to the device and to the system."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _encode(vae: "AutoencoderKLCogVideoX", frames: np.ndarray, *, images: bool) -> dict[str, torch.Tensor]:

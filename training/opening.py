@@ -2,27 +2,31 @@
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from lib import hub
-from lib.archive import archive_kind, extract_archive, require_free_space, size_text
+from lib.archive import archive_kind, disk_error, extract_archive, require_free_space, size_text
 from lib.download import fetch, sha256_of
 from lib.errors import UserError
 from lib.lock import lock
+from lib.transport import until
 from training.listings import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
 
 UNPACKED_PER_ARCHIVE_BYTE, UNSUSPICIOUS_BYTES = 100, 1 << 30
 """Video does not compress: what unpacks to over a GiB and over a hundred times its size is a bomb."""
 
 
-def open_data(source: Path, work: Path, *, max_bytes: int | None = None) -> Path:
+def open_data(
+    source: Path, work: Path, *, max_bytes: int | None = None, stop: threading.Event | None = None
+) -> Path:
     """Return the folder of a data set: `source` itself, or a folder under `work` with what it packs.
 
     An archive is a zip or tar, whatever its name; it is unpacked whole or not at all, and once for the same
     content. It may hold `max_bytes`, and no more than the larger of 1 GiB and a hundred times its own size.
     Raises UserError naming the archive and the member at fault, as lib.archive.extract_archive does, and
-    NoSpaceError when the disk has no room.
+    NoSpaceError when the disk has no room; Stopped soon after `stop` was set.
     """
     source = Path(source)
     if source.is_dir():
@@ -37,17 +41,19 @@ def open_data(source: Path, work: Path, *, max_bytes: int | None = None) -> Path
     limit = max(UNSUSPICIOUS_BYTES, UNPACKED_PER_ARCHIVE_BYTE * source.stat().st_size)
     if max_bytes is not None:
         limit = min(limit, max_bytes)
-    target = Path(work) / f"data-{sha256_of(source)[:16]}" / source.name
-    with lock(target, _nobody):  # several processes of one run open the same data
-        return target if target.exists() else extract_archive(source, target, max_bytes=limit)
+    target = Path(work) / f"data-{sha256_of(source, stop=stop)[:16]}" / source.name
+    with lock(target, _nobody, stop=stop):  # several processes of one run open the same data
+        return target if target.exists() else extract_archive(source, target, max_bytes=limit, stop=stop)
 
 
-def fetch_hub_dataset(name: str, work: Path, report: Callable[[str], None] = print) -> Path:
-    """Download a data set repository, "owner/name" or "owner/name@revision", and return its folder.
+def fetch_hub_dataset(
+    name: str, kept: Path, report: Callable[[str], None] = print, *, stop: threading.Event | None = None
+) -> Path:
+    """Download a data set repository, "owner/name" or "owner/name@revision", into `kept`; its folder there.
 
     Videos, .txt files and metadata tables come, nothing else; a later call continues where an earlier one
     stopped, and asks the Hub whether the revision has moved. Raises UserError when there is no such data set,
-    when it has no video files, and when a download fails.
+    when it has no video files, and when a download fails; Stopped soon after `stop` was set.
     """
     repository, at, revision = name.strip().partition("@")
     if not hub.REPOSITORY.fullmatch(repository) or ".." in repository or (at and not revision):
@@ -57,26 +63,46 @@ def fetch_hub_dataset(name: str, work: Path, report: Callable[[str], None] = pri
             f"dataset_name={name!r} is no data set on the Hugging Face Hub: give owner/name, or "
             f"owner/name@revision.{meant}"
         )
-    snapshot = hub.listing(repository, revision or "main", kind="datasets")
+    snapshot = hub.listing(repository, revision or "main", kind="datasets", rules=until(stop))
     files = [file for file in snapshot.files if _is_wanted(PurePosixPath(file.path))]
     _check_files(repository, [file.path for file in snapshot.files], [file.path for file in files])
     # The Hub's word, of which a path is made here.
     commit = re.sub(r"[^0-9A-Za-z]", "", snapshot.commit)[:16]
-    final = Path(work) / f"{repository.replace('/', '--')}@{commit}"
-    with lock(final, report):
-        if final.exists():
-            return final
-        partial = final.with_name(final.name + ".partial")
-        whole = sum(file.size or 0 for file in files)
-        there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        require_free_space(partial, whole - there)
-        report(f"{repository}: downloading {len(files)} files, {size_text(whole)}")
-        headers = hub.headers()
-        for file in files:
-            target = partial / file.path
-            fetch(file.url, target, size=file.size, sha256=file.sha256, headers=headers, report=_nobody)
-        os.replace(partial, final)
+    final = Path(kept) / f"{repository.replace('/', '--')}@{commit}"
+    try:
+        with lock(final, report, stop=stop):
+            if not final.exists():
+                _fetch_files(repository, files, final, report, stop)
+    except OSError as error:
+        raise disk_error(error, final) from error
     return final
+
+
+def _fetch_files(
+    repository: str,
+    files: list[hub.HubFile],
+    final: Path,
+    report: Callable[[str], None],
+    stop: threading.Event | None,
+) -> None:
+    partial = final.with_name(final.name + ".partial")
+    whole = sum(file.size or 0 for file in files)
+    # What is begun is as long as the whole from the start, but takes only what has come.
+    there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    require_free_space(partial, whole - there, hint=", or set COGVIDEOX_CACHE to a folder on another disk")
+    report(f"{repository}: downloading {len(files)} files, {size_text(whole)}")
+    headers = hub.headers()
+    for file in files:
+        fetch(
+            file.url,
+            partial / file.path,
+            size=file.size,
+            sha256=file.sha256,
+            headers=headers,
+            report=_nobody,
+            stop=stop,
+        )
+    os.replace(partial, final)
 
 
 def _nobody(line: str) -> None:

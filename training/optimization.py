@@ -68,7 +68,7 @@ def build_schedule(config: TrainingConfig, optimizer: Optimizer, steps: int) -> 
 def load_states(
     optimizer: Optimizer, schedule: LRScheduler, scaler: torch.amp.GradScaler | None, states: dict[str, Any]
 ) -> None:
-    """Go on from saved states under the settings of this run: optimizer and schedule were just built with them.
+    """Go on from saved states under the settings of this run, which optimizer and schedule were built with.
 
     What was learnt about the gradients is taken over, the learning rate and the other numbers are not: a run
     that has diverged goes on with a lower rate. Raises UserError for states of another shape; a stranger's

@@ -1,6 +1,7 @@
 """What a run goes on from: its own newest checkpoint, or an earlier output that resume_from names."""
 
 import contextlib
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from lib.archive import extract_tar
 from lib.errors import UserError
 from lib.sources import check_address, local_sources_allowed, request_rules, save_url
+from lib.transport import shown
 from training import checkpoints
 from training.devices import from_main
 from training.result import RESULT, TRAINING_STATE
@@ -62,11 +64,11 @@ def open_origin(
         place = extract_tar(archive, folder / "content", max_bytes=MAX_OUTPUT_BYTES)
         archive.unlink()
     else:
-        place = Path(given).expanduser()
         if not local_sources_allowed():
             raise UserError(
                 f"resume_from={given!r} is a path on the server; give the https:// address of the tar."
             )
+        place = Path(os.path.expanduser(given))  # which leaves an unknown ~user as it is
         if not place.exists():
             raise UserError(f"resume_from={given} does not exist; give an earlier output or a checkpoint.")
         if place.is_file():
@@ -78,6 +80,6 @@ def open_origin(
         if (found / checkpoints.LORA).is_file():
             return found
     raise UserError(
-        f"resume_from={given} holds neither a training state nor {checkpoints.LORA}; give the output of this "
-        "trainer, made with save_training_state to go on exactly."
+        f"resume_from={shown(given)} holds neither a training state nor {checkpoints.LORA}; give the "
+        "output of this trainer, made with save_training_state to go on exactly."
     )

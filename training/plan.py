@@ -69,6 +69,7 @@ def check_at_the_door(config: TrainingConfig, name: str, device: str) -> None:
         _check_shape(config, models.SPECS[name])
     elif Path(name).expanduser().is_dir():  # of a repository only the task is known before the download
         settle(config, name, locate_base(name, config, print), device)
+    _checkpointing(config, device)
     if config.optimizer.endswith("_8bit") and device == "cpu":
         raise UserError(
             f"optimizer={config.optimizer} needs an NVIDIA GPU; on this CPU take {config.optimizer[:-5]}."
@@ -111,13 +112,11 @@ def settle(config: TrainingConfig, name: str, folder: Path, device: str) -> Plan
     return Plan(
         config=config,
         spec=spec,
-        base=spec.name if Path(name).expanduser().is_dir() else name,
+        base=label(name),
         folder=folder,
         device=device,
         precision=precision(config, device),
-        gradient_checkpointing=(
-            device != "cpu" if config.gradient_checkpointing is None else config.gradient_checkpointing
-        ),
+        gradient_checkpointing=_checkpointing(config, device),
         sampling=Sampling(
             fps=config.fps or spec.fps,
             frame_step=spec.frame_step,
@@ -130,10 +129,27 @@ def settle(config: TrainingConfig, name: str, folder: Path, device: str) -> Plan
             skip_frames_start=config.skip_frames_start,
             skip_frames_end=config.skip_frames_end,
             long_clips=config.long_clips,
-            seed=seed if random_crops else 0,
+            seed=0,  # random crops are drawn from each clip's content
         ),
         seed=seed,
     )
+
+
+def label(name: str) -> str:
+    """A base's name in what others may see: of a folder its last part."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if name not in models.SPECS and folder.is_dir() else name
+
+
+def _checkpointing(config: TrainingConfig, device: str) -> bool:
+    """On a GPU, and with fp8: without it every layer's unpacked weights are kept for the backward pass."""
+    fp8 = config.base_precision == "fp8"
+    if fp8 and config.gradient_checkpointing is False:
+        raise UserError(
+            "base_precision=fp8 saves nothing with gradient_checkpointing=false: what is unpacked stays for "
+            "the backward pass. Leave gradient_checkpointing empty, or base_precision=auto."
+        )
+    return device != "cpu" or fp8 if config.gradient_checkpointing is None else config.gradient_checkpointing
 
 
 def total_steps(config: TrainingConfig, samples: int, global_batch: int) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from training.latents import (
     Section,
     encode_clip,
     encode_prompts,
-    free_memory,
     model_digest,
 )
+from training.memory import free_memory
 from training.plan import Plan
 
 if TYPE_CHECKING:
@@ -48,18 +49,22 @@ class Data:
 
 @contextlib.contextmanager
 def found_clips(
-    config: TrainingConfig, work: Path, accelerator: "Accelerator", report: Report
+    config: TrainingConfig, work: Path, accelerator: "Accelerator", *, stop: threading.Event, report: Report
 ) -> Iterator[tuple[list[Clip], list[LeftOut]]]:
-    """The data set's clips, unpacked or downloaded below `work` for as long as the block lasts.
+    """The data set's clips. What an archive holds is below `work` for as long as the block lasts; what comes
+    from the Hub stays in the cache folder, for other runs and for this one when it goes on.
 
     Captions are as they will be trained. Raises UserError when there is nothing to train on, or something is
-    left out and on_bad_clip says stop.
+    left out and on_bad_clip says stop; Stopped while it unpacks or downloads.
     """
     try:
         if config.dataset_name:
-            folder = from_main(accelerator, lambda: fetch_hub_dataset(config.dataset_name, work, report))
+            kept = weights.cache_folder() / "datasets"
+            folder = from_main(
+                accelerator, lambda: fetch_hub_dataset(config.dataset_name, kept, report, stop=stop)
+            )
         else:
-            folder = from_main(accelerator, lambda: open_data(Path(config.input_videos), work))
+            folder = from_main(accelerator, lambda: open_data(Path(config.input_videos), work, stop=stop))
         clips, left_out = find_clips(
             folder, video_column=config.video_column, caption_column=config.caption_column
         )
@@ -119,6 +124,7 @@ def encode_data(
     unusable = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]
     tell_left_out(unusable, report)
     left_out = [*left_out, *unusable]
+    tell_other_lengths(plan, sections, report)
     check_left_out(plan.config, left_out, usable=len(sections))
     if accelerator.is_main_process:
         samples = {path for section in sections for side in section.files for path in side}
@@ -143,6 +149,17 @@ def check_left_out(config: TrainingConfig, left_out: list[LeftOut], *, usable: i
         raise UserError(f"{len(left_out)} clips cannot be used, and on_bad_clip is stop:\n{listed}")
 
 
+def tell_other_lengths(plan: Plan, sections: list[Section], report: Report) -> None:
+    """A base with learned positions has them for its own length only; for others diffusers computes some."""
+    others = sorted({section.frames for section in sections} - {plan.spec.frames})
+    if others and plan.spec.size_rule == "fixed":
+        report(
+            f"samples of {', '.join(map(str, others))} frames: {plan.spec.name} learned its positions for "
+            f"{plan.spec.frames} and gets computed ones here, as in predictions of those lengths; for "
+            f"predictions of {plan.spec.frames} frames train on clips that are long enough"
+        )
+
+
 def tell_left_out(left_out: list[LeftOut], report: Report) -> None:
     for each in left_out:
         report(f"left out: {each.name}: {each.reason}")
@@ -154,7 +171,10 @@ def load_text_encoder(plan: Plan) -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(plan.folder / "tokenizer", local_files_only=True)
     encoder = T5EncoderModel.from_pretrained(
-        plan.folder / "text_encoder", dtype=getattr(torch, plan.dtype), local_files_only=True
+        plan.folder / "text_encoder",
+        dtype=getattr(torch, plan.dtype),
+        local_files_only=True,
+        use_safetensors=True,
     )
     return tokenizer, encoder.to(plan.device).eval().requires_grad_(False)
 
@@ -171,7 +191,10 @@ class _LazyVae:
             from diffusers import AutoencoderKLCogVideoX
 
             self.vae = AutoencoderKLCogVideoX.from_pretrained(
-                self.plan.folder / "vae", dtype=getattr(torch, self.plan.dtype), local_files_only=True
+                self.plan.folder / "vae",
+                dtype=getattr(torch, self.plan.dtype),
+                local_files_only=True,
+                use_safetensors=True,
             )
             self.vae.to(self.plan.device).eval().requires_grad_(False)
             if self.plan.config.enable_tiling:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.sources import local_sources_allowed
 from training.config import TrainingConfig
 
 CHECKPOINTS = "checkpoints"
@@ -19,7 +20,8 @@ class Publisher:
 
     def __init__(self, config: TrainingConfig, report: Callable[[str], None], *, active: bool) -> None:
         self.repository = config.hub_model_id if active else ""
-        self.token = config.hub_token or os.environ.get("HF_TOKEN") or None
+        own = os.environ.get("HF_TOKEN") if local_sources_allowed() else None  # not for strangers' requests
+        self.token = config.hub_token or own or None
         self.push_checkpoints = config.push_checkpoints
         self.report = report
         if self.repository:

@@ -14,7 +14,7 @@ import torch
 from lib.archive import disk_error
 from training import checkpoints
 from training.checkpoints import State
-from training.plan import Plan
+from training.plan import Plan, trackers
 from training.prepare import Data
 from training.watch import write_losses
 
@@ -66,6 +66,8 @@ def write_result(
             _write_lines(partial / "left_out.jsonl", left_out)
         if (run / "validation").is_dir():
             shutil.copytree(run / "validation", partial / "validation")
+        if "tensorboard" in trackers(plan.config) and (run / plan.config.tracker_name).is_dir():
+            shutil.copytree(run / plan.config.tracker_name, partial / plan.config.tracker_name)
         newest = checkpoints.latest(run)
         if plan.config.save_training_state and newest:
             shutil.copytree(newest, partial / TRAINING_STATE)

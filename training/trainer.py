@@ -2,7 +2,7 @@
 
     train(TrainingConfig(input_videos="clips.zip"), Path("runs/star"))
 
-The folder of a run holds checkpoints/, loss.csv, validation/, logs/ and, when it is done, result/. A run
+The folder of a run holds checkpoints/, loss.csv, validation/, what trackers write, at last result/. A run
 whose folder has checkpoints goes on from the newest.
 """
 
@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +21,9 @@ from torch import nn
 from lib import weights
 from lib.compute import Stopped
 from training import checkpoints, objective
-from training.adapter import add_adapter, load_adapter, save_adapter
+from training.adapter import add_adapter, check_targets, load_adapter, save_adapter
 from training.ahead import Ahead
-from training.base import load_transformer, store_in_fp8
+from training.base import load_transformer, skeleton, store_in_fp8
 from training.batches import Chances, Sampler
 from training.checkpoints import State
 from training.config import TrainingConfig, digest
@@ -31,11 +31,11 @@ from training.devices import alone, from_main, log_clips, memory_advice, start_a
 from training.inputs import Feeder, Inputs, with_last
 from training.optimization import build_optimizer, build_schedule, load_states
 from training.origin import found_origin
-from training.plan import Plan, base_name, check_at_the_door, locate_base, settle, total_steps
+from training.plan import Plan, base_name, check_at_the_door, label, locate_base, settle, total_steps
 from training.prepare import Data, encode_data, found_clips
 from training.publish import Publisher
 from training.result import RESULT, TRAINING_STATE, facts, steps_of_result, write_result
-from training.validation import load_scheduler, validate, validation_requests
+from training.validation import Wanted, load_scheduler, validate, validation_requests
 from training.watch import LossFile, LossWatch
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 REPORT_SECONDS = 1.0
+CHANGES = {
+    "seed": "the seed",
+    "data": "clips, captions, their sizes or the chances of dropouts and flips",
+    "global_batch": "the batch over all devices",
+}
+"""Fields of a state with which the losses of a run that goes on differ from an unbroken one's."""
 
 
 def train(
@@ -68,18 +74,27 @@ def train(
     with alone(run, accelerator), checkpoints.telling_what_is_kept(run), memory_advice(config):
         with found_origin(config.resume_from, run, accelerator, stop=stop, report=report) as origin:
             if origin is not None and checkpoints.is_checkpoint(origin):
-                config = checkpoints.continued(config, checkpoints.read_state(origin))
+                state = checkpoints.read_state(origin)
+                config = checkpoints.continued(config, state)
+                # Steps that follow from epochs are known when the samples are.
+                steps = math.inf if config.num_train_epochs else total_steps(config, 0, 1)
+                check_unfinished(state, origin, base=label(name), steps=steps)
             publisher = Publisher(config, report, active=accelerator.is_main_process)
-            with found_clips(config, run / "data", accelerator, report) as (clips, left_out):
+            with found_clips(config, run / "data", accelerator, stop=stop, report=report) as found:
                 folder = locate_base(name, config, report)
                 # A seed that is not given is drawn once for all.
                 plan = from_main(accelerator, lambda: settle(config, name, folder, device))
                 weights.go_offline()
-                data = encode_data(plan, clips, left_out, accelerator, report=report, check=check)
+                check_targets(skeleton(folder), config.targets)
+                wanted = validation_requests(plan)
+                data = encode_data(plan, *found, accelerator, report=report, check=check)
             start_trackers(accelerator, config)
-            trainer = Trainer(plan, data, run, accelerator, publisher, origin=origin, report=report)
-        trainer.run_to_end(stop)
-        return trainer.finish()
+            trainer = Trainer(plan, data, run, accelerator, publisher, wanted, origin=origin, report=report)
+        try:
+            trainer.run_to_end(stop)
+            return trainer.finish()
+        finally:
+            accelerator.end_training()  # closes the trackers, which would receive the next run's figures too
 
 
 class Denoiser(nn.Module):
@@ -100,8 +115,8 @@ class Trainer:
     """One run, from its newest checkpoint to its end."""
 
     def __init__(
-        self, plan: Plan, data: Data, run: Path, accelerator: "Accelerator", publisher: Publisher, *,
-        origin: Path | None, report: Report,
+        self, plan: Plan, data: Data, run: Path, accelerator: "Accelerator", publisher: Publisher,
+        wanted: list[Wanted], *, origin: Path | None, report: Report,
     ) -> None:  # fmt: skip
         config = plan.config
         self.plan, self.data, self.run, self.accelerator = plan, data, run, accelerator
@@ -110,7 +125,7 @@ class Trainer:
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
         self.steps = total_steps(config, len(data.sections), self.global_batch)
-        self.wanted = validation_requests(plan)
+        self.wanted = wanted
 
         torch.manual_seed(plan.seed)  # where the LoRA begins
         self.transformer = load_transformer(plan)
@@ -179,7 +194,8 @@ class Trainer:
                 if last or time.monotonic() - reported >= REPORT_SECONDS:
                     reported = time.monotonic()
                     self.report(f"progress: training {step + 1}/{self.steps}, loss {self.watch.recent():.4f}")
-                if last or stopping or (step + 1) % config.checkpointing_steps == 0:
+                due = (step + 1) % config.checkpointing_steps == 0 and self.watch.looks_sound()
+                if last or stopping or due:
                     self.save_checkpoint()
                 if stopping and not last:
                     raise Stopped
@@ -272,7 +288,6 @@ class Trainer:
             result = write_result(self.run, self.plan, self.data, self.state, self.save_lora)
             self.publisher.result(result)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
         return self.run / RESULT
 
     @property
@@ -282,7 +297,8 @@ class Trainer:
     def _begun(self, origin: Path | None) -> State:
         """The state to go on from: a checkpoint's, only its weights, or the beginning."""
         config, plan = self.plan.config, self.plan
-        data = digest([[section.clip, section.caption, section.frames] for section in self.data.sections])
+        sections = [[section.clip, section.caption, section.frames] for section in self.data.sections]
+        data = digest([sections, asdict(plan.sampling), asdict(self.feeder.sampler.chances)])
         fresh = State(
             step=0,
             seed=plan.seed,
@@ -298,16 +314,23 @@ class Trainer:
             self.report(f"starting from the LoRA in {origin.name}, with a fresh optimizer")
             return fresh
         state = checkpoints.read_state(origin)
-        # A run that ended after the last step and before its result was written lacks that only.
-        done = origin.name == TRAINING_STATE or steps_of_result(origin.parent.parent) == self.steps
-        checkpoints.check_unfinished(state, base=plan.base, steps=self.steps, has_result=done)
-        for name, what in (("data", "the clips or captions"), ("global_batch", "the batch over all devices")):
+        check_unfinished(state, origin, base=plan.base, steps=self.steps)
+        for name, what in CHANGES.items():
             if getattr(state, name) != getattr(fresh, name):
                 self.report(f"{what} changed since the checkpoint: losses are not those of an unbroken run")
         tensors = checkpoints.read_tensors(origin)
         load_states(self.optimizer, self.schedule, self.accelerator.scaler, tensors)
         self.report(f"continuing at step {state.step} of {self.steps}")
-        return replace(state, fits=fresh.fits, data=data, global_batch=self.global_batch)
+        return replace(state, seed=plan.seed, fits=fresh.fits, data=data, global_batch=self.global_batch)
+
+
+def check_unfinished(state: State, origin: Path, *, base: str, steps: float) -> None:
+    """Raise UserError unless there is something left to do for a state from `origin`.
+
+    A run that ended after the last step and before its result was written lacks that only.
+    """
+    done = origin.name == TRAINING_STATE or steps_of_result(origin.parent.parent) == steps
+    checkpoints.check_unfinished(state, base=base, steps=steps, has_result=done)
 
 
 def _silent(line: str) -> None:

@@ -13,7 +13,8 @@ import torch
 from lib.generation import Generator, Request, build_request
 from lib.images import read_image
 from lib.video import write_video
-from training.latents import Encodings, free_memory
+from training.latents import Encodings
+from training.memory import free_memory
 from training.plan import Plan
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def validate(
 
     dtype = getattr(torch, plan.dtype)
     vae = AutoencoderKLCogVideoX.from_pretrained(
-        plan.folder, subfolder="vae", dtype=dtype, local_files_only=True
+        plan.folder, subfolder="vae", dtype=dtype, local_files_only=True, use_safetensors=True
     )
     vae.to(plan.device)
     if plan.config.enable_slicing:

@@ -9,6 +9,8 @@ from typing import Self
 from lib.errors import UserError
 
 WINDOW = 20
+SUSPICIOUS = 3
+"""So many hopeless losses in a row, and no checkpoint is made of it."""
 EXPLOSION = 10.0
 HOPELESS = 2.0
 """A velocity has about unit variance: an answer of zeros costs about 1."""
@@ -44,12 +46,22 @@ class LossWatch:
         self.losses.append(loss)
         if len(self.losses) < 2 * WINDOW:
             return
-        now, first = statistics.median(self.losses[-WINDOW:]), statistics.median(self.losses[:WINDOW])
-        if now > HOPELESS and now > EXPLOSION * first:
+        if self._exploded(WINDOW):
+            now, first = statistics.median(self.losses[-WINDOW:]), statistics.median(self.losses[:WINDOW])
             raise DivergedError(
                 f"the loss has exploded: about {now:.3g} over the last {WINDOW} steps up to {step}, "
                 f"{first:.3g} at the beginning. {MENDS}."
             )
+
+    def looks_sound(self) -> bool:
+        """False as soon as the last few losses look like the beginning of an explosion."""
+        if len(self.losses) < WINDOW + SUSPICIOUS:
+            return True
+        return not self._exploded(SUSPICIOUS)
+
+    def _exploded(self, count: int) -> bool:
+        now, first = statistics.median(self.losses[-count:]), statistics.median(self.losses[:WINDOW])
+        return now > HOPELESS and now > EXPLOSION * first
 
     def recent(self) -> float:
         """Mean of the last steps, which the luck of single timesteps does not shake."""

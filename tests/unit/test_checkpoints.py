@@ -117,10 +117,11 @@ def test_an_error_of_the_program_is_not_called_a_full_disk_and_leaves_nothing(tm
     assert names(tmp_path / "checkpoints") == []
 
 
-def test_the_same_step_once_more_replaces_what_was_there(tmp_path):
-    write(tmp_path, 3, lora=b"old")
-    folder = write(tmp_path, 3, lora=b"new", seed=8)
-    assert (folder / LORA).read_bytes() == b"new" and checkpoints.read_state(folder).seed == 8
+def test_the_same_step_once_more_leaves_the_whole_checkpoint_alone(tmp_path):
+    folder = write(tmp_path, 3, lora=b"first")
+    before = (folder / LORA).stat()
+    assert write(tmp_path, 3, lora=b"again") == folder
+    assert (folder / LORA).stat() == before and (folder / LORA).read_bytes() == b"first"
     assert names(tmp_path / "checkpoints") == ["step-00000003"]
 
 

@@ -237,8 +237,8 @@ def test_sections_are_encoded_one_at_a_time(tmp_path, cache, monkeypatch):
     events, model = [], CountingVae()
     samples, write = module.clip_samples, cache.write
 
-    def noting_samples(*arguments):
-        for sample in samples(*arguments):
+    def noting_samples(*arguments, **options):
+        for sample in samples(*arguments, **options):
             events.append("decoded")
             yield sample
 
@@ -251,6 +251,21 @@ def test_sections_are_encoded_one_at_a_time(tmp_path, cache, monkeypatch):
     sections = encoded(given, cache, model=model)
     assert len(sections) == 6 and events == ["decoded", "written"] * 6
     assert set(model.shapes) == {(1, 3, 9, 48, 64)}
+
+
+def test_clips_of_one_size_are_cut_at_places_of_their_own_the_same_in_every_run(tmp_path, cache, monkeypatch):
+    seeds, samples = [], module.clip_samples
+
+    def noting_samples(path, given, **options):
+        seeds.append(given.seed)
+        return samples(path, given, **options)
+
+    monkeypatch.setattr(module, "clip_samples", noting_samples)
+    clips = [clip(tmp_path / f"{name}.mp4", frames) for name, frames in (("a", 9), ("b", 10))]
+    for folder in ("one", "two"):
+        for each in clips:
+            encoded(each, LatentCache(tmp_path / folder), fit="random", random_crops=2)
+    assert seeds[0] != seeds[1] and seeds[:2] == seeds[2:]
 
 
 # The cache

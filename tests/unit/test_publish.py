@@ -211,6 +211,10 @@ def test_a_token_is_needed_and_may_come_from_the_environment(hub, monkeypatch):
     )
     assert hub.requests == []
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(UserError):  # a server's own token is not for those who send it requests
+        publisher(hub_token="")
+    assert hub.requests == []
+    monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     publisher(hub_token="")
     assert hub.repositories == {"me/star": {}}
 

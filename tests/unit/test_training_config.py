@@ -291,3 +291,9 @@ def test_files_of_a_request_are_still_sent(tmp_path):
     assert sent.startswith("data:application/") and sent.endswith("base64,UEs=")
     kept = parse_inputs(pairs, training_inputs(TRAIN), send_files=False)["input_videos"]
     assert kept == str(tmp_path / "clips.zip")
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "..", "a/b", ""])
+def test_a_trackers_name_cannot_lead_out_of_the_runs_folder(name):
+    with pytest.raises(UserError, match="tracker_name="):
+        TrainingConfig(input_videos="clips", tracker_name=name)

@@ -314,15 +314,19 @@ def test_given_settings_are_kept():
     assert not settle(config(gradient_checkpointing=False), "tiny-i2v", TINY, "cuda").gradient_checkpointing
 
 
-def test_the_seed_enters_the_sampling_only_where_crops_are_random():
-    """So that another seed finds what was encoded."""
-    fixed = [settle(config(seed=seed), "tiny-i2v", TINY, "cpu").sampling for seed in (1, 2)]
-    assert fixed[0] == fixed[1]
-    crops = [
-        settle(config(seed=seed, video_reshape_mode="random"), "tiny-i2v", TINY, "cpu").sampling
+@pytest.mark.parametrize("mode", ["center", "random"])
+def test_another_seed_finds_what_was_encoded(mode):
+    first, second = (
+        settle(config(seed=seed, video_reshape_mode=mode), "tiny-i2v", TINY, "cpu").sampling
         for seed in (1, 2)
-    ]
-    assert crops[0] != crops[1]
+    )
+    assert first == second
+
+
+def test_fp8_turns_checkpointing_on_and_is_refused_without():
+    assert settle(config(base_precision="fp8"), "tiny-i2v", TINY, "cpu").gradient_checkpointing
+    with pytest.raises(UserError, match="base_precision=fp8 saves nothing with gradient_checkpointing=false"):
+        check_at_the_door(config(base_precision="fp8", gradient_checkpointing=False), "tiny-i2v", "cpu")
 
 
 def test_an_empty_seed_is_a_random_one():

@@ -143,3 +143,11 @@ def test_the_whole_curve_is_written_exactly(tmp_path):
     found = [line.split(",") for line in rows(tmp_path / "loss.csv")[1:]]
     assert [int(step) for step, _ in found] == list(range(1, 51))
     assert [float(loss) for _, loss in found] == losses
+
+
+def test_no_checkpoint_is_made_of_the_beginning_of_an_explosion():
+    watch = LossWatch([0.5] * 30)
+    assert watch.looks_sound()
+    for loss, sound in ((30.0, True), (40.0, False), (50.0, False)):  # a single outlier is nobody's explosion
+        watch.see(loss, norm=1.0, scaled=False)
+        assert watch.looks_sound() is sound
