@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tarfile
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, Self
 
 from lib import zipped
+from lib.compute import check_stop
 from lib.errors import UserError
 
 # More than any checkpoint or data set has: a billion empty files exhaust inodes, not bytes.
@@ -24,7 +26,8 @@ BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 TAR_FAULTS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RecursionError, ValueError)
 
-Unpack = Callable[[Path, Path, int | None], None]
+Stop = threading.Event | None
+Unpack = Callable[[Path, Path, int | None, Stop], None]
 
 
 class NoSpaceError(UserError):
@@ -65,7 +68,7 @@ def disk_error(error: OSError, path: Path) -> UserError:
     return UserError(f"{path} could not be written: {error.strerror or error}.")
 
 
-def extract_archive(archive: Path, target: Path, *, max_bytes: int | None = None) -> Path:
+def extract_archive(archive: Path, target: Path, *, max_bytes: int | None = None, stop: Stop = None) -> Path:
     """Unpack a zip or tar, told apart by content, into the new folder `target` and return it.
 
     As extract_tar, with the same refusals. Of a zip also refused are encrypted members and those that hold
@@ -79,10 +82,10 @@ def extract_archive(archive: Path, target: Path, *, max_bytes: int | None = None
             f"{archive.name} is neither a zip nor a tar archive. Pack the files as .zip, .tar, .tar.gz, "
             ".tar.bz2 or .tar.xz."
         )
-    return _extract(_unpack_zip if kind == "zip" else _unpack_tar, archive, target, max_bytes)
+    return _extract(_unpack_zip if kind == "zip" else _unpack_tar, archive, target, max_bytes, stop)
 
 
-def extract_tar(archive: Path, target: Path, *, max_bytes: int | None = None) -> Path:
+def extract_tar(archive: Path, target: Path, *, max_bytes: int | None = None, stop: Stop = None) -> Path:
     """Unpack a tar archive, compressed or not, into the new folder `target` and return it.
 
     Only files, folders and links that stay inside are taken. Python's own extraction filters are not enough
@@ -92,9 +95,10 @@ def extract_tar(archive: Path, target: Path, *, max_bytes: int | None = None) ->
 
     Raises UserError when `target` exists, when the archive is no readable tar, is larger than `max_bytes`
     unpacked, or holds a member that is absolute, contains `..`, appears twice, is a device or pipe, or links
-    outside; NoSpaceError when the disk is full.
+    outside; NoSpaceError when the disk is full; Stopped, between two members or blocks of one, when `stop` is
+    set.
     """
-    return _extract(_unpack_tar, Path(archive), Path(target), max_bytes)
+    return _extract(_unpack_tar, Path(archive), Path(target), max_bytes, stop)
 
 
 def archive_kind(path: Path) -> str | None:
@@ -108,14 +112,14 @@ def archive_kind(path: Path) -> str | None:
         return None
 
 
-def _extract(unpack: Unpack, archive: Path, target: Path, max_bytes: int | None) -> Path:
+def _extract(unpack: Unpack, archive: Path, target: Path, max_bytes: int | None, stop: Stop) -> Path:
     if os.path.lexists(target):
         raise UserError(f"{target} exists already; {archive.name} is not unpacked over it.")
     partial = target.with_name(target.name + ".partial")
     _remove(partial)
     try:
         partial.mkdir(parents=True)
-        unpack(archive, partial, max_bytes)
+        unpack(archive, partial, max_bytes, stop)
         os.replace(partial, target)
     except OSError as error:
         raise disk_error(error, partial) from error
@@ -168,20 +172,21 @@ class _Bzip2(bz2.BZ2File):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _unpack_tar(archive: Path, root: Path, max_bytes: int | None) -> None:
+def _unpack_tar(archive: Path, root: Path, max_bytes: int | None, stop: Stop) -> None:
     try:
-        _unpack_members(archive, root, max_bytes)
+        _unpack_members(archive, root, max_bytes, stop)
     except UserError:
         raise
     except TAR_FAULTS as error:
         raise UserError(f"{archive.name} is not a whole tar archive: {error}.") from error
 
 
-def _unpack_members(archive: Path, root: Path, max_bytes: int | None) -> None:
+def _unpack_members(archive: Path, root: Path, max_bytes: int | None, stop: Stop) -> None:
     links: list[tuple[tarfile.TarInfo, Path]] = []
     total = 0
     with _opened_tar(archive) as members:
         for count, member in enumerate(members, start=1):
+            check_stop(stop)
             if count > MAX_MEMBERS:
                 raise _too_many(archive)
             place = root / _inside(member.name, archive)
@@ -196,7 +201,7 @@ def _unpack_members(archive: Path, root: Path, max_bytes: int | None) -> None:
                 require_free_space(root, member.size)
                 source = members.extractfile(member)
                 assert source is not None  # tarfile returns None only for members that are no files
-                _write_member(source, member, place, archive)
+                _write_member(source, member, place, archive, stop)
             elif member.issym() or member.islnk():
                 links.append((member, place))
             else:
@@ -204,7 +209,7 @@ def _unpack_members(archive: Path, root: Path, max_bytes: int | None) -> None:
     _make_links(links, root, archive)
 
 
-def _unpack_zip(archive: Path, root: Path, max_bytes: int | None) -> None:
+def _unpack_zip(archive: Path, root: Path, max_bytes: int | None, stop: Stop) -> None:
     links: list[tuple[tarfile.TarInfo, Path]] = []
     with zipped.opened(archive) as members:
         listed = members.infolist()
@@ -215,13 +220,14 @@ def _unpack_zip(archive: Path, root: Path, max_bytes: int | None) -> None:
             raise _too_large(archive, max_bytes)
         require_free_space(root, total)
         for entry in listed:
+            check_stop(stop)
             member = zipped.as_tar_member(entry, archive)
             place = root / _inside(member.name, archive)
             if member.isdir():
                 _make_folder(place, member, archive)
             elif member.isreg():
                 with _created(place, member, archive) as file:
-                    zipped.copy(members, entry, file, archive)
+                    zipped.copy(members, entry, file, archive, stop=stop)
             elif member.issym():
                 member.linkname = zipped.link_target(members, entry, archive)
                 links.append((member, place))
@@ -267,9 +273,11 @@ def _created(place: Path, member: tarfile.TarInfo, archive: Path) -> BinaryIO:
         raise UserError(f"{archive.name}: {member.name!r} appears twice; the archive is refused.") from error
 
 
-def _write_member(source: BinaryIO, member: tarfile.TarInfo, place: Path, archive: Path) -> None:
+def _write_member(source: BinaryIO, member: tarfile.TarInfo, place: Path, archive: Path, stop: Stop) -> None:
     with _created(place, member, archive) as file:
-        shutil.copyfileobj(source, file, BLOCK_BYTES)
+        while block := source.read(BLOCK_BYTES):
+            check_stop(stop)
+            file.write(block)
         written = file.tell()
     if written != member.size:
         raise UserError(f"{archive.name} ends inside {member.name!r}; the archive is not whole.")

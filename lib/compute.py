@@ -31,6 +31,12 @@ class Stopped(Exception):
     """Raised by work that saw its `stop` event set; never leaves `ComputeThread.run`."""
 
 
+def check_stop(stop: threading.Event | None) -> None:
+    """Raise Stopped once `stop` is set."""
+    if stop is not None and stop.is_set():
+        raise Stopped
+
+
 class ComputeThread:
     """Runs functions one after the other in a thread of its own.
 

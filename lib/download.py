@@ -12,8 +12,19 @@ from typing import BinaryIO
 
 from lib import partial
 from lib.archive import NoSpaceError, disk_error, require_free_space, size_text
+from lib.compute import check_stop
 from lib.partial import Part, Progress, Remote
-from lib.transport import TRANSIENT, FetchError, Patience, Rules, Source, TruncatedError, shown
+from lib.transport import (
+    STOP_POLL_SECONDS,
+    TRANSIENT,
+    FetchError,
+    Patience,
+    Rules,
+    Source,
+    TruncatedError,
+    shown,
+    until,
+)
 
 BLOCK_BYTES = 256 << 10
 # pget waits for ever on a body that stalls: below this pace it is stopped and Python takes over.
@@ -31,23 +42,25 @@ def fetch(
     report: Callable[[str], None] = print,
     timeout: float = 30.0,
     connections: int = 8,
+    stop: threading.Event | None = None,
 ) -> Path:
     """Download an http(s) URL to the file `target` and return it; one process at a time per target.
 
     A target that exists is whole, since it only ever appears by renaming, and is returned at once. Bytes
     collect in `target.partial`, with a journal of finished ranges beside it, so that the next call continues
     after a crash or a lost line; a host without ranges is read in one stream and begun anew. `pget` does the
-    work when it is on PATH and nothing was begun, except under `max_bytes` or `headers`, which it does not
-    honour.
+    work when it is on PATH and nothing was begun, except under `max_bytes`, `headers` or `stop`, which it
+    does not honour.
 
     `size` and `max_bytes` are in bytes, `timeout` is the longest silence of the host in seconds. Of the
     `headers`, Authorization and Cookie stay with the first host when it redirects. Raises FetchError (naming
-    URL, cause and remedy) and NoSpaceError; what cannot be continued is removed first.
+    URL, cause and remedy), NoSpaceError, and Stopped soon after `stop` was set, even at a silent host; what
+    cannot be continued is removed first.
     """
     target = Path(target)
     if target.exists():
         return target
-    source = Source(url=url, headers=dict(headers or {}), timeout=timeout)
+    source = Source(url=url, headers=dict(headers or {}), timeout=timeout, rules=until(stop))
     remote = _probe(source)
     _check_length(source, remote.size, size=size, max_bytes=max_bytes)
     part = Part.begun(target, source, remote, trusted=sha256 is not None)
@@ -56,7 +69,8 @@ def fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         progress = Progress(target.name, remote.size, report, done=part.bytes_done())
-        pget = shutil.which("pget") if max_bytes is None and not headers and remote.ranges else None
+        free = max_bytes is None and stop is None and not headers
+        pget = shutil.which("pget") if free and remote.ranges else None
         if not (pget and _fetch_with_pget(pget, source, part, progress)):
             limit = max_bytes if size is None else size
             _fetch_with_python(source, remote, part, progress, max_bytes=limit, connections=connections)
@@ -91,7 +105,7 @@ def read(
 ) -> bytes:
     """Return a small document whole. Raises FetchError, also when it is longer than `max_bytes`."""
     source = Source(url=url, headers=dict(headers or {}), timeout=timeout, rules=rules)
-    patience = Patience(source, rules.stop if rules else None)
+    patience = Patience(source)
     while True:
         try:
             with source.open() as response:
@@ -109,10 +123,14 @@ def remote_size(url: str, *, headers: Mapping[str, str] | None = None, timeout: 
     return _probe(Source(url=url, headers=dict(headers or {}), timeout=timeout)).size
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in lower-case hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, *, stop: threading.Event | None = None) -> str:
+    """Return the SHA-256 of a file in lower-case hexadecimal. Raises Stopped when `stop` is set."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            check_stop(stop)
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _probe(source: Source) -> Remote:
@@ -205,8 +223,12 @@ def _fetch_ranges(source: Source, remote: Remote, part: Part, progress: Progress
                 pool.submit(_fetch_range, source, remote, part, file, piece, progress, stop)
                 for piece in part.ranges()
             ]
-            for future in wait(work, return_when=FIRST_EXCEPTION).done:
-                future.result()
+            waiting = set(work)
+            while waiting:
+                ended, waiting = wait(waiting, timeout=STOP_POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
+                check_stop(source.stop)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -286,7 +308,7 @@ def _verify(source: Source, part: Part, *, size: int | None, sha256: str | None)
         raise FetchError(
             f"Cannot download {shown(source.url)}: {found:,} bytes came instead of {size:,}. Start again."
         )
-    if sha256 is not None and (digest := sha256_of(part.path)) != sha256.lower():
+    if sha256 is not None and (digest := sha256_of(part.path, stop=source.stop)) != sha256.lower():
         part.remove()
         raise FetchError(
             f"Cannot download {shown(source.url)}: its SHA-256 is {digest} instead of {sha256.lower()}. "

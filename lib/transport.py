@@ -3,6 +3,7 @@
 import functools
 import http.client
 import io
+import math
 import select
 import socket
 import ssl
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import quote, unquote, urlsplit
 
-from lib.compute import Stopped
+from lib.compute import check_stop
 from lib.errors import UserError
 
 ATTEMPTS = 4  # in a row without progress
@@ -69,6 +70,15 @@ class Rules:
     stop: threading.Event | None = None
 
 
+def until(stop: threading.Event | None) -> Rules | None:
+    """Rules that allow everything, for as long as it takes, until `stop` is set."""
+    if stop is None:
+        return None
+    return Rules(
+        check_url=lambda url: None, check_peer=lambda address, url: None, seconds=math.inf, stop=stop
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where bytes come from: an http(s) URL, the headers to send, and the longest silence in seconds."""
@@ -86,6 +96,10 @@ class Source:
             sound = False
         if not sound:
             raise FetchError(f"{shown(self.url)[:200]!r} is not an http or https address.")
+
+    @property
+    def stop(self) -> threading.Event | None:
+        return self.rules.stop if self.rules else None
 
     def open(self, headers: Mapping[str, str] | None = None) -> http.client.HTTPResponse:
         """Send the GET and return the response. Raises FetchError, or one of TRANSIENT worth trying again."""
@@ -132,14 +146,18 @@ class Patience:
     def __init__(self, source: Source, stop: threading.Event | None = None) -> None:
         self.source = source
         self.failures = 0
-        self.stop = stop or threading.Event()
+        self.stop = stop or source.stop or threading.Event()
 
     def failed(self, error: Exception, *, progressed: bool = False) -> None:
-        """Wait before the next attempt. Raises FetchError after ATTEMPTS failures without progress."""
+        """Wait before the next attempt.
+
+        Raises FetchError after ATTEMPTS failures without progress, and Stopped when the source was told to.
+        """
         self.failures = 1 if progressed else self.failures + 1
         if self.failures >= ATTEMPTS:
             raise self.source.failure(error) from error
         self.stop.wait(BACKOFF_SECONDS * 2 ** (self.failures - 1))
+        check_stop(self.source.stop)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -248,8 +266,7 @@ class _TimedRaw(io.RawIOBase):
         ready.register(self.sock, select.POLLIN)
         # What TLS has decrypted already does not show on the socket.
         while not getattr(self.sock, "pending", int)() and time.monotonic() < end:
-            if self.stop.is_set():
-                raise Stopped
+            check_stop(self.stop)
             if ready.poll(1000 * STOP_POLL_SECONDS):
                 return
 

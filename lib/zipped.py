@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from copy import copy as copy_of
 from pathlib import Path
 from typing import BinaryIO
 
+from lib.compute import check_stop
 from lib.errors import UserError
 
 STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, and empty
@@ -93,8 +95,15 @@ def link_target(members: zipfile.ZipFile, entry: zipfile.ZipInfo, archive: Path)
     return os.fsdecode(target.getvalue())
 
 
-def copy(members: zipfile.ZipFile, entry: zipfile.ZipInfo, target: BinaryIO, archive: Path) -> None:
-    """Write a member's bytes to `target`: as many as it announces, else UserError."""
+def copy(
+    members: zipfile.ZipFile,
+    entry: zipfile.ZipInfo,
+    target: BinaryIO,
+    archive: Path,
+    *,
+    stop: threading.Event | None = None,
+) -> None:
+    """Write a member's bytes to `target`: as many as it announces, else UserError; Stopped between blocks."""
     name, announced = _name(entry), entry.file_size
     written = checksum = 0
     try:
@@ -102,6 +111,7 @@ def copy(members: zipfile.ZipFile, entry: zipfile.ZipInfo, target: BinaryIO, arc
             while block := _read(
                 source, LZMA_BLOCK_BYTES if entry.compress_type == zipfile.ZIP_LZMA else BLOCK_BYTES
             ):
+                check_stop(stop)
                 written += len(block)
                 if written > announced:
                     break
