@@ -1,10 +1,10 @@
-import errno
 import io
 import os
 import shutil
 import stat
 import struct
 import tarfile
+import threading
 import tracemalloc
 import zipfile
 import zlib
@@ -14,6 +14,7 @@ import pytest
 
 from lib import archive
 from lib.archive import NoSpaceError, archive_kind, extract_archive, extract_tar
+from lib.compute import Stopped
 from lib.errors import UserError
 
 
@@ -153,11 +154,42 @@ def test_something_else_than_an_archive_is_told(tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive, "_created", lambda *args: open("/dev/full", "wb"))
+    def created(*args: object) -> io.FileIO:
+        return io.FileIO("/dev/full", "w")
+
+    monkeypatch.setattr(archive, "_created", created)
     path = make(tmp_path / "a.tar", ("file", b"content"))
     with pytest.raises(NoSpaceError, match="The disk is full"):
         extract_tar(path, tmp_path / "target")
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+class SetAtAsk(threading.Event):
+    """Set from the `number`th time on that anybody asks."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+@pytest.mark.parametrize(
+    ("members", "asks"), [([b"x"] * 5, 4), ([bytes(5 << 20)], 4)], ids=["between members", "inside one"]
+)
+def test_a_stop_is_heard_between_members_and_inside_a_large_one_and_leaves_nothing(
+    tmp_path, kind, members, asks
+):
+    entries = [(f"{index}.bin", content) for index, content in enumerate(members)]
+    path = tmp_path / f"a.{kind}"
+    zip_of(path, *entries) if kind == "zip" else make(path, *entries, mode="w:gz" if "gz" in kind else "w")
+    with pytest.raises(Stopped):
+        extract_archive(path, tmp_path / "target", stop=SetAtAsk(asks))
+    assert list(tmp_path.iterdir()) == [path]
+    assert extract_archive(path, tmp_path / "target", stop=threading.Event()).is_dir()
 
 
 def test_does_not_unpack_over_something(tmp_path):

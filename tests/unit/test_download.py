@@ -15,6 +15,7 @@ import pytest
 
 from lib import partial, transport
 from lib.archive import NoSpaceError, require_free_space
+from lib.compute import Stopped
 from lib.download import fetch, read
 from lib.errors import UserError
 from lib.transport import FetchError
@@ -436,3 +437,51 @@ def test_a_really_full_disk_is_told_and_left_empty(tmp_path):
     assert "1.0 MB are needed" in first
     assert "The disk is full" in second
     assert left == "[]"
+
+
+@pytest.mark.parametrize(
+    "served",
+    [
+        {"stall_at": 0},
+        {"stall_at": 1 << 16},
+        {"ranges": False, "stall_at": 1 << 16},
+        {"pause": 1, "piece": 999},
+    ],
+    ids=["nothing of a range", "some of a range", "some of a stream", "slow"],
+)
+def test_a_stopped_fetch_ends_while_its_host_still_stalls_and_leaves_nothing_unsound(tmp_path, served):
+    stop, target = threading.Event(), tmp_path / "out" / "a.bin"
+    with Host({"/a.bin": Served(BODY, **served)}) as host:
+        threading.Timer(0.3, stop.set).start()
+        with pytest.raises(Stopped):
+            fetch(host.url("/a.bin"), target, report=quiet, stop=stop)
+        assert not host.released.is_set()  # or the stalled answers would have ended the wait
+        assert names(target.parent) == []
+
+
+def test_a_stopped_fetch_is_continued_by_the_next(tmp_path):
+    stop, body = threading.Event(), Served(BODY, pause=0.02, piece=CHUNK // 4)
+
+    def stop_when_begun(line: str) -> None:
+        if "%" in line:
+            stop.set()
+
+    with Host({"/a.bin": body}) as host, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial, "REPORT_SECONDS", 0.2)
+        with pytest.raises(Stopped):
+            fetch(host.url("/a.bin"), tmp_path / "a.bin", report=stop_when_begun, connections=2, stop=stop)
+        assert names(tmp_path) == ["a.bin.partial", "a.bin.partial.journal"]
+        begun = len(host.bodies("/a.bin"))
+        done = len((tmp_path / "a.bin.partial.journal").read_text().splitlines()) - 1
+        assert done > 0
+        fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet, stop=threading.Event())
+        assert len(host.bodies("/a.bin")) - begun == 11 - done
+    assert (tmp_path / "a.bin").read_bytes() == BODY
+
+
+def test_a_stop_ends_the_waits_between_attempts(tmp_path, monkeypatch):
+    monkeypatch.setattr(transport, "BACKOFF_SECONDS", 60)
+    stop = threading.Event()
+    with Host({"/a.bin": Served(BODY, fail_first=100)}) as host, pytest.raises(Stopped):
+        threading.Timer(0.3, stop.set).start()
+        fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet, stop=stop)
