@@ -139,9 +139,9 @@ class Generator:
         """Generate one clip: uint8 [frames, height, width, 3].
 
         `embeddings` of prompt and negative prompt, [1, tokens, width] each, spare the text encoder, which the
-        pipeline then need not have. The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress
-        as lines "progress: denoising 3/50". Raises Stopped when `stop` is set: within one step of denoising,
-        one group of frames (or tile) of decoding.
+        pipeline then need not have. The same request gives the same noise on every machine: it is drawn on
+        the CPU. Reports progress as lines "progress: denoising 3/50". Raises Stopped when `stop` is set:
+        within one step of denoising, one group of frames (or tile) of decoding.
         """
         import torch
 
