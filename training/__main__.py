@@ -2,8 +2,12 @@
 
 Or on several GPUs: accelerate launch --multi_gpu --num_processes 2 -m training input_videos=...
 The same command again goes on from the newest checkpoint in output_dir.
+
+output_dir is where checkpoints and results go. input_videos is a folder, zip or tar on this machine; files are
+given by their paths.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -26,12 +30,16 @@ def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     document = training_inputs(PROJECT / "training" / "train.py")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(f"usage: {USAGE}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}")
+        with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has seen enough
+            print(
+                f"usage: {USAGE}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}", flush=True
+            )
         return 0 if arguments else 2
     sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record it
     limit_spinning()
     os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
-    first = int(os.environ.get("RANK", "0")) == 0
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank == 0
     view, stop = LogView(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: _stop(stop, tell=first))
@@ -43,8 +51,8 @@ def main(arguments: list[str]) -> int:
         result = run_locally(values, run, stop=stop, report=view.line)
     except UserError as error:
         view.close()
-        if first:
-            print(error, file=sys.stderr)
+        # One alone of several may fail, whose GPU has too little memory for example.
+        print(error if first else f"process {rank}: {error}", file=sys.stderr)
         return 1
     except (Stopped, KeyboardInterrupt):
         view.close()

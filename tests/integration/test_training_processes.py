@@ -19,7 +19,8 @@ from training import checkpoints
 
 SETTINGS = ["rank=4", "random_flip=0.5"]
 
-# Imported by every Python that starts: notes what a rank creates, renames and removes, by file name.
+# Imported by every Python that starts: notes what a rank creates, renames and removes, by file name; gives
+# the second process another base when asked to.
 WITNESS = """
 import os, sys
 
@@ -32,6 +33,8 @@ def witness(event, arguments):
         os.write(notes, (os.path.abspath(arguments[0]) + "\\n").encode())
 
 
+if os.environ.get("RANK") == "1" and "BASE_OF_PROCESS_1" in os.environ:
+    os.environ["COGVIDEOX_MODEL"] = os.environ["BASE_OF_PROCESS_1"]
 if "RANK" in os.environ:
     path = os.path.join(os.environ["NOTES"], "rank-" + os.environ["RANK"])
     notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -122,6 +125,17 @@ def test_two_processes_go_on_from_the_output_of_one(folder, environment, alone):
     assert "continuing at step 3 of 6" in err and "changed since the checkpoint" not in err
     assert losses(folder / "continued") == pytest.approx(losses(folder / "plain"), rel=1e-5)
     assert not (folder / "continued" / "origin").exists()
+
+
+def test_what_only_another_process_meets_is_told_with_its_number(folder, environment):
+    status, out, err = finished(
+        folder, environment | {"BASE_OF_PROCESS_1": "cogvlm2-caption"}, "input_videos=clips",
+        "output_dir=odd", *SETTINGS, launch=two_processes(),
+    )  # fmt: skip
+    assert (status, out) == (1, "")
+    told = [line for line in err.splitlines() if "COGVIDEOX_MODEL=cogvlm2-caption" in line]
+    assert len(told) == 1
+    assert told[0].startswith("process 1: COGVIDEOX_MODEL=cogvlm2-caption is a model for captioning; ")
 
 
 def test_a_killed_process_ends_the_run_soon(folder, environment):
