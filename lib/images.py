@@ -40,7 +40,8 @@ def read_image(path: str | Path, *, name: str | None = None) -> Image.Image:
         known = "PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP"
         raise UserError(f"{name} is not an image that can be read: give a {known} file") from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        raise UserError(f"{name} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read: {reason}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -27,7 +27,7 @@ from lib.transport import shown
 
 Place = Literal["url", "hub", "data", "local"]
 REPLICATE_HOSTS = frozenset({"replicate.com", "www.replicate.com"})
-REPLICATE_VERSION = re.compile(r"[\w.-]+/[\w.-]+:[0-9a-f]{64}")
+REPLICATE_VERSION = re.compile(r"(?:r8\.im/)?[\w.-]+/[\w.-]+:[0-9a-f]{6,64}|r8\.im/.*")
 HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
 HUB_PAGES = ("blob", "resolve", "tree", "raw")
 CIVITAI = re.compile(r"(?:www\.)?civitai\.(?:com|red|green)")
@@ -87,11 +87,12 @@ def parse(source: str, *, trusted: bool = False, max_bytes: int) -> Address:
             raise UserError(
                 f"{_cut(source)!r} is a path on the server, which requests may not name; give {FORMS}."
             )
-    if (match := HUB_NAME.fullmatch(source)) and ".." not in source:
-        return _hub(match["repository"], match["revision"], match["path"], source, trusted)
     if REPLICATE_VERSION.fullmatch(source):
         raise UserError(f"{_cut(source)!r} is a version of a model on Replicate. {REPLICATE_HINT}")
-    raise UserError(f"{_cut(source)!r} names no LoRA; give {FORMS}.")
+    if (match := HUB_NAME.fullmatch(source)) and ".." not in source:
+        return _hub(match["repository"], match["revision"], match["path"], source, trusted)
+    here = f"; there is no such file in {Path.cwd()} either" if local_sources_allowed() else ""
+    raise UserError(f"{_cut(source)!r} names no LoRA; give {FORMS}{here}.")
 
 
 def _cut(text: str) -> str:

@@ -3,8 +3,8 @@
 Or on several GPUs: accelerate launch --multi_gpu --num_processes 2 -m training input_videos=...
 The same command again goes on from the newest checkpoint in output_dir.
 
-output_dir is where checkpoints and results go. input_videos is a folder, zip or tar on this machine; files are
-given by their paths.
+output_dir is where checkpoints and results go. input_videos is a folder, zip or tar on this machine; files
+are given by their paths.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lib.archive import disk_error
@@ -97,6 +97,22 @@ def save_tensors(
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
     path.chmod(mode)
+
+
+def check_adapter(path: Path, *, base: str, rank: int, alpha: float) -> None:
+    """Raise UserError when a file records another base, rank or alpha than those of this run."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            recorded = json.loads((file.metadata() or {}).get(OUR_METADATA, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path.name} to go on from cannot be read: {error}.") from error
+    differing = [
+        f"{name} (it has {recorded[name]}, this run {value})"
+        for name, value in {"base": base, "rank": rank, "alpha": alpha}.items()
+        if isinstance(recorded, dict) and name in recorded and recorded[name] != value
+    ]
+    if differing:
+        raise UserError(f"{path.name} to go on from does not fit: {', '.join(differing)}.")
 
 
 def load_adapter(transformer: "CogVideoXTransformer3DModel", path: Path) -> None:

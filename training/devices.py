@@ -111,7 +111,11 @@ def alone(run: Path, accelerator: Accelerator) -> Iterator[None]:
             raise UserError(
                 f"another process is training in {run.name}; wait for it, or give another output_dir."
             )
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                run.rmdir()  # only if it stayed empty
 
 
 @contextlib.contextmanager

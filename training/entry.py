@@ -11,6 +11,7 @@ from typing import Any
 from lib import weights
 from lib.archive import disk_error
 from lib.compute import ComputeThread
+from lib.errors import UserError
 from lib.lock import lock
 from lib.scratch import Scratch
 from lib.serving.guard import check_file
@@ -70,6 +71,11 @@ def config_from(inputs: Mapping[str, Any]) -> TrainingConfig:
     for name in SECRETS:
         secret = values.get(name)
         values[name] = secret.get_secret_value() if hasattr(secret, "get_secret_value") else secret or ""
+    if "://" in str(values.get("input_videos") or ""):
+        raise UserError(
+            f"input_videos={values['input_videos']} is an address; give a folder, zip or tar on this "
+            "machine, or dataset_name for a data set of the Hugging Face Hub."
+        )
     if values.get("input_videos") is not None:
         values["input_videos"] = str(check_file(values["input_videos"]))
     values["validation_images"] = tuple(str(check_file(p)) for p in values.get("validation_images") or ())

@@ -71,7 +71,9 @@ def open_origin(
         place = Path(os.path.expanduser(given))  # which leaves an unknown ~user as it is
         if not place.exists():
             raise UserError(f"resume_from={given} does not exist; give an earlier output or a checkpoint.")
-        if place.is_file():
+        if place.name == checkpoints.LORA:
+            place = place.parent
+        elif place.is_file():
             place = extract_tar(place, folder / "content", max_bytes=MAX_OUTPUT_BYTES)
     for found in (place, place / TRAINING_STATE, checkpoints.latest(place)):
         if found is not None and checkpoints.is_checkpoint(found):

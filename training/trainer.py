@@ -21,7 +21,7 @@ from torch import nn
 from lib import weights
 from lib.compute import Stopped
 from training import checkpoints, objective
-from training.adapter import add_adapter, check_targets, load_adapter, save_adapter
+from training.adapter import add_adapter, check_adapter, check_targets, load_adapter, save_adapter
 from training.ahead import Ahead
 from training.base import load_transformer, skeleton, store_in_fp8
 from training.batches import Chances, Sampler
@@ -79,6 +79,10 @@ def train(
                 # Steps that follow from epochs are known when the samples are.
                 steps = math.inf if config.num_train_epochs else total_steps(config, 0, 1)
                 check_unfinished(state, origin, base=label(name), steps=steps)
+            elif origin is not None:
+                check_adapter(
+                    origin / checkpoints.LORA, base=label(name), rank=config.rank, alpha=config.alpha
+                )
             publisher = Publisher(config, report, active=accelerator.is_main_process)
             with found_clips(config, run / "data", accelerator, stop=stop, report=report) as found:
                 folder = locate_base(name, config, report)

@@ -26,6 +26,7 @@ TRAINING_EXAMPLE = (
     "curl -s {}/trainings -H 'Content-Type: application/json' "
     """-d '{{"input": {{"input_videos": "https://example.org/clips.zip"}}}}'"""
 )
+LORA_INPUTS = frozenset({"lora_weights", "extra_lora"})
 PREDICT_USAGE = "script/predict NAME [-i input=value ...] [-o PATH] [--url http://host:port]"
 
 
@@ -68,6 +69,8 @@ def predict_command(arguments: list[str]) -> int:
     if given.output and given.output.is_dir():
         raise UserError(f"--output {given.output} is a folder; give a file's path")
     inputs = parse_inputs(given.input, document)
+    if not given.url:
+        _name_files_absolutely(inputs)
     _match_format(inputs, given.output, document)
     view = LogView()
     try:
@@ -199,6 +202,14 @@ def _report(given: argparse.Namespace, metrics: dict[str, Any], document: dict[s
     model = os.environ.get("COGVIDEOX_MODEL")
     prefix = f"COGVIDEOX_MODEL={shlex.quote(model)} " if model and not given.url else ""
     print(f"again: {prefix}{shlex.join(words)}", file=sys.stderr)
+
+
+def _name_files_absolutely(inputs: dict[str, Any]) -> None:
+    """LoRAs on this machine: relative paths are the caller's; the server stands in a folder of its own."""
+    for name in LORA_INPUTS & inputs.keys():
+        path = Path(str(inputs[name]).removeprefix("@")).expanduser()
+        if inputs[name] and path.exists():
+            inputs[name] = str(path.resolve())
 
 
 def _match_format(inputs: dict[str, Any], output: Path | None, document: dict[str, Any]) -> None:

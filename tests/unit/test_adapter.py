@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lib.errors import UserError
 from tests.training_factory import TEXT_WIDTH, config, pipeline, transformer
 from training import objective
-from training.adapter import adapter_weights, add_adapter, load_adapter, save_adapter
+from training.adapter import adapter_weights, add_adapter, check_adapter, load_adapter, save_adapter
 from training.optimization import build_optimizer, build_schedule
 from training.validation import as_served
 
@@ -311,3 +311,18 @@ def test_warm_up_is_a_tenth_of_the_steps_unless_given():
         assert [schedule.lr_lambdas[0](step) for step in (warm // 2, warm, warm + 1)] == pytest.approx(
             [0.5 if warm else 1, 1, 1]
         )
+
+
+def test_a_lora_to_go_on_from_is_refused_when_it_records_another_base_rank_or_alpha(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    recorded = {"cogvideox": json.dumps({"base": "tiny-i2v", "rank": 4, "alpha": 4.0})}
+    save_file({"x": torch.zeros(1)}, path, metadata=recorded)
+    check_adapter(path, base="tiny-i2v", rank=4, alpha=4.0)
+    with pytest.raises(UserError) as caught:
+        check_adapter(path, base="tiny-t2v", rank=8, alpha=4.0)
+    assert str(caught.value) == (
+        "lora.safetensors to go on from does not fit: base (it has tiny-i2v, this run tiny-t2v), "
+        "rank (it has 4, this run 8)."
+    )
+    save_file({"x": torch.zeros(1)}, path)
+    check_adapter(path, base="tiny-t2v", rank=8, alpha=4.0)  # says nothing of itself; the shapes decide
