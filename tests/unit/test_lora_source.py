@@ -146,3 +146,9 @@ def test_a_relative_path_is_a_hub_name_where_files_are_not_allowed(tmp_path, mon
     (tmp_path / "owner" / "name").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     assert parse("owner/name", max_bytes=MOST).place == "hub"
+
+
+@pytest.mark.parametrize("given", ["r8.im/owner/model", "owner/model:0123abcdef", "r8.im/owner/model@sha256:00"])
+def test_names_of_replicate_as_people_copy_them_are_not_asked_of_the_hub(given):
+    with pytest.raises(UserError, match="is a version of a model on Replicate"):
+        parse(given, max_bytes=1000)
