@@ -148,7 +148,7 @@ def test_a_relative_path_is_a_hub_name_where_files_are_not_allowed(tmp_path, mon
     assert parse("owner/name", max_bytes=MOST).place == "hub"
 
 
-@pytest.mark.parametrize("given", ["r8.im/owner/model", "owner/model:0123abcdef", "r8.im/owner/model@sha256:00"])
+@pytest.mark.parametrize("given", ["r8.im/owner/model", "owner/model:0123abcdef", "r8.im/o/m@sha256:00"])
 def test_names_of_replicate_as_people_copy_them_are_not_asked_of_the_hub(given):
     with pytest.raises(UserError, match="is a version of a model on Replicate"):
         parse(given, max_bytes=1000)
