@@ -1,12 +1,13 @@
 """Training steps a second and peak memory, beside a plain loop in the manner of CogVideo's own trainer.
 
     script/bench training [--pairs 3] [--steps 60] [--batch 1] [--clips 200] [--frames 49]
-    script/bench training --gpu [--base-precision fp8] [--steps 10]
+    script/bench training --gpu [--base-precision fp8] [--steps 10] [--layers 42]
 
 The first form trains tiny-i2v on rendered clips, the two in turn in processes of their own, with the same
 base, clips, batch, rank and threads. The plain loop (bench/seed_style_training.py) runs as CogVideo's launch
-scripts run theirs, with gradient checkpointing, and once more without. The second form measures the shape of
-CogVideoX-5B-I2V with random weights, 49 frames of 720x480, rank 128, batch 1, on this machine's GPU.
+scripts run theirs, with gradient checkpointing, and once more without. The second form writes a model of the
+shape of CogVideoX-5B-I2V with random weights (12 GB in the temporary folder) and trains it as a person would,
+49 frames of 720x480, rank 128, on this machine's GPU. With --try-out it does so with a small model on a CPU.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +28,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "weights" / "tiny-i2v"
 RANK = 128
-FIVE_B = {
-    "num_attention_heads": 48,
-    "attention_head_dim": 64,
-    "in_channels": 32,
-    "out_channels": 16,
-    "num_layers": 42,
-    "sample_height": 60,
-    "sample_width": 90,
-    "sample_frames": 49,
-    "use_rotary_positional_embeddings": True,
-    "use_learned_positional_embeddings": True,
-}
 STEP_FLOPS = 1.24e15
 """Of one step of that shape with gradient checkpointing."""
 WARM_UP = 3
+SHAPE_CLIPS = 2
 
 
 def main() -> None:
@@ -50,13 +42,14 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--layers", type=int, default=FIVE_B["num_layers"], help="with --gpu: fewer to try")
+    parser.add_argument("--layers", type=int, help="with --gpu: another number of them")
+    parser.add_argument("--try-out", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--base-precision", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         return measure_service(options, options.measure)
-    if options.gpu:
+    if options.gpu or options.try_out:
         return measure_shape(options)
     compare(options)
 
@@ -106,6 +99,15 @@ def measure_service(options: argparse.Namespace, clips: Path) -> None:
     from lib.compute import limit_spinning
 
     limit_spinning()
+    seconds = seconds_per_step(clips, options, max_num_frames=options.frames)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"steps_per_second": 1 / seconds, "peak_bytes": peak}))
+
+
+def seconds_per_step(
+    clips: Path, options: argparse.Namespace, *, at_first_step: Callable[[], None] = lambda: None, **settings
+) -> float:
+    """Of the service's trainer on the base that COGVIDEOX_MODEL names; measured after the first steps."""
     from training.config import TrainingConfig
     from training.trainer import train
 
@@ -113,88 +115,65 @@ def measure_service(options: argparse.Namespace, clips: Path) -> None:
         input_videos=str(clips),
         max_train_steps=options.steps + WARM_UP,
         train_batch_size=options.batch,
-        max_num_frames=options.frames,
         rank=RANK,
         checkpointing_steps=10**6,
         seed=0,
+        **settings,
     )
-    moments: list[tuple[float, int]] = []
+    moments: list[tuple[int, float]] = []
 
     def report(line: str) -> None:
         if line.startswith("progress: training "):
-            moments.append((time.perf_counter(), int(line.split()[2].partition("/")[0])))
+            if not moments:
+                at_first_step()
+            moments.append((int(line.split()[2].partition("/")[0]), time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder) / "run", report=report)
-    (began, first), (ended, last) = moments[0], moments[-1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"steps_per_second": (last - first) / (ended - began), "peak_bytes": peak}))
+    # A line comes at most once a second: of quick steps there is none of the last to warm up.
+    first, began = [moment for moment in moments if moment[0] <= WARM_UP][-1]
+    last, ended = moments[-1]
+    return (ended - began) / (last - first)
 
 
 def measure_shape(options: argparse.Namespace) -> None:
-    """Seconds a step and peak memory of the released shape with random weights, on the GPU."""
+    """Seconds a step and peak memory of the service's trainer on random weights of the released shape."""
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-    from training import objective
-    from training.adapter import add_adapter
-    from training.base import store_in_fp8
+    from bench._random_base import FIVE_B, SMALL, write_random_base
 
-    if not torch.cuda.is_available():
+    shape, device = (SMALL, "cpu") if options.try_out else (FIVE_B, "cuda")
+    if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--gpu needs an NVIDIA GPU; there is none that torch sees.")
-    device, dtype = "cuda", torch.bfloat16
-    ceiling = matmul_ceiling(device, dtype)
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        transformer = CogVideoXTransformer3DModel(**FIVE_B | {"num_layers": options.layers})
-        vae = AutoencoderKLCogVideoX().requires_grad_(False).eval()
-    torch.set_default_dtype(torch.float32)
-    del vae.decoder
-    parameters = add_adapter(transformer, rank=RANK, alpha=RANK, targets=["to_q", "to_k", "to_v", "to_out.0"])
-    if options.base_precision == "fp8":
-        store_in_fp8(transformer, dtype)
-    transformer.enable_gradient_checkpointing()
-    transformer.train()
-    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
-    latents = torch.randn(1, 13, 16, 60, 90, device=device)
-    text = torch.randn(1, 226, 4096, device=device, dtype=dtype)
-    image = torch.rand(1, 3, 1, 480, 720, device=device, dtype=dtype) * 2 - 1
-    rotary = objective.rotary_tables(transformer.config, latents.shape, device)
-    alphas = torch.tensor([0.5])
+    layers = options.layers or shape.transformer["num_layers"]
+    shape = replace(shape, transformer=shape.transformer | {"num_layers": layers})
+    ceiling = None if options.try_out else matmul_ceiling(device, torch.bfloat16)
+    peaks: list[int] = []
 
-    def step() -> None:
-        with torch.no_grad():
-            condition = vae.encode(image).latent_dist.sample().transpose(1, 2)
-        noise = torch.randn_like(latents)
-        hidden = objective.model_input(objective.noised(latents, noise, alphas), condition).to(dtype)
-        with torch.autocast(device, dtype):
-            predicted = transformer(
-                hidden,
-                encoder_hidden_states=text,
-                timestep=torch.tensor([500], device=device),
-                image_rotary_emb=rotary,
-                return_dict=False,
-            )[0]
-        objective.losses(predicted, latents, noise, alphas).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def take_peak() -> None:
+        if device == "cuda":
+            peaks.append(torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
 
-    seconds = []
-    for index in range(options.steps + WARM_UP):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        if index >= WARM_UP:
-            seconds.append(time.perf_counter() - begun)
-    median = statistics.median(seconds)
-    flops = STEP_FLOPS * options.layers / FIVE_B["num_layers"]
-    print(
-        f"{torch.cuda.get_device_name()}, base {options.base_precision}, {options.layers} layers: "
-        f"{median:.2f} s a step, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, "
-        f"{flops / median / ceiling:.0%} of the matmul ceiling of {ceiling / 1e12:.0f} TFLOP/s"
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        base = write_random_base(Path(folder) / "base", shape, device=device)
+        clips = Path(folder) / "clips"
+        render_clips(clips, SHAPE_CLIPS, shape.transformer["sample_frames"])
+        os.environ |= {"COGVIDEOX_CACHE": str(Path(folder) / "cache"), "COGVIDEOX_MODEL": str(base)}
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_per_step(
+            clips, options, at_first_step=take_peak, base_precision=options.base_precision
+        )
+        take_peak()
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a small shape"
+    print(f"{name}, base {options.base_precision}, {layers} layers: {seconds:.2f} s a step", flush=True)
+    if device == "cuda":
+        flops = STEP_FLOPS * options.batch * layers / FIVE_B.transformer["num_layers"]
+        print(f"{flops / seconds / ceiling:.0%} of the matmul ceiling of {ceiling / 1e12:.0f} TFLOP/s")
+        before, after = (peak / 2**30 for peak in peaks)
+        print(f"peak memory {after:.1f} GiB in the steps, {before:.1f} GiB up to the first one")
 
 
 def matmul_ceiling(device: str, dtype: object) -> float:
