@@ -1,6 +1,6 @@
 """Whether a LoRA learns: twenty clips of something that tiny-i2v does not know, trained, judged, and shown.
 
-    script/bench learning [--steps 700] [--guidance 2] [--sheet FOLDER]
+    script/bench learning [--steps 1200] [--guidance 2] [--sheet FOLDER]
 
 Prints the judge's success for the new concept on first frames and prompts that were not trained, with and
 without the LoRA, the distance from the base at five strengths, and what is left of the old concepts.
@@ -29,6 +29,7 @@ SETTINGS = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 20,
     "train_batch_size": 8,
+    "caption_dropout": 0.05,
     "prior_preservation": 0.3,
     "prior_prompts": ":::".join(concept.PRIOR_PROMPTS),
     "checkpointing_steps": 200,
@@ -38,7 +39,7 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench learning", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--inference-steps", type=int, default=50)
     parser.add_argument("--clips", type=int, default=20, help="to judge of the new concept")
