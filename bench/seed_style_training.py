@@ -4,7 +4,7 @@ Every clip decoded into a list of float tensors, every latent in memory, VAE and
 text encoder run at every step, gradient checkpointing as its launch script sets it. The same classes, base,
 clips, batch, rank, optimizer and number of threads as the service's trainer. Not to be changed by later work.
 
-    python bench/seed_style_training.py FOLDER CLIPS STEPS BATCH RANK CHECKPOINTING
+    python bench/seed_style_training.py FOLDER CLIPS FRAMES STEPS BATCH RANK CHECKPOINTING
 
 Prints one JSON line: steps a second after the first few, and the process's peak memory.
 """
@@ -62,7 +62,7 @@ class Clips(Dataset):
 
 def main() -> None:
     folder, clips = Path(sys.argv[1]), Path(sys.argv[2])
-    steps, batch, rank, checkpointing = (int(value) for value in sys.argv[3:])
+    frames, steps, batch, rank, checkpointing = (int(value) for value in sys.argv[3:])
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -98,7 +98,7 @@ def main() -> None:
             "images": torch.cat(padded).permute(0, 2, 1, 3, 4).contiguous().float(),
         }
 
-    data = Clips(clips, vae, config.sample_frames)
+    data = Clips(clips, vae, frames)
     loader = DataLoader(data, batch_size=batch, shuffle=True, collate_fn=collate, num_workers=0)
     schedule = get_scheduler("constant", optimizer=optimizer)
     transformer, optimizer, loader, schedule = accelerator.prepare(transformer, optimizer, loader, schedule)

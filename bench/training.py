@@ -86,7 +86,8 @@ def run(name: str, options: argparse.Namespace, folder: Path, clips: Path) -> di
     else:
         plain = str(ROOT / "bench" / "seed_style_training.py")
         checkpointing = "1" if name == "plain, as launched" else "0"
-        command = [sys.executable, plain, str(BASE), str(clips), *sizes, str(RANK), checkpointing]
+        command = [sys.executable, plain, str(BASE), str(clips), str(options.frames), *sizes, str(RANK)]
+        command += [checkpointing]
     settings = {"COGVIDEOX_CACHE": str(folder / "cache"), "COGVIDEOX_MODEL": "", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -185,7 +185,7 @@ class Trainer:
         numbers = range(self.state.step * micro_batches, self.steps * micro_batches)
         with (
             LossFile(self.run / "loss.csv", self.state.losses, active=self.is_main) as file,
-            Ahead(self.feeder.micro_batch, numbers) as batches,
+            Ahead(self.feeder.micro_batch, numbers, active=self.plan.device != "cpu") as batches,
         ):
             for step in range(self.state.step, self.steps):
                 rate = self.schedule.get_last_lr()[0]
