@@ -35,7 +35,6 @@ def test_every_predictor_is_spelled_out_literally(file):
         assert item.options.get("description"), f"{file.name}: {item.name} has no description"
 
 
-@pytest.mark.skipif(not TRAIN.exists(), reason="there is no trainer yet")
 def test_the_trainer_is_spelled_out_literally():
     assert read_signature(TRAIN, "train").inputs
 
