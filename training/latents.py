@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lib.archive import disk_error
+from lib.dataset import Clip, LeftOut
 from lib.errors import UserError
 from training.adapter import save_tensors
 from training.clips import Sample, Sampling, clip_samples
 from training.config import digest
-from training.dataset import Clip, LeftOut
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX

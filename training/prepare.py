@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib import weights
+from lib.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from lib.errors import UserError
 from lib.pipelines import silence_libraries
 from training.config import TrainingConfig
-from training.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from training.devices import from_main
 from training.latents import (
     Encodings,

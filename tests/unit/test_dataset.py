@@ -10,13 +10,12 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from lib import partial, transport
+from lib import opening, partial, transport
+from lib.dataset import Clip, fetch_hub_dataset, find_clips, full_caption, open_data
 from lib.errors import UserError
 from lib.video import write_video
 from tests.http_host import Host, Served, hub_of
-from training import opening
 from training.clips import Sampling, clip_samples
-from training.dataset import Clip, fetch_hub_dataset, find_clips, full_caption, open_data
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORMS = (

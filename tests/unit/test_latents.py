@@ -9,13 +9,13 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
+from lib.dataset import Clip, LeftOut
 from lib.errors import UserError
 from lib.video import write_video
 from tests.training_factory import sampling, transformer, vae
 from tiny.networks import build_text_encoder
 from tiny.tokenizer import build_tokenizer
 from training import latents as module
-from training.dataset import Clip, LeftOut
 from training.latents import Encodings, LatentCache, Section, encode_clip, encode_prompts, model_digest
 
 TOKENS = 20

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+from lib.dataset import LeftOut
 from lib.errors import UserError
 from lib.lora_base import recorded_facts
 from lib.lora_file import read_header
@@ -24,7 +25,6 @@ from tests.training_factory import data, plan, sampling, transformer
 from training import checkpoints
 from training.adapter import add_adapter, save_adapter
 from training.checkpoints import State
-from training.dataset import LeftOut
 from training.latents import Section
 from training.result import draw_losses, facts, model_card, pack, write_result
 

@@ -10,9 +10,9 @@ from lib import hub
 from lib.archive import archive_kind, disk_error, extract_archive, require_free_space, size_text
 from lib.download import fetch, sha256_of
 from lib.errors import UserError
+from lib.listings import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
 from lib.lock import lock
 from lib.transport import until
-from training.listings import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
 
 UNPACKED_PER_ARCHIVE_BYTE, UNSUSPICIOUS_BYTES = 100, 1 << 30
 """Video does not compress: what unpacks to over a GiB and over a hundred times its size is a bomb."""

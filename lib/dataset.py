@@ -1,6 +1,6 @@
-"""A folder that people train on -> clips with captions, and what cannot be used with the reason.
+"""A folder of videos -> clips with their captions, and what cannot be used with the reason.
 
-`open_data` and `fetch_hub_dataset`, which make such a folder, live in training/opening.py and are offered
+`open_data` and `fetch_hub_dataset`, which make such a folder, live in lib/opening.py and are offered
 here too.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lib.errors import UserError
-from training.listings import (
+from lib.listings import (
     FORMS,
     TABLES,
     VIDEO_ENDINGS,
@@ -23,7 +23,7 @@ from training.listings import (
     read_table,
     read_text,
 )
-from training.opening import fetch_hub_dataset, open_data
+from lib.opening import fetch_hub_dataset, open_data
 
 __all__ = ["Clip", "LeftOut", "fetch_hub_dataset", "find_clips", "full_caption", "open_data"]
 
@@ -50,7 +50,7 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOut:
-    """Something that cannot be trained on."""
+    """Something that cannot be used."""
 
     name: str
     """The file's path within the data set; of a row without a file, where the row is."""
