@@ -4,10 +4,8 @@
 here too.
 """
 
-import os
 import posixpath
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,8 +15,9 @@ from lib.listings import (
     FORMS,
     TABLES,
     VIDEO_ENDINGS,
+    VIDEO_FORMS,
+    Files,
     UnreadableError,
-    is_ignored,
     read_lines,
     read_table,
     read_text,
@@ -45,7 +44,7 @@ class Clip:
     name: str
     """Its path within the data set, with forward slashes."""
     caption: str
-    """As its owner wrote it, without blanks around it."""
+    """As its owner wrote it, without blanks around it; empty when there is none and none is needed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,34 +69,46 @@ class _Entry:
     fault: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Listing:
+    """The file that says which clips a folder has."""
+
+    name: str
+    entries: list[_Entry]
+    readable: bool = True
+    """False where its captions, if any, are not known."""
+
+
 def find_clips(
-    folder: Path, *, video_column: str = "", caption_column: str = ""
+    folder: Path, *, video_column: str = "", caption_column: str = "", need_captions: bool = True
 ) -> tuple[list[Clip], list[LeftOut]]:
     """Return the clips at and below a folder and what is left out, both sorted by name.
 
     In every folder the first of these that is there says which clips it has, for the folders below too:
     metadata.jsonl, metadata.csv, videos.txt with prompts.txt. Elsewhere each video has its own .txt.
     `video_column` and `caption_column` name a table's columns, or, ending in .txt, the line-by-line files.
+    Without `need_captions`, videos that have none or are not listed are clips with an empty caption; where
+    there is one that cannot be read, the video is left out all the same, so that nobody's words are lost.
     Raises UserError when there is no clip at all, a column is missing, or line counts differ.
     """
-    files = _Files(Path(folder))
+    files = Files(Path(folder))
     found: dict[str, Clip | LeftOut] = {}
-    listings: dict[str, str] = {}
+    listings: dict[str, _Listing] = {}
     for place in files.folders:
-        listing, entries = _listing(files, place, video_column, caption_column)
-        if listing:
+        if listing := _listing(files, place, video_column, caption_column, need_captions):
             listings[place] = listing
-        for entry in entries:
-            _take(entry, place, files, found)
+            for entry in listing.entries:
+                _take(entry, place, files, found, need_captions)
     _check_columns(files, listings, video_column, caption_column)
     for name in files.paths:
-        if name not in found and (item := _not_listed(name, files, listings)) is not None:
+        if name not in found and (item := _not_listed(name, files, listings, need_captions)) is not None:
             found[name] = item
     clips = sorted((item for item in found.values() if isinstance(item, Clip)), key=lambda clip: clip.name)
     left_out = [item for item in found.values() if isinstance(item, LeftOut)]
     left_out.sort(key=lambda item: item.name)
     if not clips:
-        raise UserError(f"{files.root.name} holds no clips: {_what_there_is(files, left_out)}. {FORMS}")
+        forms = FORMS if need_captions else f"{VIDEO_FORMS}."
+        raise UserError(f"{files.root.name} holds no clips: {_what_there_is(files, left_out)}. {forms}")
     return clips, left_out
 
 
@@ -115,65 +126,14 @@ def full_caption(caption: str, *, trigger_word: str, caption_prefix: str, captio
     return f"{text}{joint}{suffix}" if suffix else text
 
 
-class _Files:
-    """The files at and below a folder by their names within it, without what systems leave behind."""
-
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder.")
-        self.root = root.absolute()
-        self.paths: dict[str, Path] = {}
-        self.folders: list[str] = []
-        for place, below, names in os.walk(self.root):
-            below[:] = sorted(name for name in below if not is_ignored(name))
-            self.folders.append(_within(self.root, Path(place)))
-            for name in sorted(names):
-                path = Path(place, name)
-                if not is_ignored(name) and path.is_file():
-                    self.paths[_within(self.root, path)] = path
-        self._exact = {unicodedata.normalize("NFC", name): name for name in self.paths}
-        self._folded: dict[str, list[str]] = {}
-        for key, name in self._exact.items():
-            self._folded.setdefault(key.casefold(), []).append(name)
-
-    def find(self, name: str) -> str | None:
-        """The name as it is on the disk, where only capitals or the form of accents may differ."""
-        key = unicodedata.normalize("NFC", name)
-        folded = self._folded.get(key.casefold(), [])
-        return self._exact.get(key) or (folded[0] if len(folded) == 1 else None)
-
-    def beside(self, place: str, *names: str) -> str | None:
-        """The first of these files that a folder itself has."""
-        found = [self.find(posixpath.join(place, name)) for name in names]
-        return next((name for name in found if name and posixpath.dirname(name) == place), None)
-
-    def locate(self, place: str, written: str) -> str:
-        """Return the name of the file that a listing in folder `place` names; LookupError says why not."""
-        text = written.strip().replace("\\", "/")
-        if text.startswith("/"):
-            text = posixpath.relpath(text, self.root)
-            place = ""
-        name = posixpath.normpath(posixpath.join(place, text))
-        if name.split("/")[0] == "..":
-            raise LookupError("it lies outside of the data set")
-        found = self.find(name)
-        if found is None:
-            raise LookupError("there is no such file in the data set")
-        return found
-
-
-def _within(root: Path, path: Path) -> str:
-    # Names in another encoding than the system's would fail wherever they are printed or stored.
-    name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
-    return "" if name == "." else name
-
-
 def _is_text(column: str) -> bool:
     return column.lower().endswith(".txt")
 
 
-def _check_columns(files: _Files, listings: dict[str, str], video_column: str, caption_column: str) -> None:
-    tables = [name for name in listings.values() if PurePosixPath(name).name.lower() in TABLES]
+def _check_columns(
+    files: Files, listings: dict[str, _Listing], video_column: str, caption_column: str
+) -> None:
+    tables = [listing for listing in listings.values() if PurePosixPath(listing.name).name.lower() in TABLES]
     for option, given in (("video_column", video_column), ("caption_column", caption_column)):
         if given and not _is_text(given) and not tables:
             raise UserError(
@@ -182,30 +142,39 @@ def _check_columns(files: _Files, listings: dict[str, str], video_column: str, c
             )
 
 
-def _listing(files: _Files, place: str, video_column: str, caption_column: str) -> tuple[str, list[_Entry]]:
-    """Return the name and the entries of the listing in a folder; none of both where it has none."""
+def _listing(
+    files: Files, place: str, video_column: str, caption_column: str, need_captions: bool
+) -> _Listing | None:
+    """Return the listing in a folder; None where it has none."""
     for table in TABLES:
         if name := files.beside(place, table):
-            return name, _table_entries(files.paths[name], name, video_column, caption_column)
+            return _read_table(files.paths[name], name, video_column, caption_column, need_captions)
     videos = files.beside(place, *((video_column,) if _is_text(video_column) else VIDEO_LINES))
     captions = files.beside(place, *((caption_column,) if _is_text(caption_column) else CAPTION_LINES))
-    if videos and captions:
-        return videos, _line_entries(files, videos, captions)
-    return "", []
+    return _read_line_files(files, videos, captions) if videos and captions else None
 
 
-def _table_entries(path: Path, name: str, video_column: str, caption_column: str) -> list[_Entry]:
+def _unreadable(listing: str, file: str, error: UnreadableError) -> _Listing:
+    return _Listing(
+        name=listing, entries=[_Entry(where=file, video=None, fault=f"it {error}")], readable=False
+    )
+
+
+def _read_table(
+    path: Path, name: str, video_column: str, caption_column: str, need_captions: bool
+) -> _Listing:
     try:
         columns, rows = read_table(path)
     except UnreadableError as error:
-        return [_Entry(where=name, video=None, fault=f"it {error}")]
+        return _unreadable(name, name, error)
     if not columns:
         # Every line is damaged, or there is none.
         rows_at_fault = [_Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
-        return rows_at_fault or [_Entry(where=name, video=None, fault="it is empty")]
+        empty = [_Entry(where=name, video=None, fault="it is empty")]
+        return _Listing(name=name, entries=rows_at_fault or empty)
     video = _column(columns, video_column, VIDEO_COLUMNS, "video_column", name)
-    caption = _column(columns, caption_column, CAPTION_COLUMNS, "caption_column", name)
-    return [
+    caption = _column(columns, caption_column, CAPTION_COLUMNS, "caption_column", name, need_captions)
+    entries = [
         _Entry(
             where=f"{name}, line {row.line}",
             video=row.values.get(video),
@@ -215,27 +184,33 @@ def _table_entries(path: Path, name: str, video_column: str, caption_column: str
         )
         for row in rows
     ]
+    return _Listing(name=name, entries=entries)
 
 
-def _column(columns: list[str], given: str, usual: tuple[str, ...], option: str, table: str) -> str:
+def _column(
+    columns: list[str], given: str, usual: tuple[str, ...], option: str, table: str, needed: bool = True
+) -> str | None:
+    """Return the column as the table writes it, or None where none of the usual ones is there or needed."""
     known = {column.lower(): column for column in reversed(columns)}
     wanted = (given,) if given and not _is_text(given) else usual
     for column in wanted:
         if column in columns or column.lower() in known:
             return column if column in columns else known[column.lower()]
-    needed = repr(given) if wanted != usual else f"of the usual names ({', '.join(usual)})"
+    if wanted == usual and not needed:
+        return None
+    missing = repr(given) if wanted != usual else f"of the usual names ({', '.join(usual)})"
     raise UserError(
-        f"{table} has no column {needed}. It has: {', '.join(columns)}. Name the right one with {option}."
+        f"{table} has no column {missing}. It has: {', '.join(columns)}. Name the right one with {option}."
     )
 
 
-def _line_entries(files: _Files, videos: str, captions: str) -> list[_Entry]:
+def _read_line_files(files: Files, videos: str, captions: str) -> _Listing:
     lines = []
     for name in (videos, captions):
         try:
             lines.append(read_lines(files.paths[name]))
         except UnreadableError as error:
-            return [_Entry(where=name, video=None, fault=f"it {error}")]
+            return _unreadable(videos, name, error)
     paths, texts = lines
     while paths and not paths[-1]:
         paths.pop()
@@ -246,7 +221,7 @@ def _line_entries(files: _Files, videos: str, captions: str) -> list[_Entry]:
             f"{videos} has {len(paths)} lines and {captions} has {len(texts)}: each line of one names a "
             "video and the same line of the other is its caption, so both need as many."
         )
-    return [
+    entries = [
         _Entry(
             where=f"{videos}, line {number}",
             video=path,
@@ -255,9 +230,12 @@ def _line_entries(files: _Files, videos: str, captions: str) -> list[_Entry]:
         )
         for number, (path, text) in enumerate(zip(paths, texts, strict=True), start=1)
     ]
+    return _Listing(name=videos, entries=entries)
 
 
-def _take(entry: _Entry, place: str, files: _Files, found: dict[str, Clip | LeftOut]) -> None:
+def _take(
+    entry: _Entry, place: str, files: Files, found: dict[str, Clip | LeftOut], need_captions: bool
+) -> None:
     """Add the clip that a listing's entry names to what was found, or why there is none."""
     if entry.fault:
         found[entry.where] = LeftOut(name=entry.where, reason=entry.fault)
@@ -275,13 +253,23 @@ def _take(entry: _Entry, place: str, files: _Files, found: dict[str, Clip | Left
     elif PurePosixPath(name).suffix.lower() not in VIDEO_ENDINGS:
         allowed = ", ".join(sorted(VIDEO_ENDINGS))
         found[name] = LeftOut(name=name, reason=f"it is no video that can be read here ({allowed})")
-    elif not isinstance(entry.caption, str) or not entry.caption.strip():
+    elif not isinstance(entry.caption, str | None):
         found[name] = LeftOut(name=name, reason=f"no caption: {entry.remedy}")
+    elif not entry.caption or not entry.caption.strip():
+        found[name] = _without_caption(name, files, f"no caption: {entry.remedy}", need_captions)
     else:
         found[name] = Clip(path=files.paths[name], name=name, caption=entry.caption.strip())
 
 
-def _not_listed(name: str, files: _Files, listings: dict[str, str]) -> Clip | LeftOut | None:
+def _without_caption(name: str, files: Files, reason: str, need_captions: bool) -> Clip | LeftOut:
+    if need_captions:
+        return LeftOut(name=name, reason=reason)
+    return Clip(path=files.paths[name], name=name, caption="")
+
+
+def _not_listed(
+    name: str, files: Files, listings: dict[str, _Listing], need_captions: bool
+) -> Clip | LeftOut | None:
     """What becomes of a file that no listing names; None for what is no video."""
     ending = PurePosixPath(name).suffix.lower()
     if ending in TRANSPORT_STREAMS:
@@ -290,22 +278,24 @@ def _not_listed(name: str, files: _Files, listings: dict[str, str]) -> Clip | Le
         return None
     for above in PurePosixPath(name).parents:
         place = "" if str(above) == "." else str(above)
-        if place in listings:
-            return LeftOut(name=name, reason=f"it is not named in {listings[place]}")
+        if listing := listings.get(place):
+            reason = f"it is not named in {listing.name}"
+            return _without_caption(name, files, reason, need_captions or not listing.readable)
     own = f"{PurePosixPath(name).with_suffix('')}.txt"
     found = files.beside(posixpath.dirname(name), f"{posixpath.basename(name)}.txt", posixpath.basename(own))
     if found is None:
-        return LeftOut(name=name, reason=f"no caption: write what it shows into {own}")
+        return _without_caption(name, files, f"no caption: write what it shows into {own}", need_captions)
     try:
         caption = read_text(files.paths[found]).strip()
     except UnreadableError as error:
         return LeftOut(name=name, reason=f"no caption: {found} {error}")
     if not caption:
-        return LeftOut(name=name, reason=f"no caption: {found} is empty; write what the clip shows into it")
+        reason = f"no caption: {found} is empty; write what the clip shows into it"
+        return _without_caption(name, files, reason, need_captions)
     return Clip(path=files.paths[name], name=name, caption=caption)
 
 
-def _what_there_is(files: _Files, left_out: list[LeftOut]) -> str:
+def _what_there_is(files: Files, left_out: list[LeftOut]) -> str:
     if not files.paths:
         return "it is empty"
     counts = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in files.paths)

@@ -4,17 +4,22 @@ import codecs
 import csv
 import io
 import json
+import os
+import posixpath
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+
+from lib.errors import UserError
 
 VIDEO_ENDINGS = frozenset(
     {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".wmv", ".flv"}
 )
 TABLES = ("metadata.jsonl", "metadata.csv")
+VIDEO_FORMS = "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not"
 FORMS = (
-    "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not, each with its caption: in a .txt of the "
-    "same name beside it, in metadata.jsonl or metadata.csv (columns file_name and text), or line by line in "
-    "prompts.txt beside videos.txt."
+    f"{VIDEO_FORMS}, each with its caption: in a .txt of the same name beside it, in metadata.jsonl or "
+    "metadata.csv (columns file_name and text), or line by line in prompts.txt beside videos.txt."
 )
 IGNORED = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 MAX_LISTING_BYTES = 256 << 20
@@ -40,6 +45,62 @@ class Row:
 def is_ignored(name: str) -> bool:
     """Whether a file or folder of this name is one that systems leave behind, or hidden."""
     return name.startswith(".") or name.lower() in IGNORED
+
+
+class Files:
+    """The files at and below a folder by their names within it, without what systems leave behind.
+
+    Raises UserError when there is no such folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder.")
+        self.root = root.absolute()
+        self.paths: dict[str, Path] = {}
+        self.folders: list[str] = []
+        for place, below, names in os.walk(self.root):
+            below[:] = sorted(name for name in below if not is_ignored(name))
+            self.folders.append(_within(self.root, Path(place)))
+            for name in sorted(names):
+                path = Path(place, name)
+                if not is_ignored(name) and path.is_file():
+                    self.paths[_within(self.root, path)] = path
+        self._exact = {unicodedata.normalize("NFC", name): name for name in self.paths}
+        self._folded: dict[str, list[str]] = {}
+        for key, name in self._exact.items():
+            self._folded.setdefault(key.casefold(), []).append(name)
+
+    def find(self, name: str) -> str | None:
+        """The name as it is on the disk, where only capitals or the form of accents may differ."""
+        key = unicodedata.normalize("NFC", name)
+        folded = self._folded.get(key.casefold(), [])
+        return self._exact.get(key) or (folded[0] if len(folded) == 1 else None)
+
+    def beside(self, place: str, *names: str) -> str | None:
+        """The first of these files that a folder itself has."""
+        found = [self.find(posixpath.join(place, name)) for name in names]
+        return next((name for name in found if name and posixpath.dirname(name) == place), None)
+
+    def locate(self, place: str, written: str) -> str:
+        """Return the name of the file that a listing in folder `place` names; LookupError says why not."""
+        text = written.strip().replace("\\", "/")
+        if text.startswith("/"):
+            text = posixpath.relpath(text, self.root)
+            place = ""
+        name = posixpath.normpath(posixpath.join(place, text))
+        if name.split("/")[0] == "..":
+            raise LookupError("it lies outside of the data set")
+        found = self.find(name)
+        if found is None:
+            raise LookupError("there is no such file in the data set")
+        return found
+
+
+def _within(root: Path, path: Path) -> str:
+    # Names in another encoding than the system's would fail wherever they are printed or stored.
+    name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
+    return "" if name == "." else name
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_CAPTION_BYTES) -> str:

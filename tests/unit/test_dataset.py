@@ -291,6 +291,118 @@ def test_a_blank_line_is_a_caption_that_is_missing(tmp_path):
     }
 
 
+# Captions that are not needed
+
+
+def uncaptioned(folder: Path, **columns: str) -> tuple[dict[str, str], dict[str, str]]:
+    clips, left_out = find_clips(folder, need_captions=False, **columns)
+    assert all(clip.path.is_file() and clip.path == folder / clip.name for clip in clips)
+    return {clip.name: clip.caption for clip in clips}, {item.name: item.reason for item in left_out}
+
+
+def test_where_none_is_needed_a_clip_without_a_caption_has_an_empty_one(tmp_path):
+    folder = write(
+        tmp_path / "clips",
+        {
+            "good.mp4": b"v", "good.txt": " good\n",
+            "x/none.mp4": b"v",
+            "x/y/empty.MOV": b"v", "x/y/empty.txt": " \n",
+            "x/\u7403 caf\u0065\u0301.webm": b"v",
+            "notes.txt": "n", ".hidden.mp4": b"v", "__MACOSX/._good.mp4": b"x",
+        },
+    )  # fmt: skip
+    (folder / "link.mp4").symlink_to(folder / "good.mp4")
+    (folder / "broken.mp4").symlink_to(folder / "gone.mp4")
+    assert uncaptioned(folder) == (
+        {
+            "good.mp4": "good",
+            "link.mp4": "",
+            "x/none.mp4": "",
+            "x/y/empty.MOV": "",
+            "x/\u7403 caf\u0065\u0301.webm": "",
+        },
+        {},
+    )
+
+
+def test_where_none_is_needed_a_caption_that_cannot_be_read_still_leaves_its_clip_out(tmp_path):
+    folder = write(
+        tmp_path / "clips",
+        {
+            "a.mp4": b"v",
+            "latin.mp4": b"v", "latin.txt": "gr\u00fcn".encode("latin-1"),
+            "camera.MTS": b"v",
+            "table/b.mp4": b"v", "table/metadata.csv": "file_name,text\nb.mp4,gr\u00fcn\n".encode("latin-1"),
+            "lines/c.mp4": b"v", "lines/videos.txt": "c.mp4\n", "lines/prompts.txt": b"gr\xfcn\n",
+        },
+    )  # fmt: skip
+    assert uncaptioned(folder) == (
+        {"a.mp4": ""},
+        {
+            "camera.MTS": ".mts files cannot be read: convert it to mp4",
+            "latin.mp4": "no caption: latin.txt is not UTF-8 text: save it in that encoding",
+            "lines/c.mp4": "it is not named in lines/videos.txt",
+            "lines/prompts.txt": "it is not UTF-8 text: save it in that encoding",
+            "table/b.mp4": "it is not named in table/metadata.csv",
+            "table/metadata.csv": "it is not UTF-8 text: save it in that encoding",
+        },
+    )
+
+
+def test_where_none_is_needed_a_table_may_have_empty_captions_and_miss_clips(tmp_path):
+    rows = [
+        {"file_name": "good.mp4", "text": " good "}, {"file_name": "blank.mp4", "text": " "},
+        {"file_name": "null.mp4", "text": None}, {"file_name": "b\u00e4ll.mp4"},
+        {"file_name": "list.mp4", "text": ["a", "b"]}, {"file_name": "gone.mp4", "text": ""},
+        {"file_name": "blank.mp4"},
+    ]  # fmt: skip
+    names = ["good.mp4", "blank.mp4", "null.mp4", "ba\u0308ll.mp4", "list.mp4", "below/unnamed.mp4"]
+    files = {**dict.fromkeys(names, b"v"), "below/unnamed.txt": "u"}
+    folder = write(tmp_path / "clips", {**files, "metadata.jsonl": jsonl(*rows) + "{broken\n"})
+    found, left_out = uncaptioned(folder)
+    assert found == {
+        "ba\u0308ll.mp4": "",
+        "below/unnamed.mp4": "",
+        "blank.mp4": "",
+        "good.mp4": "good",
+        "null.mp4": "",
+    }
+    assert left_out.pop("metadata.jsonl, line 8").startswith("the line is not JSON (")
+    assert left_out == {
+        "list.mp4": "no caption: write what it shows into column 'text' of metadata.jsonl, line 5",
+        "metadata.jsonl, line 6": "gone.mp4: there is no such file in the data set",
+        "metadata.jsonl, line 7": "blank.mp4 is named before already",
+    }
+
+
+def test_where_none_is_needed_a_table_may_lack_the_column_unless_it_is_asked_for(tmp_path):
+    files = {"a.mp4": b"v", "b.mp4": b"v", "metadata.csv": ",file_name\n0,a.mp4\n1,b.mp4\n"}
+    folder = write(tmp_path / "clips", files)
+    assert uncaptioned(folder) == ({"a.mp4": "", "b.mp4": ""}, {})
+    with pytest.raises(UserError, match="no column 'words'"):
+        find_clips(folder, caption_column="words", need_captions=False)
+    with pytest.raises(UserError, match="no column of the usual names"):
+        find_clips(folder)
+
+
+def test_where_none_is_needed_a_blank_line_is_an_empty_caption(tmp_path):
+    files = {f"{name}.mp4": b"v" for name in "abcd"} | {"videos.txt": "a.mp4\nb.mp4\nc.mp4\n"}
+    folder = write(tmp_path / "clips", {**files, "prompts.txt": "\nb\n\n"})
+    assert uncaptioned(folder) == ({"a.mp4": "", "b.mp4": "b", "c.mp4": "", "d.mp4": ""}, {})
+    (folder / "prompts.txt").unlink()
+    assert uncaptioned(folder) == (dict.fromkeys(["a.mp4", "b.mp4", "c.mp4", "d.mp4"], ""), {})
+
+
+def test_where_no_caption_is_needed_an_error_asks_for_videos_alone(tmp_path):
+    folder = write(tmp_path / "clips", {"camera.mts": b"v", "1.jpg": b"", "1.txt": "an image"})
+    with pytest.raises(UserError) as error:
+        find_clips(folder, need_captions=False)
+    assert str(error.value) == (
+        "clips holds no clips: it has 1 .jpg, 1 .txt, 1 .mts (camera.mts: .mts files cannot be read: convert "
+        "it to mp4). Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not."
+    )
+
+
 # Nothing at all
 
 
