@@ -7,6 +7,8 @@ from pathlib import Path
 from lib.errors import UserError
 
 INDEX = "model_index.json"
+INDICES = (INDEX, "config.json")
+"""What says which model a folder holds: of a diffusers pipeline, of a transformers model."""
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 

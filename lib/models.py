@@ -10,7 +10,12 @@ from lib.errors import UserError
 
 Task = Literal["t2v", "i2v", "caption"]
 TASK_NAMES = {"t2v": "text-to-video", "i2v": "image-to-video", "caption": "captioning"}
-PIPELINE_CLASSES = {"CogVideoXPipeline": "t2v", "CogVideoXImageToVideoPipeline": "i2v"}
+MODEL_CLASSES = {
+    "CogVideoXPipeline": "t2v",
+    "CogVideoXImageToVideoPipeline": "i2v",
+    "CogVLMVideoForCausalLM": "caption",
+}
+"""What model_index.json and config.json call them."""
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 SizeRule = Literal["fixed", "trained", "short side"]
@@ -109,6 +114,9 @@ def _round_to(value: float, step: int) -> int:
 _FIRST = {"height": 480, "width": 720, "frames": 49, "frame_step": 8, "max_frames": 49, "fps": 8}
 _SECOND = {"height": 768, "width": 1360, "frames": 81, "frame_step": 16, "max_frames": 161, "fps": 16}
 _TINY = {"height": 48, "width": 64, "frames": 9, "frame_step": 8, "max_frames": 49, "fps": 8}
+_CAPTION = {
+    "frames": 24, "frame_step": 1, "max_frames": 24, "fps": 1, "text_tokens": 2048, "size_rule": "fixed"
+}  # fmt: skip
 
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
@@ -130,6 +138,15 @@ SPECS: dict[str, ModelSpec] = {
             dtype="float16",
             attention_width=192,
             size_rule="fixed",
+        ),
+        ModelSpec(
+            name="tiny-caption",
+            task="caption",
+            height=48,
+            width=48,
+            **_CAPTION,
+            dtype="float32",
+            size_step=8,
         ),
         ModelSpec(
             name="cogvideox-2b",
@@ -192,19 +209,14 @@ SPECS: dict[str, ModelSpec] = {
             task="caption",
             height=224,
             width=224,
-            frames=24,
-            frame_step=1,
-            max_frames=24,
-            fps=1,
-            text_tokens=2048,
+            **_CAPTION,
             dtype="bfloat16",
-            size_rule="fixed",
             size_step=14,
             repository="zai-org/cogvlm2-llama3-caption",
         ),
     )
 }
-DEFAULT_MODELS = {"t2v": "tiny-t2v", "i2v": "tiny-i2v"}
+DEFAULT_MODELS: dict[Task, str] = {"t2v": "tiny-t2v", "i2v": "tiny-i2v", "caption": "tiny-caption"}
 
 
 def names_for(task: Task) -> list[str]:
@@ -222,19 +234,19 @@ def check_task(name: str, found: Task, task: Task) -> None:
 
 
 def task_of(index: dict, place: object) -> Task:
-    """What the pipeline of a model_index.json does. Raises UserError when it is none of CogVideoX's."""
-    task = PIPELINE_CLASSES.get(index.get("_class_name", ""))
+    """What the model of a model_index.json or config.json does. Raises UserError when it is none of these."""
+    names = [index.get("_class_name"), *(index.get("architectures") or [])]
+    task = next((MODEL_CLASSES[name] for name in names if name in MODEL_CLASSES), None)
     if task is None:
-        raise UserError(
-            f"{place} holds a {index.get('_class_name')!r}; allowed are {', '.join(PIPELINE_CLASSES)}."
-        )
+        found = ", ".join(repr(name) for name in names if name) or "model of unknown kind"
+        raise UserError(f"{place} holds a {found}; allowed are {', '.join(MODEL_CLASSES)}.")
     return task
 
 
 def spec_for(name: str, folder: Path) -> ModelSpec:
-    """The spec of a known name, else one derived from the configs in a diffusers folder.
+    """The spec of a known name, else one derived from the configs in a model's folder.
 
-    Raises UserError when the folder holds no CogVideoX pipeline.
+    Raises UserError when the folder holds neither a CogVideoX pipeline nor a captioning model.
     """
     return SPECS.get(name) or derive_spec(folder)
 
@@ -243,8 +255,11 @@ def derive_spec(folder: Path) -> ModelSpec:
     """Read a ModelSpec from model_index.json, transformer/config.json and vae/config.json.
 
     Where the configs are silent (frame rate, longest clip) the family's values hold: a transformer with
-    patch_size_t is of the 1.5 family. Raises UserError for anything but a CogVideoX pipeline.
+    patch_size_t is of the 1.5 family. Of a captioning model config.json alone is read. Raises UserError for
+    anything else.
     """
+    if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
+        return _derive_caption_spec(folder)
     task = task_of(read_config(folder / "model_index.json"), folder)
     transformer = read_config(
         folder / "transformer" / "config.json",
@@ -278,6 +293,16 @@ def derive_spec(folder: Path) -> ModelSpec:
         size_rule=size_rule,
         size_step=ratio * transformer["patch_size"],
     )
+
+
+def _derive_caption_spec(folder: Path) -> ModelSpec:
+    config = read_config(folder / "config.json", "vision_config")
+    task = task_of(config, folder)
+    size, patch = (config["vision_config"].get(name, 0) for name in ("image_size", "patch_size"))
+    return ModelSpec(
+        name=folder.name, task=task, height=size, width=size, **_CAPTION, dtype=weights_dtype(folder),
+        size_step=patch,
+    )  # fmt: skip
 
 
 def read_config(path: Path, required: str = "") -> dict:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lib import lora_cache, lora_source, models, weights
-from lib.compute import ComputeThread, limit_spinning
+from lib import lora_cache, lora_source
+from lib.compute import ComputeThread
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
 from lib.serving import guard
+from lib.setup import settle_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,16 +52,8 @@ class VideoPredictor:
         cannot be.
         """
         started = time.perf_counter()
-        limit_spinning()
-        guard.install()
-        name = os.environ.get("COGVIDEOX_MODEL") or models.DEFAULT_MODELS[task]
-        if name in models.SPECS:
-            models.check_task(name, models.SPECS[name].task, task)
-        folder = weights.locate(
-            name, check=lambda index: models.check_task(name, models.task_of(index, name), task)
-        )
-        spec = models.spec_for(name, folder)
-        weights.go_offline()
+        model = settle_model(task)
+        spec, folder = model.spec, model.folder
         weights_url = str(weights_url or os.environ.get("COG_WEIGHTS") or "")
         largest = lora_cache.max_bytes()  # a setting that is none ends the start, not the first request
         default_lora = (
@@ -79,17 +72,12 @@ class VideoPredictor:
         if default_lora is not None:
             compute.run(lambda: loras.load(Choice(address=default_lora, scale=1.0)))
         seconds = time.perf_counter() - started
-        embedded = (
-            " (embedded; COGVIDEOX_MODEL chooses another)" if name == models.DEFAULT_MODELS[task] else ""
-        )
-        label = spec.name if Path(name).is_dir() else name  # no path of this machine in what others see
         advice = ""
         if spec.recommended_scheduler != "default":
             guidance = " with use_dynamic_cfg" if spec.use_dynamic_cfg else ""
             advice = f"; its authors advise scheduler={spec.recommended_scheduler}{guidance}"
         print(
-            f"{label}{embedded} on {machine.device} in {machine.dtype}: {plan}; "
-            f"ready in {seconds:.1f} s{advice}"
+            f"{model.title} on {machine.device} in {machine.dtype}: {plan}; ready in {seconds:.1f} s{advice}"
         )
         return cls(
             spec=spec,
@@ -100,7 +88,7 @@ class VideoPredictor:
             scratch=Scratch(),
             any_size=os.environ.get("COGVIDEOX_ANY_SIZE") == "1",
             setup_facts={
-                "model": label,
+                "model": model.label,
                 "device": machine.device,
                 "dtype": machine.dtype,
                 "plan": plan.offload,

@@ -25,7 +25,7 @@ from lib import hub
 from lib.archive import NoSpaceError, extract_tar, require_free_space
 from lib.download import fetch, read, remote_size, sha256_of
 from lib.errors import UserError
-from lib.layout import INDEX, find_model, missing_files, read_index
+from lib.layout import INDICES, find_model, missing_files, read_index
 from lib.lock import lock
 from lib.transport import FetchError, shown
 
@@ -93,18 +93,19 @@ def locate(
     "owner/name@revision". A folder that is whole costs a few file look-ups: no network, no waiting. Two
     processes at once download once. `report` receives one line per event.
 
-    `check` receives the model's model_index.json and raises for a model that the caller cannot use: of a Hub
-    repository before the rest is downloaded, of an archive when it is unpacked. With a `check`, a model that
-    has no model_index.json is refused.
+    `check` receives the model's model_index.json, or without one its config.json, and raises for a model that
+    the caller cannot use: of a Hub repository before the rest is downloaded, of an archive when it is
+    unpacked. With a `check`, a model that has neither is refused.
 
     Raises UserError when there is no such model, a folder is not whole, the download fails, or
     `HF_HUB_OFFLINE` forbids it. Call it before go_offline().
     """
     folder = _located(name, check, manifest or MANIFEST, cache or cache_folder(), report)
     if check is not None:
-        if not (folder / INDEX).is_file():
+        index = next((folder / file for file in INDICES if (folder / file).is_file()), None)
+        if index is None:
             raise _without_index(name)
-        check(read_index((folder / INDEX).read_bytes(), of=name))
+        check(read_index(index.read_bytes(), of=name))
     return folder
 
 
@@ -207,7 +208,7 @@ def _model_folder(final: Path) -> Path:
 
 
 def _without_index(name: str) -> UserError:
-    return UserError(f"{name} has no {INDEX}: it is not a pipeline in the diffusers layout.")
+    return UserError(f"{name} has no {' and no '.join(INDICES)}: it is no model that can be loaded here.")
 
 
 def _download(source: Source, final: Path, check: Check | None, report: Report) -> Path:
@@ -276,7 +277,8 @@ def _from_hub(source: Source, work: Path, check: Check | None, report: Report) -
     snapshot = hub.snapshot(source.repository, source.revision)
     headers = hub.headers()
     if check is not None:
-        index = next((file for file in snapshot.files if file.path == INDEX), None)
+        listed = {file.path: file for file in snapshot.files}
+        index = next((listed[path] for path in INDICES if path in listed), None)
         if index is None:
             raise _without_index(source.name)
         check(read_index(read(index.url, max_bytes=INDEX_BYTES, headers=headers), of=source.name))

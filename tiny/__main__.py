@@ -1,6 +1,6 @@
 """Trains the embedded models: `python -m tiny all`, or one stage at a time.
 
-Stages, each resumable from runs/tiny: vae, t2v, i2v, decoder, export.
+Stages, each resumable from runs/tiny: vae, t2v, i2v, decoder, caption, export.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from tiny import loop
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tiny", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["vae", "t2v", "i2v", "decoder", "export", "all"])
+    parser.add_argument("stage", choices=["vae", "t2v", "i2v", "decoder", "caption", "export", "all"])
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seed", type=int, default=0)
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--t2v-steps", type=int, default=9500)
     parser.add_argument("--i2v-steps", type=int, default=2300)
     parser.add_argument("--decoder-steps", type=int, default=5500)
+    parser.add_argument("--caption-steps", type=int, default=3000)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.stage in ("vae", "all"):
@@ -35,6 +36,10 @@ def main() -> None:
         from tiny.train_decoder import train_decoder
 
         loop.launch(train_decoder, options.processes, options.folder, options.decoder_steps, options.seed)
+    if options.stage in ("caption", "all"):
+        from tiny.train_captioner import train_captioner
+
+        loop.launch(train_captioner, options.processes, options.folder, options.caption_steps, options.seed)
     if options.stage in ("export", "all"):
         from tiny.export import export
 

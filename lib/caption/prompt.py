@@ -57,8 +57,8 @@ def build_position_ids(token_type_ids: torch.Tensor) -> torch.Tensor:
     """Positions [L] for types [L].
 
     The first and the last token of each run of vision tokens count as language. From 0 on, every language
-    token is one further, and so is the first vision token after one; all other vision tokens share a position.
-    Without a language token between them frames are one run: in base, all patches of a clip.
+    token is one further, and so is the first vision token after one; all other vision tokens share its
+    position. Without a language token between them frames are one run: in base, all patches of a clip.
     """
     vision = token_type_ids == VISION
     before = torch.roll(vision, 1)
@@ -73,9 +73,7 @@ def build_position_ids(token_type_ids: torch.Tensor) -> torch.Tensor:
     return step.cumsum(0)
 
 
-def pad_left(
-    prompts: list[Prompt], pad: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def pad_left(prompts: list[Prompt], pad: int) -> tuple[torch.Tensor, ...]:
     """Ids, types, positions and attention mask [B, L] of prompts of different lengths, filled at the left."""
     longest = max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad)

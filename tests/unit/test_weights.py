@@ -376,18 +376,19 @@ def test_a_refusal_keeps_what_another_download_of_the_repository_left(tmp_path, 
     assert sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file()) == kept != []
 
 
-def test_a_repository_without_an_index_is_refused_before_its_files_when_it_is_to_be_checked(tmp_path, hub):
+def test_a_captioning_model_is_checked_by_its_config_before_its_weights(tmp_path, hub):
     files = {
         "config.json": b'{"architectures": ["CogVLMVideoForCausalLM"]}',
         "model.safetensors": bytes(2000),
     }
     hub.files.update(hub_of("owner/caption", files, commit=COMMIT))
-    with pytest.raises(UserError, match=r"owner/caption has no model_index\.json"):
-        locate("owner/caption", check=quiet, cache=tmp_path / "cache", report=quiet)
-    assert not any("/resolve/" in path for path, _, _ in hub.requests)
+    with pytest.raises(WrongTaskError):
+        locate("owner/caption", check=refuse, cache=tmp_path / "cache", report=quiet)
+    fetched = [path for path, _, _ in hub.requests if "/resolve/" in path]
+    assert fetched == [f"/owner/caption/resolve/{COMMIT}/config.json"]
     folder = write(tmp_path / "mine", files)
-    with pytest.raises(UserError, match=r"has no model_index\.json"):
-        locate(str(folder), check=quiet, cache=tmp_path / "cache")
+    with pytest.raises(WrongTaskError):
+        locate(str(folder), check=refuse, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("index", [b"{", b"[1]", b"\xff\xfe"])

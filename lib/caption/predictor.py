@@ -1,0 +1,121 @@
+"""What the captioning predictors do behind their signatures: set up once, then a clip -> its caption."""
+
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from lib.compute import ComputeThread
+from lib.scratch import Scratch
+from lib.serving import guard
+from lib.setup import Model, settle_model
+
+if TYPE_CHECKING:
+    from lib.caption.captioner import Captioner
+
+REPORT_SECONDS = 1.0
+
+
+class MetricSink(Protocol):
+    """The part of Cog's BaseRunner that the service reports to."""
+
+    def record_metric(self, name: str, value: object) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class CaptionPredictor:
+    """A captioner, and the thread it computes in."""
+
+    captioner: "Captioner"
+    compute: ComputeThread
+    scratch: Scratch
+    setup_facts: dict[str, object]
+
+    @classmethod
+    def start(cls) -> "CaptionPredictor":
+        """Settle model, device and precision, load, and print it all in one line.
+
+        COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one);
+        COGVIDEOX_QUANTIZATION and COGVIDEOX_DTYPE are lib.caption.precision's. Raises UserError when they ask
+        for what cannot be.
+        """
+        started = time.perf_counter()
+        model = settle_model("caption")
+        compute = ComputeThread()
+        captioner, precision = compute.run(lambda: load(model))
+        print(f"{model.title} on {precision}; ready in {time.perf_counter() - started:.1f} s", flush=True)
+        return cls(
+            captioner=captioner,
+            compute=compute,
+            scratch=Scratch(),
+            setup_facts={
+                "model": model.label,
+                "device": precision.device,
+                "dtype": precision.dtype,
+                "quantization": precision.quantization or "none",
+            },
+        )
+
+    def __call__(
+        self, metrics: MetricSink, *, video: Path, seed: int | None = None, **settings: object
+    ) -> str:
+        """Describe one clip."""
+        from lib.caption.captioner import CaptionSettings
+
+        self.scratch.clear()
+        path = guard.check_file(video)
+        seed = secrets.randbits(31) if seed is None else seed
+        checked = CaptionSettings(seed=seed, **settings)
+        self.captioner.check(checked)
+        stop, started = threading.Event(), time.perf_counter()
+        clip = self.captioner.sample(path, checked)
+        read = time.perf_counter()
+        writing = _Writing(checked.max_new_tokens)
+        caption = self.compute.run(
+            lambda: self.captioner.caption([clip], checked, on_token=writing, stop=stop)[0], stop=stop
+        )
+        if not caption.finished:
+            print(f"the caption was cut off at max_new_tokens={checked.max_new_tokens}", flush=True)
+        facts = self.setup_facts | {
+            "frames": len(clip.pixel_values),
+            "frame_sampling": clip.sampling,
+            "tokens": caption.tokens,
+            "seed": seed,
+            "reading_seconds": round(read - started, 3),
+            "writing_seconds": round(time.perf_counter() - read, 3),
+        }
+        for name, value in facts.items():
+            metrics.record_metric(name, value)
+        return caption.text
+
+
+def load(model: Model, *, report: bool = True):  # type: ignore[no-untyped-def]
+    """The captioner of a settled model and the precision chosen for this machine."""
+    from lib.caption.captioner import load_captioner
+    from lib.caption.config import read_config
+    from lib.caption.precision import choose_precision
+    from lib.pipelines import inspect_machine, silence_libraries
+
+    silence_libraries()
+    precision = choose_precision(read_config(model.folder), inspect_machine(model.spec))
+    captioner = load_captioner(
+        model.folder,
+        device=precision.device,
+        dtype=precision.torch_dtype,
+        quantization=precision.quantization,
+    )
+    return captioner, precision
+
+
+class _Writing:
+    """Says now and then how far the answer is."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest, self.last = longest, time.monotonic()
+
+    def __call__(self, tokens: int) -> None:
+        if time.monotonic() - self.last >= REPORT_SECONDS:
+            self.last = time.monotonic()
+            print(f"progress: writing the caption {tokens}/{self.longest}", flush=True)

@@ -1,0 +1,241 @@
+"""Trains tiny-caption: question and frames in, answer out, on the captions' world."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from lib.caption.model import CaptionModel
+from lib.caption.prompt import Prompt, Template, build_position_ids, build_prompt
+from tiny import loop, world
+from tiny.caption_pool import CaptionPool, build_caption_pool, normalised
+from tiny.captioner import BOS, EOS, PAD, UNKNOWN, build_caption_tokenizer, caption_config, sample_exchange
+from tiny.world import Attributes
+
+PEAK_RATE = 1.5e-3
+FRAMES_PER_STEP = 320
+"""Over all processes: many short clips or fewer long ones."""
+MAX_CLIPS = 64
+HINT_WEIGHT = 0.5
+"""Of the loss that asks every frame's tokens for what is in the frame; it fades to nothing."""
+UNKNOWN_WORDS = 0.05
+
+
+class Hints(nn.Module):
+    """Reads a frame's contents off its tokens, to make the tower learn to see before anything is said."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shape = nn.Linear(width, len(world.SHAPES))
+        self.colour = nn.Linear(width, len(world.COLOURS))
+        self.background = nn.Linear(width, len(world.BACKGROUNDS))
+        self.centre = nn.Linear(width, 2)
+
+    def loss(self, tokens: torch.Tensor, attributes: list[Attributes], centres: torch.Tensor) -> torch.Tensor:
+        """Cross entropies and, for where the shape is, squared error, for tokens [N, tokens, width]."""
+        seen = tokens[:, 1:-1].mean(1)
+        total = F.mse_loss(self.centre(seen).float(), centres.to(seen.device))
+        for name, values in (
+            ("shape", world.SHAPES),
+            ("colour", tuple(world.COLOURS)),
+            ("background", tuple(world.BACKGROUNDS)),
+        ):
+            wanted = torch.tensor([values.index(getattr(a, name)) for a in attributes], device=seen.device)
+            total = total + F.cross_entropy(getattr(self, name)(seen).float(), wanted)
+        return total / 4
+
+
+class Student(nn.Module):
+    """The model and its hints, whose gradients processes average together."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = CaptionModel(caption_config(vocabulary))
+        self.hints = Hints(self.model.config.hidden_size)
+        for name, parameter in self.model.vision.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02 if "conv" not in name and "proj" not in name else 0.05)
+
+
+def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
+    """Train for `steps`, resuming from folder/caption.pt; every 100 steps a checkpoint."""
+    tokenizer = build_caption_tokenizer()
+    student = Student(len(tokenizer)).to(worker.device)
+    size = student.model.config.vision_config.image_size
+    pool = build_caption_pool(worker, folder / f"caption-pool-{worker.rank}.pt", size=size, seed=seed)
+    average = loop.Average(student.model, 0.995)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    checkpoint, start = folder / "caption.pt", 0
+    if state := loop.load_checkpoint(checkpoint):
+        student.load_state_dict(state["model"])
+        average.module.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        if state["steps"] != steps:
+            raise SystemExit(
+                f"{checkpoint} was begun with {state['steps']} steps in all; give the same number."
+            )
+    log, losses = loop.Log(folder / "caption.jsonl", worker), []
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = loop.learning_rate(step, steps, peak=PEAK_RATE, warmup=150)
+        lesson = draw_lesson(pool, tokenizer, worker, seed=seed, step=step)
+        hints = HINT_WEIGHT * max(0.0, 1 - 2 * step / steps)
+        with loop.autocast(worker.device), loop.attention_in_fp32():
+            loss, hint = _losses(student, lesson, worker.device)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + hints * hint).backward()
+        worker.average_gradients(student)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        average.update(student.model, step)
+        losses.append((float(loss.detach()), float(hint.detach())))
+        last = step + 1 == steps
+        if worker.is_main and ((step + 1) % 100 == 0 or last):
+            loss, hint = np.mean(losses[-100:], axis=0)
+            log(step=step + 1, loss=loss, hint=hint, **_right(average.module, tokenizer, pool))
+            loop.save_checkpoint(
+                checkpoint,
+                model=student.state_dict(),
+                average=average.module.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step + 1,
+                steps=steps,
+            )
+
+
+class Lesson:
+    """One step's clips, all of the same number of frames: prompts with their answers, and pixel values."""
+
+    def __init__(
+        self, prompts: list[Prompt], answers: list[list[int]], frames: torch.Tensor, shown: list[Attributes]
+    ) -> None:
+        self.prompts, self.answers, self.frames, self.shown = prompts, answers, frames, shown
+
+
+def draw_lesson(
+    pool: CaptionPool, tokenizer: PreTrainedTokenizerFast, worker: loop.Worker, *, seed: int, step: int
+) -> Lesson:
+    """Clips, questions and answers of a step, drawn from seed, step and process."""
+    rng = worker.rng(seed, step)
+    # The same in every process, so that none waits for another.
+    template, count = _form(np.random.default_rng((seed, step, 10**6)))
+    clips = max(8, min(MAX_CLIPS, FRAMES_PER_STEP // count)) // worker.count
+    chosen = rng.integers(0, len(pool.length), clips)
+    prompts, answers, frames, shown = [], [], [], []
+    for place in chosen:
+        attributes = world.TRAINED_COMBINATIONS[int(pool.combination[place])]
+        if count == 1:  # one picture shows no motion
+            attributes = Attributes(
+                shape=attributes.shape, colour=attributes.colour, background=attributes.background,
+                motion="still",
+            )  # fmt: skip
+        question, answer = sample_exchange(attributes, rng)
+        prompts.append(_prompt(question, count, template, tokenizer, rng))
+        answers.append([*tokenizer.encode(answer, add_special_tokens=False), EOS])
+        length = int(pool.length[place])
+        picks = np.rint(np.linspace(0, length - 1, count)) if count > 1 else [rng.integers(length)]
+        frames.append(pool.frames[place][torch.as_tensor(np.asarray(picks, dtype=np.int64))])
+        shown.append(attributes)
+    return Lesson(prompts, answers, normalised(torch.stack(frames)), shown)
+
+
+def _form(rng: np.random.Generator) -> tuple[Template, int]:
+    """Template and number of frames: seconds in chat are few, an even sampling has up to 24."""
+    if rng.random() < 0.4:
+        return "chat", int(rng.choice([1, 2, 2, 2, 3, 3, 4, 5, 6, 8, 12, 24]))
+    template = "vqa" if rng.random() < 0.15 else "base"
+    return template, int(rng.choice([1, 3, 5, 7, 8, 9, 9, 9, 12, 16, 17, 20, 24, 24, 24]))
+
+
+def _prompt(
+    question: str, frames: int, template: Template, tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator | None,
+) -> Prompt:  # fmt: skip
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if rng is None or text.isdigit():
+            return ids
+        return [UNKNOWN if rng.random() < UNKNOWN_WORDS else i for i in ids]
+
+    tokens = caption_config(len(tokenizer)).vision_config.tokens
+    return build_prompt(
+        question, frames=frames, template=template, tokens_per_frame=tokens, bos=BOS, pad=PAD, encode=encode
+    )
+
+
+def _losses(student: Student, lesson: Lesson, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    model = student.model
+    count = lesson.frames.shape[1]
+    seen = model.vision(lesson.frames.flatten(0, 1).to(device))
+    shown = [attributes for attributes in lesson.shown for _ in range(count)]
+    hint = student.hints.loss(seen, shown, _centres(lesson.frames.flatten(0, 1)))
+    rows = [_with_answer(p, a) for p, a in zip(lesson.prompts, lesson.answers, strict=True)]
+    # Padded at the right here: answers differ in length, and so do prompts by their questions.
+    ids, types, positions, wanted = (
+        nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill).to(device)
+        for column, fill in zip(zip(*rows, strict=True), (PAD, 0, 0, -100), strict=True)
+    )
+    lengths = torch.tensor([len(row[0]) for row in rows], device=device)
+    mask = (torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]).long()
+    embeds = model.language.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((types == 1)[..., None], seen.to(embeds.dtype))
+    logits = model.language(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    ).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, 1:].flatten(), ignore_index=-100)
+    return loss, hint
+
+
+def _centres(frames: torch.Tensor) -> torch.Tensor:
+    """Where the shape is in each of [N, 3, S, S], as (x, y) from -1 to 1; 0 where there is none."""
+    differs = (frames - frames[:, :, :1, :1]).abs().sum(1)
+    inside = (differs > 0.5 * differs.amax((1, 2), keepdim=True).clamp(min=0.5)).float()
+    line = torch.linspace(-1, 1, frames.shape[-1])
+    mass = inside.sum((1, 2)).clamp(min=1)
+    return torch.stack(
+        [(inside * line).sum((1, 2)) / mass, (inside * line[:, None]).sum((1, 2)) / mass], dim=1
+    )
+
+
+def _with_answer(prompt: Prompt, answer: list[int]) -> tuple[torch.Tensor, ...]:
+    """Ids, types, positions, and the ids to be predicted (-100 where nothing is)."""
+    tail = torch.tensor(answer)
+    types = torch.cat([prompt.token_type_ids, torch.zeros_like(tail)])
+    wanted = torch.cat([torch.full_like(prompt.input_ids, -100), tail])
+    return torch.cat([prompt.input_ids, tail]), types, build_position_ids(types), wanted
+
+
+@torch.no_grad()
+def _right(model: CaptionModel, tokenizer: PreTrainedTokenizerFast, pool: CaptionPool) -> dict[str, float]:
+    """Share of rendered held-out clips whose caption is right word for word, by template."""
+    from lib.caption.model import Decoding
+    from lib.caption.preprocessing import pixel_values
+    from tiny.caption_pool import compress
+    from tiny.captions import canonical_caption
+
+    rng = np.random.default_rng(5)
+    size = model.config.vision_config.image_size
+    shares = {}
+    for template, count in (("chat", 2), ("base", 9), ("base", 24)):
+        prompts, frames, answers = [], [], []
+        for attributes in world.HELD_OUT_COMBINATIONS:
+            scene = world.sample_scene(attributes, rng, frames=max(9, count))
+            clip = compress(world.render(scene, 72, 96), quality=23)
+            picks = np.rint(np.linspace(0, len(clip) - 1, count)).astype(int)
+            frames.append(torch.stack([pixel_values(clip[i], size) for i in picks]))
+            prompts.append(_prompt("Please describe this video in detail.", count, template, tokenizer, None))
+            answers.append(canonical_caption(attributes))
+        said = model.generate(prompts, frames, Decoding(max_new_tokens=20))
+        right = [
+            tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+            for ids, answer in zip(said, answers, strict=True)
+        ]
+        shares[f"{template}_{count}"] = float(np.mean(right))
+    return shares
