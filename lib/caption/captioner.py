@@ -24,6 +24,8 @@ DEFAULT_PROMPT = "Please describe this video in detail."
 DECODING_SECONDS = 120.0
 """How long a file may keep the decoder busy."""
 MAX_PROMPT_TOKENS = 2048
+MAX_RATIO = 50
+"""Of a frame's sides: scaled by the shorter one, a narrower frame would fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,11 @@ def sample_clip(path: Path, *, sampling: FrameSampling, size: int) -> SampledCli
     """
     with open_video(path, timeout=DECODING_SECONDS) as video:
         info = video.info
+        if max(info.width, info.height) > MAX_RATIO * min(info.width, info.height):
+            raise UserError(
+                f"video {Path(path).name} is {info.width}x{info.height}: "
+                f"its longer side may be {MAX_RATIO} times its shorter one"
+            )
         chosen, used = choose_frames(
             video.timestamps, fps=info.fps, duration=info.duration, sampling=sampling
         )
