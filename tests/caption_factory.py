@@ -1,0 +1,26 @@
+"""A captioner at the embedded size with random weights: what it says is nonsense, but repeatable."""
+
+from pathlib import Path
+
+import torch
+
+from lib.caption.checkpoint import save_model
+from lib.caption.model import CaptionModel
+from tiny.captioner import BOS, EOS, PAD, UNKNOWN, build_caption_tokenizer, caption_config
+
+
+def write_captioner(folder: Path, *, seed: int = 0, ends: bool = True) -> Path:
+    """A whole captioning model in a new folder; without `ends` it talks until max_new_tokens cuts it off."""
+    torch.manual_seed(seed)
+    tokenizer = build_caption_tokenizer()
+    model = CaptionModel(caption_config(len(tokenizer))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as drawn, every clip would get the same word again and again
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3)
+        head = model.language.lm_head.weight
+        head[[BOS, PAD, UNKNOWN, *([] if ends else [EOS])]] = 0.0  # never the likeliest
+    folder.mkdir(parents=True)
+    save_model(model, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
