@@ -97,10 +97,14 @@ class Source:
         if "mpeg" in containers or ("avi" in containers and decoder.has_b_frames):
             return False
         pts, durations, cut_off = array("q"), array("q"), NOTHING
-        key_pts, key_dts = array("q"), array("q")
+        key_pts, key_dts, clock = array("q"), array("q"), None
         for packet in self._packets():
             if packet.pts is None:
                 return False
+            if packet.dts is not None:
+                if clock is not None and packet.dts < clock:  # recordings put one after another
+                    return False
+                clock = packet.dts
             if packet.is_keyframe:
                 key_pts.append(packet.pts)
                 key_dts.append(packet.pts if packet.dts is None else packet.dts)
