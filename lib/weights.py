@@ -38,6 +38,9 @@ QUIET = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HU
 UNPACKED_PER_ARCHIVE_BYTE = 10
 INDEX_BYTES = 1 << 20
 
+_offline_by_us = False
+"""Whether HF_HUB_OFFLINE is go_offline's, not the user's."""
+
 Report = Callable[[str], None]
 Check = Callable[[dict], None]
 
@@ -98,7 +101,7 @@ def locate(
     unpacked. With a `check`, a model that has neither is refused.
 
     Raises UserError when there is no such model, a folder is not whole, the download fails, or
-    `HF_HUB_OFFLINE` forbids it. Call it before go_offline().
+    `HF_HUB_OFFLINE`, set by the user, forbids it.
     """
     folder = _located(name, check, manifest or MANIFEST, cache or cache_folder(), report)
     if check is not None:
@@ -123,7 +126,7 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
     if is_whole(final):
         _remove_what_a_kill_left(final, report)
         return _model_folder(final)
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if _is_offline() and not _offline_by_us:
         raise UserError(
             f"{name} is not in {final.parent}, and HF_HUB_OFFLINE forbids to download it; unset it once."
         )
@@ -149,14 +152,20 @@ def go_offline() -> None:
     """Forbid the Hugging Face libraries the network and telemetry; before diffusers or transformers comes in.
 
     They read these variables when they are imported; huggingface_hub may be there already, through a
-    download, and is told as well.
+    download, and is told as well. Downloads of this module are not theirs, and stay possible.
     """
+    global _offline_by_us
+    _offline_by_us = _offline_by_us or not _is_offline()
     for name in (*OFFLINE, *QUIET):
         os.environ[name] = "1"
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
         for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"):
             setattr(constants, name, True)
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _hub_source(name: str, sources: dict[str, Source]) -> Source:

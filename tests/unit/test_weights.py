@@ -30,6 +30,7 @@ CHUNK = 50_000
 def online_in_small_steps(monkeypatch, tmp_path):
     for name in (*weights.OFFLINE, "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(weights, "_offline_by_us", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
     monkeypatch.setattr(partial, "CHUNK_BYTES", CHUNK)
@@ -641,6 +642,24 @@ def test_offline_mode_is_respected_with_a_message(tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids"):
         locate("owner/name", cache=tmp_path / "cache", report=quiet)
+    assert hub.requests == []
+
+
+def test_a_model_can_be_fetched_after_go_offline_unless_the_user_forbids_it(tmp_path, hub, monkeypatch):
+    for name in (*weights.OFFLINE, *weights.QUIET):
+        monkeypatch.setenv(name, "")  # which is restored after the test
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"):
+        monkeypatch.setattr(huggingface_hub.constants, name, False)
+    weights.go_offline()
+    weights.go_offline()
+    with pytest.raises(UserError, match="nothing at this address|no repository|not there"):
+        locate("owner/none", cache=tmp_path / "cache", report=quiet)
+    assert hub.requests != []
+    hub.requests.clear()
+    monkeypatch.setattr(weights, "_offline_by_us", False)
+    weights.go_offline()  # HF_HUB_OFFLINE is the user's now
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids"):
+        locate("owner/none", cache=tmp_path / "cache", report=quiet)
     assert hub.requests == []
 
 
