@@ -1,4 +1,4 @@
-"""Writes the trained parts as ordinary diffusers folders under weights/, shared parts once."""
+"""Writes the trained parts under weights/ as the released models are laid out, shared parts once."""
 
 import os
 import shutil
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
+from lib.caption.checkpoint import save_model
+from lib.caption.model import CaptionModel
 from tiny import loop
+from tiny.captioner import build_caption_tokenizer, caption_config
 from tiny.networks import LATENT_CHANNELS, SCHEDULER, build_vae
 from tiny.tokenizer import build_tokenizer, tie_capitals
 from tiny.train_transformer import TextToLatents
@@ -16,7 +19,7 @@ PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline}
 
 
 def export(folder: Path, target: Path) -> None:
-    """Read folder/{vae,t2v,i2v}.pt, decoder.pt too if there; write target/tiny-t2v and target/tiny-i2v.
+    """Read what there is of folder/{t2v,i2v,caption}.pt, with vae.pt and decoder.pt; write target/tiny-*.
 
     Convolutions and transformers are stored in fp16; the text encoder, which transformers would load in
     the type it is stored in, in fp32. What tiny-i2v shares with tiny-t2v are relative links.
@@ -25,6 +28,8 @@ def export(folder: Path, target: Path) -> None:
         if state := loop.load_checkpoint(folder / f"{task}.pt"):
             vae, decoder = (loop.load_checkpoint(folder / f"{part}.pt") for part in ("vae", "decoder"))
             _export_one(task, state, vae, decoder, target)
+    if state := loop.load_checkpoint(folder / "caption.pt"):
+        _export_captioner(state, target)
 
 
 def _export_one(task: str, state: dict, vae_state: dict, decoder_state: dict | None, target: Path) -> None:
@@ -45,12 +50,33 @@ def _export_one(task: str, state: dict, vae_state: dict, decoder_state: dict | N
         transformer=model.transformer.half().eval(),
         scheduler=CogVideoXDDIMScheduler(**SCHEDULER),
     )
-    final, partial = target / f"tiny-{task}", target / f"tiny-{task}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial(target, task)
     pipeline.save_pretrained(partial)
     if task == "i2v":
         for part in SHARED:
             shutil.rmtree(partial / part)
             os.symlink(Path("..") / "tiny-t2v" / part, partial / part)
+    _finish(partial)
+
+
+def _export_captioner(state: dict, target: Path) -> None:
+    tokenizer = build_caption_tokenizer()
+    model = CaptionModel(caption_config(len(tokenizer)))
+    model.load_state_dict(state["average"])
+    partial = _partial(target, "caption")
+    partial.mkdir()
+    save_model(model, partial)
+    tokenizer.save_pretrained(partial)
+    _finish(partial)
+
+
+def _partial(target: Path, task: str) -> Path:
+    partial = target / f"tiny-{task}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def _finish(partial: Path) -> None:
+    final = partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)

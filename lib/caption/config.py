@@ -113,7 +113,7 @@ def parse_config(content: dict, generation: dict | None = None, *, place: str) -
     try:
         vision = VisionConfig(**_known(VisionConfig, content["vision_config"]))
         config = CaptionConfig(**_known(CaptionConfig, content) | {"vision_config": vision})
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{place} has a config.json that is no CogVLM2-Caption's: {reason}.") from error
     more = (generation or {}).get("eos_token_id")

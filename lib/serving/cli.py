@@ -168,12 +168,13 @@ def curl_example(url: str, document: dict[str, Any]) -> str:
     """A request with every required input filled in; for files, data URIs of files to be named."""
     shapes = input_properties(document)
     required = document["components"]["schemas"]["Input"].get("required", [])
-    inputs = {"prompt": EXAMPLE_PROMPT} if "prompt" in shapes else {}
-    inputs |= {name: _example(shapes[name]) for name in required}
+    asks_about_files = shapes.keys() & {"video", "input_videos"}
+    inputs = {"prompt": EXAMPLE_PROMPT} if "prompt" in shapes and not asks_about_files else {}
+    inputs |= {name: _example(name, shapes[name]) for name in required}
     body = shlex.quote(json.dumps({"input": inputs}))
     for name in (name for name in required if shapes[name].get("format") == "uri"):
         # The shell fills these in, so they stand outside the quotes.
-        body = body.replace(_FILE, f"""'"$(base64 -w0 {name}.png)"'""", 1)
+        body = body.replace(_FILE, f"""'"$(base64 -w0 {_example_file(name)[0]})"'""", 1)
     return f"curl -s {url}/predictions -H 'Content-Type: application/json' -d {body}"
 
 
@@ -228,11 +229,17 @@ def _trainable() -> list[str]:
 _FILE = "@FILE@"
 
 
-def _example(shape: dict[str, Any]) -> Any:
+def _example_file(name: str) -> tuple[str, str]:
+    """The file that stands for an input in examples, and its type."""
+    known = {"video": ("video.mp4", "video/mp4"), "input_videos": ("clips.zip", "application/zip")}
+    return known.get(name, (f"{name}.png", "image/png"))
+
+
+def _example(name: str, shape: dict[str, Any]) -> Any:
     if "enum" in shape:
         return shape["enum"][0]
     if shape.get("format") == "uri":
-        return f"data:image/png;base64,{_FILE}"
+        return f"data:{_example_file(name)[1]};base64,{_FILE}"
     return {"integer": shape.get("minimum", 1), "number": shape.get("minimum", 1), "boolean": True}.get(
         shape["type"], "text"
     )
