@@ -19,7 +19,7 @@ PEAK_RATE = 1.5e-3
 FRAMES_PER_STEP = 320
 """Over all processes: many short clips or fewer long ones."""
 MAX_CLIPS = 64
-HINT_WEIGHT = 0.5
+HINT_WEIGHT = 1.0
 """Of the loss that asks every frame's tokens for what is in the frame; it fades to nothing."""
 UNKNOWN_WORDS = 0.05
 
@@ -56,9 +56,9 @@ class Student(nn.Module):
         torch.manual_seed(0)
         self.model = CaptionModel(caption_config(vocabulary))
         self.hints = Hints(self.model.config.hidden_size)
-        for name, parameter in self.model.vision.named_parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02 if "conv" not in name and "proj" not in name else 0.05)
+        nn.init.normal_(self.model.vision.patch_embedding.cls_embedding)
+        for edge in (self.model.vision.boi, self.model.vision.eoi):
+            nn.init.normal_(edge, std=0.5)
 
 
 def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
