@@ -85,7 +85,8 @@ def find_clips(
     """Return the clips at and below a folder and what is left out, both sorted by name.
 
     In every folder the first of these that is there says which clips it has, for the folders below too:
-    metadata.jsonl, metadata.csv, videos.txt with prompts.txt. Elsewhere each video has its own .txt.
+    metadata.jsonl, metadata.csv, videos.txt with prompts.txt. Where those of two folders name the same clip,
+    that of the upper one counts. Elsewhere each video has its own .txt.
     `video_column` and `caption_column` name a table's columns, or, ending in .txt, the line-by-line files.
     Without `need_captions`, videos that have none or are not listed are clips with an empty caption; where
     there is one that cannot be read, the video is left out all the same, so that nobody's words are lost.
@@ -97,8 +98,9 @@ def find_clips(
     for place in files.folders:
         if listing := _listing(files, place, video_column, caption_column, need_captions):
             listings[place] = listing
+            above = set(found)
             for entry in listing.entries:
-                _take(entry, place, files, found, need_captions)
+                _take(entry, place, files, found, need_captions, above)
     _check_columns(files, listings, video_column, caption_column)
     for name in files.paths:
         if name not in found and (item := _not_listed(name, files, listings, need_captions)) is not None:
@@ -172,8 +174,8 @@ def _read_table(
         rows_at_fault = [_Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
         empty = [_Entry(where=name, video=None, fault="it is empty")]
         return _Listing(name=name, entries=rows_at_fault or empty)
-    video = _column(columns, video_column, VIDEO_COLUMNS, "video_column", name)
-    caption = _column(columns, caption_column, CAPTION_COLUMNS, "caption_column", name, need_captions)
+    video = column_of(columns, video_column, VIDEO_COLUMNS, "video_column", name)
+    caption = column_of(columns, caption_column, CAPTION_COLUMNS, "caption_column", name, need_captions)
     entries = [
         _Entry(
             where=f"{name}, line {row.line}",
@@ -187,10 +189,13 @@ def _read_table(
     return _Listing(name=name, entries=entries)
 
 
-def _column(
+def column_of(
     columns: list[str], given: str, usual: tuple[str, ...], option: str, table: str, needed: bool = True
 ) -> str | None:
-    """Return the column as the table writes it, or None where none of the usual ones is there or needed."""
+    """Return the column as the table writes it, or None where none of the usual ones is there or needed.
+
+    Raises UserError for one that is needed, which tells to name it with `option`.
+    """
     known = {column.lower(): column for column in reversed(columns)}
     wanted = (given,) if given and not _is_text(given) else usual
     for column in wanted:
@@ -234,9 +239,13 @@ def _read_line_files(files: Files, videos: str, captions: str) -> _Listing:
 
 
 def _take(
-    entry: _Entry, place: str, files: Files, found: dict[str, Clip | LeftOut], need_captions: bool
-) -> None:
-    """Add the clip that a listing's entry names to what was found, or why there is none."""
+    entry: _Entry, place: str, files: Files, found: dict[str, Clip | LeftOut], need_captions: bool,
+    above: set[str],
+) -> None:  # fmt: skip
+    """Add the clip that a listing's entry names to what was found, or why there is none.
+
+    What the listings of folders `above` say about the same file stands.
+    """
     if entry.fault:
         found[entry.where] = LeftOut(name=entry.where, reason=entry.fault)
         return
@@ -247,6 +256,8 @@ def _take(
         name = files.locate(place, entry.video)
     except LookupError as error:
         found[entry.where] = LeftOut(name=entry.where, reason=f"{entry.video.strip()}: {error}")
+        return
+    if name in above:
         return
     if name in found:
         found[entry.where] = LeftOut(name=entry.where, reason=f"{name} is named before already")

@@ -73,6 +73,8 @@ class Files:
 
     def find(self, name: str) -> str | None:
         """The name as it is on the disk, where only capitals or the form of accents may differ."""
+        if name in self.paths:
+            return name
         key = unicodedata.normalize("NFC", name)
         folded = self._folded.get(key.casefold(), [])
         return self._exact.get(key) or (folded[0] if len(folded) == 1 else None)
@@ -84,6 +86,8 @@ class Files:
 
     def locate(self, place: str, written: str) -> str:
         """Return the name of the file that a listing in folder `place` names; LookupError says why not."""
+        if (exact := posixpath.join(place, written)) in self.paths:
+            return exact  # a file may well be called with a blank at the end, or a backslash
         text = written.strip().replace("\\", "/")
         if text.startswith("/"):
             text = posixpath.relpath(text, self.root)

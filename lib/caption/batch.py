@@ -25,27 +25,24 @@ Report = Callable[[str], None]
 def caption_clips(
     captioner: Captioner, clips: list[Clip], settings: CaptionSettings, *,
     record: Record, known: dict[str, Row], model: str, batch_size: int, report: Report,
-    replace: bool = False, stop: threading.Event | None = None,
+    replace: bool = False, stop_on_failure: bool = False, stop: threading.Event | None = None,
 ) -> list[Row]:  # fmt: skip
     """A row for each clip, in their order, in the record too as soon as it is there.
 
     Clips that have a caption keep it unless `replace`. What `known` (rows of an earlier run by file name)
     says about the same clip, settings and `model` is not done again, a failure neither. A clip that cannot be
-    read is a failed row. Raises Stopped, after which the record holds all that was done; UserError when the
-    record cannot be written, or the GPU has too little memory for a single clip.
+    read is a failed row; with `stop_on_failure` the batch that has one is the last, and what comes after it
+    has no row. Raises Stopped, after which the record holds all that was done; UserError when the record
+    cannot be written, or the GPU has too little memory for a single clip.
     """
     captioner.check(settings)
-    rows: dict[str, Row] = {}
     marks = {clip.name: fingerprint(clip, (settings, model)) for clip in clips}
-    for clip in clips:
-        earlier = known.get(clip.name)
-        if clip.caption and not replace:
-            rows[clip.name] = Row(file_name=clip.name, status="kept", caption=clip.caption)
-        elif earlier and earlier.fingerprint == marks[clip.name]:
-            rows[clip.name] = earlier
+    rows = settled(clips, marks, known, replace=replace)
     waiting = [clip for clip in clips if clip.name not in rows]
-    if len(waiting) < len(clips):
-        report(f"{len(clips) - len(waiting)} of {len(clips)} clips have their captions already")
+    if rows:
+        report(f"{len(rows)} of {len(clips)} clips are done already")
+    if stop_on_failure and any(row.status == "failed" for row in rows.values()):
+        waiting = []
     progress = _Progress(len(waiting), report)
     with contextlib.closing(_read_ahead(captioner, waiting, settings, 2 * batch_size, stop)) as read:
         while batch := list(islice(read, batch_size)):
@@ -60,8 +57,25 @@ def caption_clips(
                 done.append(_row(clip, caption, marks[clip.name]))
             record.add(done)
             rows |= {row.file_name: row for row in done}
-            progress(len(done), failed=sum(row.status == "failed" for row in done))
-    return [rows[clip.name] for clip in clips]
+            failed = sum(row.status == "failed" for row in done)
+            progress(len(done), failed=failed)
+            if failed and stop_on_failure:
+                break
+    return [rows[clip.name] for clip in clips if clip.name in rows]
+
+
+def settled(
+    clips: list[Clip], marks: dict[str, str], known: dict[str, Row], *, replace: bool
+) -> dict[str, Row]:
+    """File name -> row of the clips for which the model is not needed: they have a caption, or a row."""
+    rows = {}
+    for clip in clips:
+        earlier = known.get(clip.name)
+        if clip.caption and not replace:
+            rows[clip.name] = Row(file_name=clip.name, status="kept", caption=clip.caption)
+        elif earlier and earlier.fingerprint == marks[clip.name]:
+            rows[clip.name] = earlier
+    return rows
 
 
 def _row(clip: Clip, caption: Caption, mark: str) -> Row:

@@ -14,6 +14,7 @@ from lib.setup import Model, settle_model
 
 if TYPE_CHECKING:
     from lib.caption.captioner import Captioner
+    from lib.caption.precision import Precision
 
 REPORT_SECONDS = 1.0
 
@@ -25,16 +26,19 @@ class MetricSink(Protocol):
 
 
 @dataclass(kw_only=True, slots=True)
-class CaptionPredictor:
-    """A captioner, and the thread it computes in."""
+class Service:
+    """What every captioning server has: a captioner, the thread it computes in, a place for files."""
 
     captioner: "Captioner"
     compute: ComputeThread
     scratch: Scratch
-    setup_facts: dict[str, object]
+    facts: dict[str, object]
+    """For the metrics."""
+    mark: str
+    """As model_mark: what captions depend on besides clip and question."""
 
     @classmethod
-    def start(cls) -> "CaptionPredictor":
+    def start(cls) -> "Service":
         """Settle model, device and precision, load, and print it all in one line.
 
         COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one);
@@ -50,13 +54,26 @@ class CaptionPredictor:
             captioner=captioner,
             compute=compute,
             scratch=Scratch(),
-            setup_facts={
+            facts={
                 "model": model.label,
                 "device": precision.device,
                 "dtype": precision.dtype,
                 "quantization": precision.quantization or "none",
             },
+            mark=model_mark(model, precision),
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class CaptionPredictor:
+    """A video -> its caption."""
+
+    service: Service
+
+    @classmethod
+    def start(cls) -> "CaptionPredictor":
+        """As Service.start."""
+        return cls(service=Service.start())
 
     def __call__(
         self, metrics: MetricSink, *, video: Path, seed: int | None = None, **settings: object
@@ -64,21 +81,22 @@ class CaptionPredictor:
         """Describe one clip."""
         from lib.caption.captioner import CaptionSettings
 
-        self.scratch.clear()
+        service, captioner = self.service, self.service.captioner
+        service.scratch.clear()
         path = guard.check_file(video)
         seed = secrets.randbits(31) if seed is None else seed
         checked = CaptionSettings(seed=seed, **settings)
-        self.captioner.check(checked)
+        captioner.check(checked)
         stop, started = threading.Event(), time.perf_counter()
-        clip = self.captioner.sample(path, checked)
+        clip = captioner.sample(path, checked)
         read = time.perf_counter()
         writing = _Writing(checked.max_new_tokens)
-        caption = self.compute.run(
-            lambda: self.captioner.caption([clip], checked, on_token=writing, stop=stop)[0], stop=stop
+        caption = service.compute.run(
+            lambda: captioner.caption([clip], checked, on_token=writing, stop=stop)[0], stop=stop
         )
         if not caption.finished:
             print(f"the caption was cut off at max_new_tokens={checked.max_new_tokens}", flush=True)
-        facts = self.setup_facts | {
+        facts = service.facts | {
             "frames": len(clip.pixel_values),
             "frame_sampling": clip.sampling,
             "tokens": caption.tokens,
@@ -102,11 +120,25 @@ def load(model: Model, *, report: bool = True):  # type: ignore[no-untyped-def]
     precision = choose_precision(read_config(model.folder), inspect_machine(model.spec))
     captioner = load_captioner(
         model.folder,
-        device=precision.device,
+        device=current(precision.device),
         dtype=precision.torch_dtype,
         quantization=precision.quantization,
     )
     return captioner, precision
+
+
+def current(device: str) -> str:
+    """The GPU of this process by its number: files that are loaded to "cuda" go to the first of all."""
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
+def model_mark(model: Model, precision: "Precision") -> str:
+    """Names a model's weights and how they are loaded; another model in the same folder has another mark."""
+    files = [(path.name, path.stat()) for path in sorted(model.folder.iterdir()) if path.is_file()]
+    written = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+    return f"{model.label} {precision.dtype} {precision.quantization} {written}"
 
 
 class _Writing:

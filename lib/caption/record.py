@@ -71,13 +71,34 @@ class Record:
                 if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
                     self._file.write(b"\n")  # a line that a kill cut off
             for row in rows:
-                self._file.write(json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n")
+                self._file.write(_line(row))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise disk_error(error, self.path) from error
 
+    def rewrite(self, rows: Iterable[Row]) -> None:
+        """Hold these rows and no others, in one step; without any, no file. Raises UserError."""
+        self.close()
+        lines = [_line(row) for row in rows]
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        try:
+            if lines:
+                partial.write_bytes(b"".join(lines))
+                os.replace(partial, self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _line(row: Row) -> bytes:
+    # "replace": half a surrogate pair, which JSON can hold, has no UTF-8.
+    return json.dumps(asdict(row), ensure_ascii=False).encode(errors="replace") + b"\n"

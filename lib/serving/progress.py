@@ -1,7 +1,8 @@
 """Shows a prediction's log on a terminal: progress lines as a bar with the time left, others as they are.
 
 A predictor reports progress by printing `progress: STAGE DONE/TOTAL`, e. g. `progress: denoising 12/50`, or
-with a note, `progress: training 12/500, loss 0.0421`.
+with a note, `progress: training 12/500, loss 0.0421`. A note that says how long is "left" stands for the time
+that would be shown.
 """
 
 import re
@@ -64,7 +65,9 @@ class LogView:
             self.tenth = tenth
             print(f"{stage} {done}/{total}, {note}", file=self.stream, flush=True)
         if self.live:
-            shown = bar(stage, done, total, left=self._left(done, total, now))
+            # Who reports may know better: at its own pace, without the clips that were done before.
+            told = note is not None and " left" in note
+            shown = bar(stage, done, total, left=None if told else self._left(done, total, now))
             self.stream.write(f"\r\x1b[K{shown}{f', {note}' if note else ''}")
             self.stream.flush()
             self.bar_shown = True

@@ -1,0 +1,104 @@
+"""Data sets to captioned data sets: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
+
+from typing import Optional
+
+from cog import BaseRunner, Input, Path
+
+from lib.caption.dataset_predictor import DatasetCaptionPredictor
+
+
+class Runner(BaseRunner):
+    def setup(self) -> None:
+        self.predictor = DatasetCaptionPredictor.start()
+
+    def run(
+        self,
+        input_videos: Path = Input(
+            description="Zip or tar of video clips, in folders or not. Some may have captions: in a .txt of the same name, metadata.jsonl, metadata.csv, or prompts.txt and videos.txt."
+        ),
+        prompt: str = Input(
+            description="What to ask about each clip.", default="Please describe this video in detail."
+        ),
+        frame_sampling: str = Input(
+            description="Which frames the model sees, at most 24. chat: one a second, the first 24 seconds. base: 24 over the first minute. uniform: 24 over the whole clip. auto: chat for clips of 2 to 24 seconds, uniform for others.",
+            choices=["auto", "chat", "base", "uniform"],
+            default="auto",
+        ),
+        template: str = Input(
+            description="How the question is put to the model. auto: chat with chat, base with base and uniform. chat numbers the frames; base gives the prompt as it is; vqa asks for a short answer.",
+            choices=["auto", "chat", "base", "vqa"],
+            default="auto",
+        ),
+        max_new_tokens: int = Input(
+            description="Longest caption in tokens, about three quarters of a word each.",
+            ge=1,
+            le=2048,
+            default=2048,
+        ),
+        temperature: float = Input(
+            description="0 always takes the likeliest word; above it words are drawn, the more freely the higher.",
+            ge=0,
+            le=5,
+            default=0,
+        ),
+        top_p: float = Input(
+            description="Draw only from the likeliest words that together have this probability. Has an effect only when temperature is above 0.",
+            ge=0.01,
+            le=1,
+            default=0.9,
+        ),
+        seed: Optional[int] = Input(
+            description="Same seed, settings and clips, same captions. Matters only when temperature is above 0. Leave empty for a random one.",
+            default=None,
+        ),
+        trigger_word: str = Input(
+            description="Put before every new caption that does not hold it.",
+            default="",
+        ),
+        caption_prefix: str = Input(
+            description="Put before every new caption, the trigger word included.",
+            default="",
+        ),
+        caption_suffix: str = Input(
+            description="Put after every new caption.",
+            default="",
+        ),
+        existing_captions: str = Input(
+            description="Clips that have a caption: keep it as it is, or replace it.",
+            choices=["keep", "replace"],
+            default="keep",
+        ),
+        include_videos: bool = Input(
+            description="Put the clips beside their captions, so that the result can be trained on.",
+            default=True,
+        ),
+        batch_size: int = Input(
+            description="How many clips the model describes at once.",
+            ge=1,
+            le=64,
+            default=8,
+        ),
+        on_bad_clip: str = Input(
+            description="A clip that cannot be used: caption the rest and list it in errors.jsonl, or stop.",
+            choices=["skip", "stop"],
+            default="skip",
+        ),
+    ) -> Path:
+        return self.predictor(
+            self,
+            input_videos=input_videos,
+            prompt=prompt,
+            frame_sampling=frame_sampling,
+            template=template,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            trigger_word=trigger_word,
+            caption_prefix=caption_prefix,
+            caption_suffix=caption_suffix,
+            existing_captions=existing_captions,
+            include_videos=include_videos,
+            batch_size=batch_size,
+            on_bad_clip=on_bad_clip,
+        )
