@@ -1,0 +1,146 @@
+"""Captioning: frames a second and peak memory, batch 1 against batch 8, and reading apart from the model.
+
+script/bench caption [--clips 32] [--size 640x480] [--frames 49] [--rounds 3] [--full-size]
+
+The model is COGVIDEOX_MODEL's, by default the embedded one. --full-size takes random weights of the released
+model's shape instead, for a GPU whose speed is to be known without the download.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lib.encode import write_video
+from tiny import world
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("reading", "1", "8")
+NEW_TOKENS = 64
+"""Written for every clip; the random model never ends by itself."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="script/bench caption", description=__doc__.split("\n")[0])
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--size", default="640x480")
+    parser.add_argument("--frames", type=int, default=49)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--full-size", action="store_true")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(measure(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        render_clips(Path(folder), options)
+        rounds = [{part: run(part, folder) for part in PARTS} for _ in range(options.rounds)]
+    print(f"{options.clips} clips of {options.size}, {options.frames} frames; {rounds[0]['1']['model']}")
+    for part in PARTS:
+        label = "reading and scaling" if part == "reading" else f"the model, batch {part}"
+        speed = statistics.median(each[part]["frames_per_second"] for each in rounds)
+        memory = max(each[part]["peak_bytes"] for each in rounds) / 1e6
+        print(f"{label:22} {speed:8.1f} frames/s, peak {memory:7.0f} MB")
+    for name, what in (("frames_per_second", "frames/s"), ("peak_bytes", "peak memory")):
+        ratios = [each["8"][name] / each["1"][name] for each in rounds]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"batch 8 over batch 1, {what}: {statistics.median(ratios):.2f} ({spread})")
+
+
+def render_clips(folder: Path, options: argparse.Namespace) -> None:
+    """Clips of the tiny world at the size asked for."""
+    width, height = (int(side) for side in options.size.split("x"))
+    rng = np.random.default_rng(0)
+    for index in range(options.clips):
+        attributes = world.ALL_COMBINATIONS[7 * index % len(world.ALL_COMBINATIONS)]
+        scene = world.sample_scene(attributes, rng, frames=options.frames)
+        frames = world.render(scene, height, width)
+        write_video(frames, folder / f"{index:04d}.mp4", fps=8, format="mp4", metadata={})
+
+
+def run(part: str, folder: str) -> dict:
+    """One part in a process of its own, so that its peak memory is its own."""
+    command = [
+        sys.executable, "-P", "-m", "bench.caption", *sys.argv[1:], "--part", part, "--folder", folder
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Frames a second over all clips after one to warm up, and peak memory (a GPU's where there is one)."""
+    from lib.caption.captioner import CaptionSettings, sample_clip
+
+    paths = sorted(options.folder.glob("*.mp4"))
+    if options.part == "reading":
+        started, frames = time.perf_counter(), 0
+        for path in paths:
+            frames += len(sample_clip(path, sampling="uniform", size=224).pixel_values)
+        return _figures("no model", frames, time.perf_counter() - started)
+    captioner, title = full_size() if options.full_size else configured()
+    settings = CaptionSettings(frame_sampling="uniform", max_new_tokens=NEW_TOKENS)
+    clips = [captioner.sample(path, settings) for path in paths]
+    captioner.caption(clips[:1], settings)
+    started, batch = time.perf_counter(), int(options.part)
+    for first in range(0, len(clips), batch):
+        captioner.caption(clips[first : first + batch], settings)
+    seconds = time.perf_counter() - started
+    return _figures(title, sum(len(clip.pixel_values) for clip in clips), seconds)
+
+
+def configured():  # type: ignore[no-untyped-def]
+    """The captioner that COGVIDEOX_MODEL names."""
+    from lib.caption.predictor import load
+    from lib.setup import settle_model
+
+    model = settle_model("caption")
+    captioner, precision = load(model)
+    return captioner, f"{model.title} on {precision}"
+
+
+def full_size():  # type: ignore[no-untyped-def]
+    """The released shape with random weights, in bfloat16, and a tokenizer of a few words."""
+    import torch
+
+    from lib.caption.captioner import Captioner
+    from lib.caption.config import CaptionConfig
+    from lib.caption.model import CaptionModel
+    from tiny.captioner import build_caption_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta"):
+        model = CaptionModel(CaptionConfig()).to(torch.bfloat16).requires_grad_(False).eval()
+    model = model.to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("inv_freq"):
+            steps = torch.arange(0, 128, 2, device=device) / 128
+            tensor.copy_(500_000.0**-steps)
+        elif tensor.ndim == 1:
+            tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            tensor.normal_(std=0.02)
+    return Captioner(model, build_caption_tokenizer()), f"random weights of the released shape on {device}"
+
+
+def _figures(title: str, frames: int, seconds: float) -> dict:
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            peak = torch.cuda.max_memory_allocated()
+    return {"model": title, "frames_per_second": frames / seconds, "peak_bytes": peak}
+
+
+if __name__ == "__main__":
+    main()
