@@ -71,10 +71,14 @@ def write_sound(path: Path) -> Path:
 def rotate_in_metadata(path: Path, degrees: int) -> None:
     """Ask players to turn the picture clockwise: the 3x3 matrix of the mp4's `tkhd` box, version 0."""
     cosine, sine = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    write_display_matrix(path, cosine, sine, -sine, cosine)
+
+
+def write_display_matrix(path: Path, *axes: int) -> None:
+    """Where the picture's x axis and its y axis point on the screen, two numbers each."""
     data = bytearray(path.read_bytes())
-    one = 1 << 16
-    matrix = (cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, 1 << 30)
-    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *matrix)
+    a, b, c, d = (axis << 16 for axis in axes)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
 
 
@@ -142,6 +146,15 @@ def test_turns_video_as_its_metadata_asks(tmp_path, degrees, size, corner):
     scaled = video.decode(path, width=100, height=20, indices=[0]).frames[0]
     assert scaled.shape == (20, 100, 3) and scaled[corner].min() > 225
     assert all(scaled[place].max() < 50 for place in others)
+
+
+@pytest.mark.parametrize(("axes", "corner"), [((-1, 0, 0, 1), (2, -3)), ((0, -1, -1, 0), (-3, -3))])
+def test_mirrors_video_as_its_metadata_asks(tmp_path, axes, corner):
+    path = write_clip(tmp_path / "mirror.mp4")
+    write_display_matrix(path, *axes)
+    frames = video.decode(path).frames
+    assert frames.shape[1:3] == ((48, 64) if axes[0] else (64, 48)) and frame_numbers(frames)[:2] == [0, 1]
+    assert frames[0][corner].min() > 235 and frames[0].mean() < 80
 
 
 def test_reports_the_times_of_a_variable_frame_rate(tmp_path):
