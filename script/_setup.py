@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = {"base": ["requirements.txt"], "dev": ["requirements.txt", "requirements-dev.txt"]}
+EXTRAS = VENV / "extras"
+"""Where only tests look: diffusers would import bitsandbytes at every start if it saw it."""
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -37,7 +39,11 @@ def main(kind: str, pins: dict[str, str]) -> int:
         say("installing the Python packages into .venv, once (a few minutes) ...")
         if not usable:
             make_environment()
-        status = install(kind)
+        status = install(REQUIREMENTS[kind])
+        if kind == "dev":
+            status = status or install(
+                ["requirements-extras.txt"], "--no-deps", "--upgrade", "--target", EXTRAS
+            )
         if status:
             return status
         for each in ("base", "dev") if kind == "dev" else ("base",):
@@ -56,11 +62,11 @@ def make_environment() -> None:
     venv.create(VENV, with_pip=True, symlinks=True)
 
 
-def install(kind: str) -> int:
+def install(files: list[str], *options: str | Path) -> int:
     """Runs pip; its last lines are shown when it fails."""
     command = [str(VENV / "bin/python"), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    command += ["--progress-bar", "off", "-c", "constraints.txt"]
-    for file in REQUIREMENTS[kind]:
+    command += ["--progress-bar", "off", "-c", "constraints.txt", *map(str, options)]
+    for file in files:
         command += ["-r", file]
     if os.environ.get("COGVIDEOX_TORCH") == "cpu":
         command += ["--extra-index-url", CPU_TORCH_INDEX]
