@@ -1,28 +1,36 @@
 """What the embedded models obey: 90 text-to-video prompts and 60 images, 30 and 20 of held-out combinations.
 
-script/bench quality [--task t2v|i2v] [--sheet FOLDER]
+And what tiny-caption sees: 200 rendered clips, and 90 of tiny-t2v's beside what the judge sees in them.
+
+script/bench quality [--task t2v|i2v|caption] [--sheet FOLDER]
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
-from tiny import world
+from lib.video import write_video
+from tiny import evaluate_captions, world
 from tiny.evaluate import contact_sheet, evaluate, load_generator, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
+CAPTIONED = 200
 SAMPLES = {"t2v": {"trained": 60, "held_out": 30}, "i2v": {"trained": 40, "held_out": 20}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--task", choices=list(SAMPLES), action="append")
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="folder of tiny-t2v, tiny-i2v")
+    parser.add_argument("--task", choices=[*SAMPLES, "caption"], action="append")
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="folder of tiny-t2v and so on")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--sheet", type=Path, help="folder for contact sheets of the results")
     options = parser.parse_args()
-    for task in options.task or list(SAMPLES):
+    for task in options.task or [*SAMPLES, "caption"]:
+        if task == "caption":
+            captions(options.weights)
+            continue
         generator = load_generator(options.weights / f"tiny-{task}")
         started, results = time.perf_counter(), []
         settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
@@ -52,6 +60,43 @@ def main() -> None:
             contact_sheet(results[::6], options.sheet / f"{task}.png")
             if wrong:
                 contact_sheet(wrong[:15], options.sheet / f"{task}-wrong.png")
+
+
+def captions(weights: Path) -> None:
+    """Rendered clips in files, by sampling; then clips of tiny-t2v, captioned and judged."""
+    import torch
+
+    from lib.caption.captioner import load_captioner
+
+    captioner = load_captioner(weights / "tiny-caption", device="cpu", dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = evaluate_captions.write_rendered_clips(Path(folder), CAPTIONED, seed=1)
+        print(f"\ncaption: {len(clips)} rendered clips, H.264 of many sizes, rates and lengths")
+        columns = [*evaluate_captions.ATTRIBUTE_NAMES, "all four"]
+        print(f"{'':22}" + "".join(f"{name:>12}" for name in columns))
+        for sampling in ("auto", "uniform", "base", "chat"):
+            found = evaluate_captions.describe(captioner, clips, frame_sampling=sampling)
+            _row(sampling, [each.agreement for each in found])
+            if sampling == "auto":
+                held_out = [each.agreement for each in found if world.is_held_out(each.asked)]
+                _row("auto, held out", held_out)
+                wrong = [each for each in found if not all(each.agreement.values())]
+        results = list(evaluate(load_generator(weights / "tiny-t2v"), "t2v", **SAMPLES["t2v"]))
+        made = []
+        for index, result in enumerate(results):
+            path = Path(folder) / f"made-{index}.mp4"
+            write_video(result.frames, path, fps=world.FPS, format="mp4", metadata={})
+            made.append((path, result.asked))
+        print(f"clips of tiny-t2v: {len(made)}, against their prompts")
+        _row("the judge", [result.agreement for result in results])
+        _row("captions", [each.agreement for each in evaluate_captions.describe(captioner, made)])
+    for each in wrong:
+        print(f"  wrong: {each.text!r}: {each.asked}")
+
+
+def _row(name: str, results: list[dict[str, bool]]) -> None:
+    values = evaluate_captions.summarise(results)
+    print(f"{name:22}" + "".join(f"{100 * value:11.1f}%" for value in values.values()))
 
 
 if __name__ == "__main__":

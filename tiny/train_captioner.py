@@ -19,8 +19,13 @@ PEAK_RATE = 1.5e-3
 FRAMES_PER_STEP = 320
 """Over all processes: many short clips or fewer long ones."""
 MAX_CLIPS = 64
+SEEING_SHARE = 0.25
+"""Of the steps, the first: single frames of many clips and the hints' loss alone. From whole clips, which are
+few and whose frames are alike, the tower did not learn shapes."""
+SEEN_FRAMES = 192
+"""Per step while it learns to see, over all processes."""
 HINT_WEIGHT = 1.0
-"""Of the loss that asks every frame's tokens for what is in the frame; it fades to nothing."""
+"""Of the loss that asks every frame's tokens for what is in the frame; afterwards it fades to nothing."""
 UNKNOWN_WORDS = 0.05
 
 
@@ -82,15 +87,22 @@ def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) ->
                 f"{checkpoint} was begun with {state['steps']} steps in all; give the same number."
             )
     log, losses = loop.Log(folder / "caption.jsonl", worker), []
+    seeing = int(SEEING_SHARE * steps)
     for step in range(start, steps):
+        began, length = (0, seeing) if step < seeing else (seeing, steps - seeing)
         for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate(step, steps, peak=PEAK_RATE, warmup=150)
-        lesson = draw_lesson(pool, tokenizer, worker, seed=seed, step=step)
-        hints = HINT_WEIGHT * max(0.0, 1 - 2 * step / steps)
+            group["lr"] = loop.learning_rate(step - began, length, peak=PEAK_RATE)
         with loop.autocast(worker.device), loop.attention_in_fp32():
-            loss, hint = _losses(student, lesson, worker.device)
+            if step < seeing:
+                frames, shown = draw_frames(pool, worker, seed=seed, step=step)
+                hint = _hint(student, student.model.vision(frames.to(worker.device)), frames, shown)
+                loss, weight = torch.zeros(()), 1.0
+            else:
+                lesson = draw_lesson(pool, tokenizer, worker, seed=seed, step=step)
+                loss, hint = _losses(student, lesson, worker.device)
+                weight = HINT_WEIGHT * max(0.0, 1 - 2 * (step - seeing) / (steps - seeing))
         optimizer.zero_grad(set_to_none=True)
-        (loss + hints * hint).backward()
+        (loss + weight * hint).backward()
         worker.average_gradients(student)
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -117,6 +129,17 @@ class Lesson:
         self, prompts: list[Prompt], answers: list[list[int]], frames: torch.Tensor, shown: list[Attributes]
     ) -> None:
         self.prompts, self.answers, self.frames, self.shown = prompts, answers, frames, shown
+
+
+def draw_frames(
+    pool: CaptionPool, worker: loop.Worker, *, seed: int, step: int
+) -> tuple[torch.Tensor, list[Attributes]]:
+    """Pixel values of one frame each of many clips, and what they show."""
+    rng = worker.rng(seed, step)
+    chosen = rng.integers(0, len(pool.length), SEEN_FRAMES // worker.count)
+    picks = (rng.random(len(chosen)) * pool.length[chosen].numpy()).astype(np.int64)
+    shown = [world.TRAINED_COMBINATIONS[int(index)] for index in pool.combination[chosen]]
+    return normalised(pool.frames[torch.from_numpy(chosen), torch.from_numpy(picks)]), shown
 
 
 def draw_lesson(
@@ -175,7 +198,7 @@ def _losses(student: Student, lesson: Lesson, device: str) -> tuple[torch.Tensor
     count = lesson.frames.shape[1]
     seen = model.vision(lesson.frames.flatten(0, 1).to(device))
     shown = [attributes for attributes in lesson.shown for _ in range(count)]
-    hint = student.hints.loss(seen, shown, _centres(lesson.frames.flatten(0, 1)))
+    hint = _hint(student, seen, lesson.frames.flatten(0, 1), shown)
     rows = [_with_answer(p, a) for p, a in zip(lesson.prompts, lesson.answers, strict=True)]
     # Padded at the right here: answers differ in length, and so do prompts by their questions.
     ids, types, positions, wanted = (
@@ -191,6 +214,12 @@ def _losses(student: Student, lesson: Lesson, device: str) -> tuple[torch.Tensor
     ).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, 1:].flatten(), ignore_index=-100)
     return loss, hint
+
+
+def _hint(
+    student: Student, seen: torch.Tensor, frames: torch.Tensor, shown: list[Attributes]
+) -> torch.Tensor:
+    return student.hints.loss(seen, shown, _centres(frames))
 
 
 def _centres(frames: torch.Tensor) -> torch.Tensor:
