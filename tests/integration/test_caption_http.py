@@ -1,0 +1,152 @@
+"""Captions of single clips through a real server: what they say, bad files, the next request after each."""
+
+import base64
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from lib.serving.client import health, request, wait_until_idle
+from lib.video import write_video
+from tiny import world
+from tiny.evaluate_captions import agreement
+
+ASKED = world.Attributes(shape="triangle", colour="purple", background="white", motion="left")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A clip of four seconds, and files that are none."""
+    folder = tmp_path_factory.mktemp("clips")
+    scene = world.sample_scene(ASKED, np.random.default_rng(3), frames=48)
+    write_video(world.render(scene, 120, 160), folder / "clip.mp4", fps=12, format="mp4", metadata={})
+    whole = (folder / "clip.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video at all")
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 44100, 0
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    return folder
+
+
+@pytest.fixture
+def server(serve):
+    server = serve("caption")
+    wait_until_idle(server.url)
+    return server
+
+
+def ask(server, path: Path | str, **inputs) -> dict:
+    video = path if isinstance(path, str) else data_uri(path)
+    return request(server.url, "POST", "/predictions", {"input": {"video": video} | inputs})[1]
+
+
+def data_uri(path: Path) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def test_a_caption_says_what_the_clip_shows_and_the_metrics_how_it_was_made(server, folder):
+    reply = ask(server, folder / "clip.mp4")
+    assert reply["status"] == "succeeded", reply
+    assert reply["output"] == "a purple triangle moves left on a white background"
+    metrics = reply["metrics"]
+    assert metrics["model"] == "tiny-caption" and metrics["device"] == "cpu"
+    assert metrics["frame_sampling"] == "chat" and metrics["frames"] == 4 + 1
+    assert metrics["tokens"] == len(reply["output"].split())
+    assert metrics["seed"] >= 0 and metrics["reading_seconds"] > 0
+
+
+@pytest.mark.parametrize(("sampling", "frames"), [("chat", 5), ("base", 24), ("uniform", 24)])
+@pytest.mark.parametrize("template", ["auto", "base"])
+def test_every_sampling_and_template_sees_the_clip(server, folder, sampling, frames, template):
+    reply = ask(server, folder / "clip.mp4", frame_sampling=sampling, template=template)
+    assert reply["metrics"]["frames"] == frames and reply["metrics"]["frame_sampling"] == sampling
+    agreed = agreement(reply["output"], ASKED)
+    assert agreed["colour"] and agreed["shape"] and agreed["background"], reply["output"]
+
+
+def test_a_question_gets_its_answer(server, folder):
+    reply = ask(server, folder / "clip.mp4", template="vqa", prompt="What shape is it?")
+    assert reply["output"] == "triangle"
+
+
+def test_a_temperature_draws_and_the_seed_repeats(server, folder):
+    def drawn(seed: int) -> str:
+        return ask(server, folder / "clip.mp4", temperature=5, top_p=1, max_new_tokens=12, seed=seed)[
+            "output"
+        ]
+
+    texts = [drawn(seed) for seed in (1, 2, 3, 1)]
+    assert texts[0] == texts[3] and len(set(texts)) > 1
+    greedy = [ask(server, folder / "clip.mp4", seed=seed)["output"] for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_caption_that_is_cut_off_is_reported(server, folder):
+    reply = ask(server, folder / "clip.mp4", max_new_tokens=3)
+    assert reply["output"] == "a purple triangle"
+    assert "the caption was cut off at max_new_tokens=3" in reply["logs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cut.mp4", "cannot be decoded"),
+        ("empty.mp4", "is empty (0 bytes)"),
+        ("text.mp4", "is a text file or playlist, not a video"),
+        ("sound.mp4", "no video stream"),
+    ],
+)
+def test_a_bad_file_is_a_clear_error_and_the_next_request_works(server, folder, name, message):
+    reply = ask(server, folder / name)
+    assert reply["status"] == "failed" and message in reply["error"], reply
+    wait_until_idle(server.url)
+    assert ask(server, folder / "clip.mp4")["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"frame_sampling": "every"},
+        {"template": "poem"},
+        {"max_new_tokens": 0},
+        {"temperature": 6},
+        {"top_p": 0},
+    ],
+)
+def test_what_the_form_does_not_allow_is_refused(server, folder, inputs):
+    status, reply = request(
+        server.url, "POST", "/predictions", {"input": {"video": data_uri(folder / "clip.mp4")} | inputs}
+    )
+    assert status == 422, reply
+
+
+def test_an_empty_prompt_and_one_that_is_too_long_are_clear_errors(server, folder):
+    assert "prompt is empty" in ask(server, folder / "clip.mp4", prompt=" ")["error"]
+    wait_until_idle(server.url)
+    long = ask(server, folder / "clip.mp4", prompt="video " * 2100)
+    assert long["error"] == "the prompt has 2100 tokens; allowed are 2048"
+
+
+def test_a_path_of_the_servers_own_disk_is_refused_unless_allowed(serve, folder):
+    server = serve("caption", local_sources=False)
+    wait_until_idle(server.url)
+    reply = ask(server, str(folder / "clip.mp4"))
+    assert reply["status"] == "failed" and "upload the file or give an https:// address" in reply["error"]
+    assert health(server.url)["status"] == "READY"
+
+
+def test_the_clip_that_t2v_made_is_described_as_its_prompt(serve, server, folder, tmp_path):
+    video = serve("t2v")
+    wait_until_idle(video.url)
+    prompt = "a blue circle moves up on a black background"
+    made = request(video.url, "POST", "/predictions", {"input": {"prompt": prompt, "seed": 3}})[1]["output"]
+    path = tmp_path / "made.mp4"
+    path.write_bytes(base64.b64decode(made.partition(",")[2]))
+    shutil.copy(path, folder / "made.mp4")
+    assert ask(server, path)["output"] == prompt
