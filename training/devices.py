@@ -3,16 +3,15 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from lib import processes
 from lib.archive import disk_error
 from lib.errors import UserError
 from lib.lock import lock
@@ -21,7 +20,6 @@ from training.memory import free_memory
 from training.plan import precision, trackers
 
 Made = TypeVar("Made")
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 FEWER_BYTES = (
     ("gradient_checkpointing=true", lambda config: config.gradient_checkpointing is False),
     ("train_batch_size=1 with gradient_accumulation_steps", lambda config: config.train_batch_size > 1),
@@ -36,28 +34,15 @@ FEWER_BYTES = (
 def start_accelerator(config: TrainingConfig, run: Path) -> Accelerator:
     """The accelerator of this process: GPU if there is one, as many processes as `accelerate launch` began.
 
-    Raises UserError for a launch that went another way than asked, and for sharding set up with `accelerate
-    config`: a frozen base with a LoRA has next to nothing to shard.
+    Raises UserError as lib.processes.start_accelerator does. Sharding is refused there: a frozen base with a
+    LoRA has next to nothing to shard.
     """
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ:
-        raise UserError(
-            "accelerate launch was asked for several processes and began one, as it does where it sees no "
-            "GPUs; add --multi_gpu, which works on CPUs too."
-        )
-    AcceleratorState._reset_state()  # of an earlier run in this process, whose precision may differ
-    on_cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=precision(config, "cpu" if on_cpu else "cuda"),
+    accelerator = processes.start_accelerator(
+        seconds=config.nccl_timeout,
+        mixed_precision=precision(config, "cuda" if torch.cuda.is_available() else "cpu"),
         log_with=list(trackers(config)) or None,
         project_dir=str(run),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.nccl_timeout))],
     )
-    if accelerator.distributed_type not in SUPPORTED:
-        raise UserError(
-            f"accelerate is set up for {accelerator.distributed_type.value}; this trainer uses several "
-            "GPUs by data parallelism alone (accelerate launch --multi_gpu)."
-        )
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32  # also off again after a run that had it
     return accelerator
 

@@ -70,6 +70,8 @@ class Captioned:
     """With the captions that they are to have, whole."""
     new: frozenset[str]
     """Names of the clips that the model captioned; the others keep what they had."""
+    replaced: frozenset[str]
+    """Those of them that had a caption before."""
     left_out: list[LeftOut]
     cut_off: int
     """How many new captions max_new_tokens ended."""
@@ -106,7 +108,8 @@ def captioned(
     if not sound:
         raise UserError(f"no clip can be captioned:\n{_listed(bad)}")
     cut_off = sum(not by_name[name].finished for name in new)
-    return Captioned(clips=sound, new=frozenset(new), left_out=bad, cut_off=cut_off)
+    replaced = frozenset(clip.name for clip in clips if clip.caption and clip.name in new)
+    return Captioned(clips=sound, new=frozenset(new), replaced=replaced, left_out=bad, cut_off=cut_off)
 
 
 def check_left_out(left_out: list[LeftOut], request: DatasetRequest) -> None:

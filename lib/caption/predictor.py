@@ -1,5 +1,6 @@
 """What the captioning predictors do behind their signatures: set up once, then a clip -> its caption."""
 
+import os
 import secrets
 import threading
 import time
@@ -14,7 +15,6 @@ from lib.setup import Model, settle_model
 
 if TYPE_CHECKING:
     from lib.caption.captioner import Captioner
-    from lib.caption.precision import Precision
 
 REPORT_SECONDS = 1.0
 
@@ -60,7 +60,7 @@ class Service:
                 "dtype": precision.dtype,
                 "quantization": precision.quantization or "none",
             },
-            mark=model_mark(model, precision),
+            mark=model_mark(model),
         )
 
 
@@ -134,11 +134,16 @@ def current(device: str) -> str:
     return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
-def model_mark(model: Model, precision: "Precision") -> str:
-    """Names a model's weights and how they are loaded; another model in the same folder has another mark."""
+def model_mark(model: Model) -> str:
+    """Names a model's weights and how they were asked to be loaded; what a record's rows are about.
+
+    Another model in the same folder has another mark. The precision that was chosen because of the memory
+    that happened to be free is not in it: a run that goes on would do everything again.
+    """
     files = [(path.name, path.stat()) for path in sorted(model.folder.iterdir()) if path.is_file()]
     written = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
-    return f"{model.label} {precision.dtype} {precision.quantization} {written}"
+    asked = [os.environ.get(name, "") for name in ("COGVIDEOX_DTYPE", "COGVIDEOX_QUANTIZATION")]
+    return f"{model.label} {asked} {written}"
 
 
 class _Writing:

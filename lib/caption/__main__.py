@@ -1,0 +1,123 @@
+"""Captions a data set on this machine: script/caption FOLDER [setting=value ...]
+
+A folder gets its captions in place: a .txt beside each clip, metadata.jsonl (which counts where both are
+there), prompts.txt and videos.txt; what is there stays. With output_dir=PATH, which an archive needs, all of
+it goes to a folder of its own, with the clips unless include_videos=false.
+On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m lib.caption FOLDER ...
+The same command again goes on where one was stopped (captions.jsonl says what is done).
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from lib.compute import Stopped, limit_spinning
+from lib.errors import UserError
+from lib.serving.configs import PROJECT
+from lib.serving.inputs import describe_inputs, parse_inputs
+from lib.serving.progress import LogView
+from lib.serving.schema import training_inputs
+
+USAGE = "script/caption FOLDER_OR_ARCHIVE [output_dir=PATH] [setting=value ...]"
+SOURCE, OUTPUT_DIR = "input_videos", "output_dir"
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    document = training_inputs(PROJECT / "predict_caption_dataset.py", name="Runner")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has seen enough
+            print(
+                f"usage: {USAGE}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}", flush=True
+            )
+        return 0 if arguments else 2
+    limit_spinning()
+    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank == 0
+    view, stop = LogView(), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _stop(stop, tell=first))
+    try:
+        pairs, output = _split(arguments)
+        values = parse_inputs(pairs, document, send_files=False)
+    except UserError as error:
+        if first:
+            print(error, file=sys.stderr)
+        return 2
+    try:
+        result = _run(values, output, stop, view.line if first else _silent)
+    except UserError as error:
+        view.close()
+        print(error if first else f"process {rank}: {error}", file=sys.stderr)
+        return 1
+    except (Stopped, KeyboardInterrupt):
+        view.close()
+        if first:
+            print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    view.close()
+    if first and result is not None:
+        print(result)
+    return 0 if result is not None else 1
+
+
+def _run(values: dict[str, Any], output: Path | None, stop: threading.Event, report: Any) -> Path | None:
+    """The folder of captions; None where another process tells why there are none."""
+    # torch comes in only for a command that can be run
+    from lib.caption.local import caption_dataset
+    from lib.processes import FirstFailedError, Processes
+    from lib.serving.guard import check_file
+
+    if "://" in values[SOURCE]:
+        raise UserError(f"{values[SOURCE]} is an address; give a folder, zip or tar on this machine.")
+    source = check_file(Path(values.pop(SOURCE)).expanduser())
+    processes = Processes()
+    try:
+        return caption_dataset(
+            source, values, output=output, processes=processes, stop=stop, report=report
+        )  # fmt: skip
+    except FirstFailedError:
+        return None
+    finally:
+        processes.leave()
+
+
+def _split(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The settings, the data set among them, and the output folder if one is given."""
+    pairs: list[str] = []
+    output = None
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == OUTPUT_DIR and equals:
+            output = Path(value).expanduser() if value else None
+        elif equals and name.isidentifier():
+            pairs.append(argument)
+        elif any(pair.startswith(f"{SOURCE}=") for pair in pairs):
+            raise UserError(f"{argument!r} is not setting=value; usage: {USAGE}")
+        else:
+            pairs.append(f"{SOURCE}={argument}")
+    if not any(pair.startswith(f"{SOURCE}=") for pair in pairs):
+        raise UserError(f"no folder or archive is given; usage: {USAGE}")
+    return pairs, output
+
+
+def _stop(stop: threading.Event, *, tell: bool) -> None:
+    """The first signal ends the run after what it is at, the second does not wait for that."""
+    if stop.is_set():
+        raise KeyboardInterrupt
+    stop.set()
+    if tell:  # past sys.stderr, in the middle of whose print() this may come
+        os.write(2, b"\nstopping\n")
+
+
+def _silent(line: str) -> None:
+    """What every process would say, the first says."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
