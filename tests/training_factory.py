@@ -113,4 +113,5 @@ def plan(base: str = "tiny-i2v", *, folder: Path = Path("nowhere"), **settings) 
 
 
 def data(sections: list, **changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"sections": sections, "left_out": [], "encodings": None, "vae": None} | changes)
+    standard = {"sections": sections, "left_out": [], "encodings": None, "vae": None, "captions": []}
+    return SimpleNamespace(**standard | changes)

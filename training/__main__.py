@@ -96,6 +96,8 @@ def _stop(stop: threading.Event, *, tell: bool) -> None:
 def _what_is_left(run: Path) -> str:
     if any((run / "checkpoints").glob("step-*[0-9]")):
         return f"stopped; the same command goes on from the checkpoint in {run}"
+    if any(run.glob("captions*.jsonl")):
+        return f"stopped before the first checkpoint; the same command keeps the captions in {run}"
     return "stopped before the first checkpoint"
 
 

@@ -19,6 +19,8 @@ from training.config import TrainingConfig
 LORA = "lora.safetensors"
 TENSORS = "training.pt"
 STATE = "state.json"
+CAPTIONS = "autocaptions.jsonl"
+"""Only of runs with autocaption, here and in results: what a run that goes on need not caption again."""
 TENSOR_KEYS = frozenset({"optimizer", "schedule", "scaler", "random"})
 
 
@@ -43,10 +45,11 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save(target: Path, state: State, tensors: dict[str, Any], write_lora: Any) -> Path:
+def save(target: Path, state: State, tensors: dict[str, Any], write_lora: Any, *, captions: str = "") -> Path:
     """Write a checkpoint to `target`, which appears only when all of it is on the disk.
 
-    `write_lora` writes the LoRA to the path that it is given. Raises UserError when the disk is full.
+    `write_lora` writes the LoRA to the path that it is given; `captions` is the content of CAPTIONS. Raises
+    UserError when the disk is full.
     """
     if is_checkpoint(target):  # a stop right after a checkpoint asks for the same one once more
         return target
@@ -57,6 +60,8 @@ def save(target: Path, state: State, tensors: dict[str, Any], write_lora: Any) -
         write_lora(partial / LORA)
         torch.save(tensors, partial / TENSORS)
         (partial / STATE).write_text(json.dumps(asdict(state)))
+        if captions:
+            (partial / CAPTIONS).write_text(captions, encoding="utf-8")
         for path in partial.iterdir():
             _flush(path)
         os.replace(partial, target)

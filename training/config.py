@@ -57,6 +57,12 @@ class TrainingConfig:
     """Put before every caption, the trigger word included."""
     caption_suffix: str = setting("")
     """Put after every caption."""
+    autocaption: bool = setting(False)
+    """Let a captioning model describe the clips that have no caption, before anything else is computed."""
+    autocaption_prompt: str = setting("")
+    """What it is asked about each clip; empty: to describe it in detail."""
+    autocaption_model: str = setting("")
+    """Its name, folder or Hub repository; empty: cogvlm2-caption, beside an embedded base tiny-caption."""
     fps: int | None = setting(None, ge=1, le=60)
     """Clips are resampled to this rate, by default the base's: another one teaches another pace."""
     max_num_frames: int | None = setting(None, ge=5, le=1000)
@@ -234,6 +240,10 @@ class TrainingConfig:
             "prior_prompts need prior_preservation, the share of samples that they are for",
         )
         _require(
+            self.autocaption or not (self.autocaption_prompt or self.autocaption_model),
+            "autocaption_prompt and autocaption_model need autocaption=true",
+        )
+        _require(
             re.fullmatch(r"[\w-][\w.-]*", self.tracker_name, re.ASCII) is not None,  # it names a folder
             f"tracker_name={self.tracker_name!r} is not a plain name of letters, digits, '.', '_' and '-'",
         )
@@ -265,7 +275,7 @@ class TrainingConfig:
 
     def public(self) -> dict[str, Any]:
         """Every setting but secrets and this machine's paths, for records and model cards."""
-        hidden = ("input_videos", "resume_from", "validation_images", *SECRETS)
+        hidden = ("input_videos", "resume_from", "validation_images", "autocaption_model", *SECRETS)
         return {name: getattr(self, name) for name, _, _ in _fields() if name not in hidden}
 
     def fits(self) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib import models, weights
+from lib import hub, models, weights
 from lib.errors import UserError
 from lib.models import ModelSpec, Task
+from lib.sources import local_sources_allowed
 from training.clips import Sampling
 from training.config import DEFAULT_STEPS, MAX_WARMUP_STEPS, TrainingConfig
 
 TRAINABLE: tuple[Task, ...] = ("i2v", "t2v")
+CAPTIONER = "cogvlm2-caption"
+"""What CogVideoX's own training captions were made with."""
 LIBRARIES = {
     "adam_8bit": "bitsandbytes",
     "adamw_8bit": "bitsandbytes",
@@ -61,14 +64,16 @@ def base_name() -> str:
 def check_at_the_door(config: TrainingConfig, name: str, device: str) -> None:
     """Refuse what cannot work, before data or weights are touched.
 
-    Raises UserError for a base that is not trained here, and for an optimizer, tracker or precision that
-    this machine lacks.
+    Raises UserError for a base that is not trained here, a captioner that is none, and for an optimizer,
+    tracker or precision that this machine lacks.
     """
     if name in models.SPECS:
         _check_base(name, models.SPECS[name].task, config)
         _check_shape(config, models.SPECS[name])
     elif Path(name).expanduser().is_dir():  # of a repository only the task is known before the download
         settle(config, name, locate_base(name, config, print), device)
+    if config.autocaption:
+        _check_captioner_at_the_door(captioner_name(config, label(name)))
     _checkpointing(config, device)
     if config.optimizer.endswith("_8bit") and device == "cpu":
         raise UserError(
@@ -99,6 +104,19 @@ def locate_base(name: str, config: TrainingConfig, report: Callable[[str], None]
         name,
         check=lambda index: _check_base(name, models.task_of(index, name), config),
         report=report,
+    )
+
+
+def captioner_name(config: TrainingConfig, base: str) -> str:
+    """The model that captions clips for a base of this name: autocaption_model, or the base's default."""
+    embedded = base in models.DEFAULT_MODELS.values()
+    return config.autocaption_model or (models.DEFAULT_MODELS["caption"] if embedded else CAPTIONER)
+
+
+def locate_captioner(name: str, report: Callable[[str], None]) -> Path:
+    """The captioner's folder, downloaded if need be. Raises UserError when it is no captioning model."""
+    return weights.locate(
+        name, check=lambda index: _check_captioner(name, models.task_of(index, name)), report=report
     )
 
 
@@ -181,6 +199,31 @@ def _check_base(name: str, task: Task, config: TrainingConfig) -> None:
             f"validation needs an image for each prompt, as {name} starts from images: there are {prompts} "
             f"prompts (validation_prompt, separated by {config.validation_prompt_separator!r}) and {images} "
             "validation_images."
+        )
+
+
+def _check_captioner_at_the_door(name: str) -> None:
+    """Of a repository the rest is known when it is looked at; where it is, is the downloader's to say."""
+    if name in models.SPECS:
+        _check_captioner(name, models.SPECS[name].task)
+    elif not local_sources_allowed() and (
+        Path(name).expanduser().exists() or not hub.REPOSITORY.fullmatch(name.partition("@")[0])
+    ):
+        raise UserError(
+            f"autocaption_model={name!r} is neither a captioning model's name "
+            f"({', '.join(models.names_for('caption'))}) nor a Hub repository (owner/name)."
+        )
+    if name in models.DEFAULT_MODELS.values() or Path(name).expanduser().exists():
+        from lib.caption.config import read_config
+
+        read_config(locate_captioner(name, print))
+
+
+def _check_captioner(name: str, task: Task) -> None:
+    if task != "caption":
+        raise UserError(
+            f"autocaption_model={name} is a model for {models.TASK_NAMES[task]}; clips are captioned by "
+            f"{', '.join(models.names_for('caption'))} and models of that kind."
         )
 
 

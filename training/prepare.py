@@ -4,13 +4,14 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lib import weights
+from lib.caption.record import Row
 from lib.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from lib.errors import UserError
 from lib.pipelines import silence_libraries
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX
 
 Report = Callable[[str], None]
+WITHOUT_CAPTION = "no caption: "
+REMEDY = "With autocaption=true a model captions the clips that have no caption."
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +48,8 @@ class Data:
     """For the image condition, without its decoder; None for text to video."""
     scaling_factor: float
     """Of the latents."""
+    captions: list[Row] = field(default_factory=list)
+    """With autocaption, where every clip's caption is from."""
 
 
 @contextlib.contextmanager
@@ -54,8 +59,8 @@ def found_clips(
     """The data set's clips. What an archive holds is below `work` for as long as the block lasts; what comes
     from the Hub stays in the cache folder, for other runs and for this one when it goes on.
 
-    Captions are as they will be trained. Raises UserError when there is nothing to train on, or something is
-    left out and on_bad_clip says stop; Stopped while it unpacks or downloads.
+    Captions are their owners', with autocaption empty where there is none. Raises UserError when there is
+    nothing to train on; Stopped while it unpacks or downloads.
     """
     try:
         if config.dataset_name:
@@ -65,14 +70,10 @@ def found_clips(
             )
         else:
             folder = from_main(accelerator, lambda: open_data(Path(config.input_videos), work, stop=stop))
-        clips, left_out = find_clips(
-            folder, video_column=config.video_column, caption_column=config.caption_column
-        )
-        affixes = {
-            name: getattr(config, name) for name in ("trigger_word", "caption_prefix", "caption_suffix")
-        }
-        clips = [replace(clip, caption=full_caption(clip.caption, **affixes)) for clip in clips]
+        clips, left_out = _find(config, folder)
         tell_left_out(left_out, report)
+        if not config.autocaption and any(each.reason.startswith(WITHOUT_CAPTION) for each in left_out):
+            report(REMEDY)
         yield clips, left_out
         accelerator.wait_for_everyone()
     finally:
@@ -80,15 +81,30 @@ def found_clips(
             shutil.rmtree(work, ignore_errors=True)
 
 
+def _find(config: TrainingConfig, folder: Path) -> tuple[list[Clip], list[LeftOut]]:
+    columns = {"video_column": config.video_column, "caption_column": config.caption_column}
+    try:
+        return find_clips(folder, **columns, need_captions=not config.autocaption)
+    except UserError as error:
+        if config.autocaption or WITHOUT_CAPTION not in str(error):
+            raise
+        raise UserError(f"{error} {REMEDY}") from error
+
+
 def encode_data(
     plan: Plan, clips: list[Clip], left_out: list[LeftOut], accelerator: "Accelerator", *,
     report: Report, check: Callable[[], None],
 ) -> Data:  # fmt: skip
-    """Encode captions, then clips, each process its share; text encoder and VAE decoder are gone afterwards.
+    """Encode captions with what goes around them, then clips, each process its share; text encoder and VAE
+    decoder are gone afterwards.
 
     Raises UserError when no clip can be used, or one cannot and on_bad_clip says stop.
     """
     silence_libraries()
+    affixes = {
+        name: getattr(plan.config, name) for name in ("trigger_word", "caption_prefix", "caption_suffix")
+    }
+    clips = [replace(clip, caption=full_caption(clip.caption, **affixes)) for clip in clips]
     parts = {name: model_digest(plan.folder / name) for name in ("vae", "text_encoder", "tokenizer")}
     cache = LatentCache(weights.cache_folder() / "latents")
     text_key = f"{parts['text_encoder']} {parts['tokenizer']} {plan.spec.text_tokens} {plan.dtype}"
@@ -118,7 +134,7 @@ def encode_data(
             )
         )
         report(f"progress: encoding clips {done + 1}/{len(mine)}")
-    outcomes = _in_order(_gather(outcomes, accelerator))
+    outcomes = _in_order(gather(outcomes, accelerator))
     sections = [section for outcome in outcomes if isinstance(outcome, list) for section in outcome]
     unusable = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]
     tell_left_out(unusable, report)
@@ -207,8 +223,8 @@ def _scaling_factor(plan: Plan) -> float:
     return read_config(plan.folder / "vae" / "config.json", "scaling_factor")["scaling_factor"]
 
 
-def _gather(mine: list, accelerator: "Accelerator") -> list[list]:
-    """What every process has, by process."""
+def gather(mine: list, accelerator: "Accelerator") -> list[list]:
+    """What every process has, by process, in every process."""
     if accelerator.num_processes == 1:
         return [mine]
     from accelerate.utils import gather_object

@@ -13,8 +13,9 @@ import torch
 
 from lib.archive import disk_error
 from training import checkpoints
+from training.autocaption import as_lines
 from training.checkpoints import State
-from training.plan import Plan, trackers
+from training.plan import Plan, captioner_name, label, trackers
 from training.prepare import Data
 from training.watch import write_losses
 
@@ -61,6 +62,8 @@ def write_result(
             for section in data.sections
         ]
         _write_lines(partial / "captions.jsonl", rows)
+        if data.captions:
+            (partial / checkpoints.CAPTIONS).write_text(as_lines(data.captions), encoding="utf-8")
         left_out = [{"clip": each.name, "reason": each.reason} for each in data.left_out]
         if left_out:
             _write_lines(partial / "left_out.jsonl", left_out)
@@ -180,7 +183,8 @@ Rank and alpha are in the file: do not scale by alpha / rank a second time.
 
 ## How it was made
 
-Captions are in `captions.jsonl`, the loss of every step in `loss.csv` and `loss.png`. Seed {plan.seed}.
+Captions are in `captions.jsonl`, the loss of every step in `loss.csv` and `loss.png`. Seed {plan.seed}.\
+{_made_captions(plan, data)}
 
 | setting | value |
 |---|---|
@@ -188,6 +192,12 @@ Captions are in `captions.jsonl`, the loss of every step in `loss.csv` and `loss
 
 The base's licence holds for what is made with it.
 """
+
+
+def _made_captions(plan: Plan, data: Data) -> str:
+    made = sum(row.status == "captioned" for row in data.captions)
+    captioner = label(captioner_name(plan.config, plan.base))
+    return f" Of {len(data.captions)} clips {made} were captioned by {captioner}." if made else ""
 
 
 def _command(plan: Plan, prompt: str) -> str:

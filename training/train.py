@@ -48,6 +48,18 @@ def train(
         description="Put after every caption.",
         default="",
     ),
+    autocaption: bool = Input(
+        description="Let a captioning model describe the clips that have no caption, before anything else is computed.",
+        default=False,
+    ),
+    autocaption_prompt: str = Input(
+        description="What it is asked about each clip; empty: to describe it in detail.",
+        default="",
+    ),
+    autocaption_model: str = Input(
+        description="Its name or Hub repository; empty: cogvlm2-caption, beside an embedded base tiny-caption.",
+        default="",
+    ),
     fps: Optional[int] = Input(
         description="Clips are resampled to this rate, by default the base's: another one teaches another pace.",
         ge=1,
@@ -399,6 +411,9 @@ def train(
             trigger_word=trigger_word,
             caption_prefix=caption_prefix,
             caption_suffix=caption_suffix,
+            autocaption=autocaption,
+            autocaption_prompt=autocaption_prompt,
+            autocaption_model=autocaption_model,
             fps=fps,
             max_num_frames=max_num_frames,
             height=height,

@@ -2,8 +2,8 @@
 
     train(TrainingConfig(input_videos="clips.zip"), Path("runs/star"))
 
-The folder of a run holds checkpoints/, loss.csv, validation/, what trackers write, at last result/. A run
-whose folder has checkpoints goes on from the newest.
+The folder of a run holds checkpoints/, loss.csv, validation/, captions that were made, what trackers write,
+at last result/. A run whose folder has checkpoints goes on from the newest.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from lib.compute import Stopped
 from training import checkpoints, objective
 from training.adapter import add_adapter, check_adapter, check_targets, load_adapter, save_adapter
 from training.ahead import Ahead
+from training.autocaption import as_lines, write_captions
 from training.base import load_transformer, skeleton, store_in_fp8
 from training.batches import Chances, Sampler
 from training.checkpoints import State
@@ -91,7 +92,13 @@ def train(
                 weights.go_offline()
                 check_targets(skeleton(folder), config.targets)
                 wanted = validation_requests(plan)
+                captions = []
+                if config.autocaption:
+                    *found, captions = write_captions(
+                        plan, *found, run, accelerator, origin=origin, stop=stop, report=report
+                    )
                 data = encode_data(plan, *found, accelerator, report=report, check=check)
+                data.captions = captions
             start_trackers(accelerator, config)
             trainer = Trainer(plan, data, run, accelerator, publisher, wanted, origin=origin, report=report)
         try:
@@ -258,6 +265,7 @@ class Trainer:
                     "random": torch.get_rng_state(),
                 },
                 lambda path: self.save_lora(path, torch.float32),
+                captions=as_lines(self.data.captions),
             )
             checkpoints.keep_newest(self.run, self.plan.config.checkpoints_total_limit)
             self.publisher.checkpoint(folder)

@@ -127,6 +127,25 @@ def test_a_run_that_waits_for_anothers_download_can_be_cancelled(tmp_path, kept,
     assert downloads(hub) == []
 
 
+def test_clips_without_a_caption_are_left_out_and_autocaption_is_named(tmp_path):
+    archive, said = zip_with(tmp_path / "clips.zip", FILES | {"b.txt": b" "}), []
+    assert captions(tmp_path / "data", input_videos=str(archive), report=said.append) == {"a.mp4": "a ball"}
+    assert said == [
+        "left out: b.mp4: no caption: b.txt is empty; write what the clip shows into it",
+        "With autocaption=true a model captions the clips that have no caption.",
+    ]
+    archive = zip_with(tmp_path / "none.zip", {"b.mp4": b"b"})
+    with pytest.raises(UserError, match=r"holds no clips.* With autocaption=true a model captions the clips"):
+        captions(tmp_path / "data", input_videos=str(archive))
+
+
+def test_with_autocaption_clips_without_a_caption_are_clips(tmp_path):
+    archive, said = zip_with(tmp_path / "clips.zip", FILES | {"b.txt": b" "}), []
+    given = {"input_videos": str(archive), "autocaption": True, "trigger_word": "TOK"}
+    assert captions(tmp_path / "data", **given, report=said.append) == {"a.mp4": "a ball", "b.mp4": ""}
+    assert said == []
+
+
 def test_a_cancelled_run_does_not_unpack(tmp_path):
     archive, stop = zip_with(tmp_path / "clips.zip", FILES), threading.Event()
     stop.set()

@@ -170,6 +170,14 @@ def test_whole_floats_are_whole_numbers_and_others_are_not():
         ({"hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' is not owner/name."),
         ({"hub_model_id": "/star"}, "hub_model_id='/star' is not owner/name."),
         (
+            {"autocaption_prompt": "What is it?"},
+            "autocaption_prompt and autocaption_model need autocaption=true.",
+        ),
+        (
+            {"autocaption_model": "tiny-caption"},
+            "autocaption_prompt and autocaption_model need autocaption=true.",
+        ),
+        (
             {"max_train_steps": 5, "num_train_epochs": 2},
             "max_train_steps=5 and num_train_epochs=2 exclude each other; give one.",
         ),
@@ -217,14 +225,14 @@ def test_records_hold_no_secrets_and_no_paths():
     secret = config(
         input_videos="/home/me/clips.zip", hub_token="hf_secret", wandb_api_key="wandb-secret",
         hub_model_id="me/star", resume_from="/home/me/old.tar", validation_prompt="a star",
-        validation_images=("/home/me/first.png",),
+        validation_images=("/home/me/first.png",), autocaption=True, autocaption_model="/home/me/captioner",
     )  # fmt: skip
     public = secret.public()
     assert not {"input_videos", "hub_token", "wandb_api_key", "resume_from", "validation_images"} & set(
         public
     )
     assert not any(word in str(public) for word in ("secret", "/home/me"))
-    assert set(public) == set(FIELDS) - {*FILES, *SECRETS, "resume_from"}
+    assert set(public) == set(FIELDS) - {*FILES, *SECRETS, "resume_from", "autocaption_model"}
     assert public["hub_model_id"] == "me/star" and public["rank"] == 128
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 
 from lib.errors import UserError
 from lib.models import SPECS
+from tests.caption_factory import write_captioner
 from tests.training_factory import LAYOUTS, config
 from tiny.networks import SCHEDULER
 from training import plan as module
 from training.plan import (
     base_name,
+    captioner_name,
     check_at_the_door,
     locate_base,
     precision,
@@ -100,6 +102,46 @@ def test_a_captioning_model_is_refused_with_the_bases_that_there_are():
         f"text to video, on {', '.join(bases)}."
     )
     assert at_the_door("cogvlm2-caption") == expected
+
+
+# The captioner
+
+
+def test_the_captioner_is_the_embedded_one_beside_embedded_bases_and_the_released_one_elsewhere():
+    assert captioner_name(config(), "tiny-i2v") == captioner_name(config(), "tiny-t2v") == "tiny-caption"
+    assert (
+        captioner_name(config(), "cogvideox-5b") == captioner_name(config(), "my-base") == "cogvlm2-caption"
+    )
+    assert captioner_name(config(autocaption=True, autocaption_model="me/own"), "tiny-i2v") == "me/own"
+
+
+def test_a_captioner_that_is_none_is_refused():
+    assert at_the_door(autocaption=True, autocaption_model="cogvideox-5b") == (
+        "autocaption_model=cogvideox-5b is a model for text-to-video; clips are captioned by tiny-caption, "
+        "cogvlm2-caption and models of that kind."
+    )
+    check_at_the_door(config(autocaption=True), "cogvideox-5b", "cpu")
+
+
+def test_a_captioners_folder_is_looked_into_where_local_sources_are_allowed(tmp_path, monkeypatch):
+    settings = {"autocaption": True, "autocaption_model": str(tmp_path / "captioner")}
+    refused = (
+        f"autocaption_model='{tmp_path}/captioner' is neither a captioning model's name (tiny-caption, "
+        "cogvlm2-caption) nor a Hub repository (owner/name)."
+    )
+    assert at_the_door(**settings) == refused
+    write_captioner(tmp_path / "captioner")
+    assert at_the_door(**settings) == refused
+    monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
+    check_at_the_door(config(**settings), "tiny-i2v", "cpu")
+    (tmp_path / "captioner" / "config.json").write_text('{"architectures": ["CogVLMVideoForCausalLM"]}')
+    assert "has a config.json that is no CogVLM2-Caption's: 'vision_config' is missing" in at_the_door(
+        **settings
+    )
+    assert at_the_door(autocaption=True, autocaption_model=str(TINY)) == (
+        f"autocaption_model={TINY} is a model for image-to-video; clips are captioned by tiny-caption, "
+        "cogvlm2-caption and models of that kind."
+    )
 
 
 @pytest.mark.parametrize("base", ["tiny-t2v", "cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"])

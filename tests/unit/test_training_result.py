@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from lib.dataset import LeftOut
+from lib.caption.record import Row
+from lib.dataset import LeftOut, find_clips
 from lib.errors import UserError
 from lib.lora_base import recorded_facts
 from lib.lora_file import read_header
@@ -84,6 +85,28 @@ def test_the_folder_holds_everything_about_the_run(tmp_path):
     with (folder / "loss.csv").open() as file:
         assert list(csv.reader(file)) == [["step", "loss"], ["1", "0.5"], ["2", "0.25"]]
     assert (folder / "validation" / "step-000002-1.mp4").read_bytes() == b"clip"
+
+
+def test_captions_that_were_made_are_a_table_that_a_data_set_can_have(tmp_path):
+    rows = [
+        Row(file_name="a.mp4", status="kept", caption="a star"),
+        Row(file_name="b.mp4", status="captioned", caption="a ball", fingerprint="0123"),
+        Row(file_name="c.mp4", status="failed", error="no video"),
+    ]
+    given = data([section(caption="TOK a star"), section("b.mp4", "TOK a ball")], captions=rows)
+    made_plan = plan(autocaption=True, trigger_word="TOK")
+    folder = write_result(tmp_path / "run", made_plan, given, state(), save_lora)
+    card = (folder / "README.md").read_text()
+    assert "in `loss.csv` and `loss.png`. Seed 7. Of 3 clips 1 were captioned by tiny-caption.\n\n|" in card
+    assert [row["caption"] for row in lines(folder / "captions.jsonl")] == ["TOK a star", "TOK a ball"]
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for row in rows:
+        (clips / row.file_name).write_bytes(b"video")
+    (clips / "metadata.jsonl").write_bytes((folder / "autocaptions.jsonl").read_bytes())
+    found, left_out = find_clips(clips)
+    assert {clip.name: clip.caption for clip in found} == {"a.mp4": "a star", "b.mp4": "a ball"}
+    assert [each.name for each in left_out] == ["c.mp4"]
 
 
 def test_the_lora_is_stored_in_the_type_that_it_serves_in(tmp_path):
