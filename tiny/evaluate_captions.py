@@ -54,7 +54,7 @@ def agreement(text: str, asked: Attributes) -> dict[str, bool]:
 
 
 def write_rendered_clips(folder: Path, count: int, *, seed: int) -> list[tuple[Path, Attributes]]:
-    """Clips never trained on, every third of a held-out combination: H.264 of many sizes, rates and lengths."""
+    """Clips never trained on, every third of a held-out combination: of many sizes, rates and lengths."""
     rng, clips = np.random.default_rng((seed, 77)), []
     for index in range(count):
         pool = world.HELD_OUT_COMBINATIONS if index % 3 == 0 else world.TRAINED_COMBINATIONS
