@@ -69,8 +69,10 @@ def build_caption_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def sample_exchange(attributes: Attributes, rng: np.random.Generator) -> tuple[str, str]:
-    """A question and its answer: four times in five the caption, else one attribute."""
+def sample_exchange(attributes: Attributes, rng: np.random.Generator, *, easy: bool) -> tuple[str, str]:
+    """A question and its answer: four times in five the caption, else one attribute; if easy one question."""
+    if easy:
+        return CAPTION_QUESTIONS[0], canonical_caption(attributes)
     if rng.random() < 0.8:
         question = CAPTION_QUESTIONS[0]
         if rng.random() < 0.5:

@@ -22,6 +22,8 @@ MAX_CLIPS = 64
 SEEING_SHARE = 0.25
 """Of the steps, the first: single frames of many clips and the hints' loss alone. From whole clips, which are
 few and whose frames are alike, the tower did not learn shapes."""
+EASY_SHARE = 0.55
+"""Until then clips of few frames and the plainest question: with all forms at once motion is learnt late."""
 SEEN_FRAMES = 192
 """Per step while it learns to see, over all processes."""
 HINT_WEIGHT = 1.0
@@ -30,7 +32,11 @@ UNKNOWN_WORDS = 0.05
 
 
 class Hints(nn.Module):
-    """Reads a frame's contents off its tokens, to make the tower learn to see before anything is said."""
+    """Reads a frame's contents off its tokens, so that the tower learns to see before anything is said.
+
+    And how far the shape has come since the first frame, off the language model at each frame's last token,
+    one layer below the top: without that it was still guessing motions after a thousand steps.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -38,6 +44,7 @@ class Hints(nn.Module):
         self.colour = nn.Linear(width, len(world.COLOURS))
         self.background = nn.Linear(width, len(world.BACKGROUNDS))
         self.centre = nn.Linear(width, 2)
+        self.travel = nn.Linear(width, 2)
 
     def loss(self, tokens: torch.Tensor, attributes: list[Attributes], centres: torch.Tensor) -> torch.Tensor:
         """Cross entropies and, for where the shape is, squared error, for tokens [N, tokens, width]."""
@@ -51,6 +58,11 @@ class Hints(nn.Module):
             wanted = torch.tensor([values.index(getattr(a, name)) for a in attributes], device=seen.device)
             total = total + F.cross_entropy(getattr(self, name)(seen).float(), wanted)
         return total / 4
+
+    def travel_loss(self, ends: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        """Squared error for hidden states [clips, frames, width] and centres [clips, frames, 2]."""
+        travelled = 4 * (centres - centres[:, :1]).to(ends.device)
+        return F.mse_loss(self.travel(ends).float(), travelled)
 
 
 class Student(nn.Module):
@@ -98,9 +110,10 @@ def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) ->
                 hint = _hint(student, student.model.vision(frames.to(worker.device)), frames, shown)
                 loss, weight = torch.zeros(()), 1.0
             else:
-                lesson = draw_lesson(pool, tokenizer, worker, seed=seed, step=step)
+                easy = step < EASY_SHARE * steps
+                lesson = draw_lesson(pool, tokenizer, worker, easy=easy, seed=seed, step=step)
                 loss, hint = _losses(student, lesson, worker.device)
-                weight = HINT_WEIGHT * max(0.0, 1 - 2 * (step - seeing) / (steps - seeing))
+                weight = HINT_WEIGHT * (1 - (step - seeing) / (steps - seeing))
         optimizer.zero_grad(set_to_none=True)
         (loss + weight * hint).backward()
         worker.average_gradients(student)
@@ -143,12 +156,13 @@ def draw_frames(
 
 
 def draw_lesson(
-    pool: CaptionPool, tokenizer: PreTrainedTokenizerFast, worker: loop.Worker, *, seed: int, step: int
-) -> Lesson:
+    pool: CaptionPool, tokenizer: PreTrainedTokenizerFast, worker: loop.Worker, *,
+    easy: bool, seed: int, step: int,
+) -> Lesson:  # fmt: skip
     """Clips, questions and answers of a step, drawn from seed, step and process."""
     rng = worker.rng(seed, step)
     # The same in every process, so that none waits for another.
-    template, count = _form(np.random.default_rng((seed, step, 10**6)))
+    template, count = _form(np.random.default_rng((seed, step, 10**6)), easy=easy)
     clips = max(8, min(MAX_CLIPS, FRAMES_PER_STEP // count)) // worker.count
     chosen = rng.integers(0, len(pool.length), clips)
     prompts, answers, frames, shown = [], [], [], []
@@ -159,7 +173,7 @@ def draw_lesson(
                 shape=attributes.shape, colour=attributes.colour, background=attributes.background,
                 motion="still",
             )  # fmt: skip
-        question, answer = sample_exchange(attributes, rng)
+        question, answer = sample_exchange(attributes, rng, easy=easy)
         prompts.append(_prompt(question, count, template, tokenizer, rng))
         answers.append([*tokenizer.encode(answer, add_special_tokens=False), EOS])
         length = int(pool.length[place])
@@ -169,8 +183,10 @@ def draw_lesson(
     return Lesson(prompts, answers, normalised(torch.stack(frames)), shown)
 
 
-def _form(rng: np.random.Generator) -> tuple[Template, int]:
+def _form(rng: np.random.Generator, *, easy: bool) -> tuple[Template, int]:
     """Template and number of frames: seconds in chat are few, an even sampling has up to 24."""
+    if easy:
+        return ("chat", int(rng.integers(2, 4))) if rng.random() < 0.5 else ("base", int(rng.integers(2, 6)))
     if rng.random() < 0.4:
         return "chat", int(rng.choice([1, 2, 2, 2, 3, 3, 4, 5, 6, 8, 12, 24]))
     template = "vqa" if rng.random() < 0.15 else "base"
@@ -209,9 +225,17 @@ def _losses(student: Student, lesson: Lesson, device: str) -> tuple[torch.Tensor
     mask = (torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]).long()
     embeds = model.language.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((types == 1)[..., None], seen.to(embeds.dtype))
-    logits = model.language(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-    ).logits
+    said = model.language(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    ends = said.hidden_states[-2][types == 1].reshape(*lesson.frames.shape[:2], seen.shape[1], -1)[:, :, -1]
+    centres = _centres(lesson.frames.flatten(0, 1)).reshape(*lesson.frames.shape[:2], 2)
+    hint = hint + student.hints.travel_loss(ends, centres)
+    logits = said.logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, 1:].flatten(), ignore_index=-100)
     return loss, hint
 
