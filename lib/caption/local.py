@@ -170,9 +170,8 @@ def _finish(
         _write(made, place, request, report)
     finally:
         # In one file, and without what failed, which the next run tries again.
-        Record(_record_path(place.output, 0)).rewrite(
-            row for row in known.values() if row.status == "captioned"
-        )
+        kept = sorted(known.items())
+        Record(_record_path(place.output, 0)).rewrite(row for _, row in kept if row.status == "captioned")
         for path in _record_paths(place.output):
             if OTHERS_RECORD.fullmatch(path.name):
                 path.unlink(missing_ok=True)
