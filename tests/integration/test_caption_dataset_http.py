@@ -1,0 +1,153 @@
+"""Data sets through a real server: an archive in, a captioned one out; refusals, cancelling, killing."""
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lib.archive import extract_archive
+from lib.dataset import find_clips
+from lib.scratch import PREFIX
+from lib.serving.client import request, wait_until_idle
+from lib.serving.server import Server
+from tests.caption_factory import write_captioner
+from tests.clips_factory import data_uri, write_clips, zip_of, zip_with
+from tests.integration.conftest import wait_for
+
+COUNT = 6
+SLOW = {"max_new_tokens": 150, "batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("captioning")
+    write_captioner(folder / "nonsense", ends=False)
+    for text in write_clips(folder / "clips" / "stars", COUNT).glob("*.txt"):
+        text.unlink()
+    zip_of(folder / "clips", folder / "clips.zip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(folder) -> dict[str, str]:
+    return {"COGVIDEOX_MODEL": str(folder / "nonsense"), "COGVIDEOX_CACHE": str(folder / "cache")}
+
+
+@pytest.fixture(scope="module")
+def server(serve, environment) -> Server:
+    return serve("caption_dataset", environment=environment)
+
+
+def put(server: Server, identifier: str, **inputs) -> dict:
+    wait_until_idle(server.url)
+    _, body = request(server.url, "PUT", f"/predictions/{identifier}", {"input": inputs})
+    return json.loads(body)
+
+
+def unpacked(reply: dict, target: Path) -> Path:
+    assert reply["status"] == "succeeded", reply
+    archive = target.with_suffix(".reply.zip")
+    archive.write_bytes(base64.b64decode(reply["output"].split(",", 1)[1]))
+    return extract_archive(archive, target)
+
+
+def captions(folder: Path) -> dict[str, str]:
+    clips, left_out = find_clips(folder)
+    assert left_out == []
+    return {clip.name: clip.caption for clip in clips}
+
+
+def in_background(server: Server, identifier: str, **inputs) -> threading.Thread:
+    """A request that is running and has captioned a clip at least."""
+    thread = threading.Thread(target=_put_in_vain, args=(server, identifier, inputs))
+    thread.start()
+    kept = Path(server.environment["COGVIDEOX_CACHE"]) / "captions"
+    wait_for(lambda: any(path.stat().st_size for path in kept.glob("*.jsonl")), seconds=120)
+    return thread
+
+
+def _put_in_vain(server: Server, identifier: str, inputs: dict) -> None:
+    with contextlib.suppress(OSError):  # of a server that was killed
+        request(server.url, "PUT", f"/predictions/{identifier}", {"input": inputs})
+
+
+def done_already(reply: dict) -> int:
+    [line] = [line for line in reply["logs"].splitlines() if line.endswith("clips are done already")]
+    return int(line.split()[0])
+
+
+@pytest.fixture(scope="module")
+def unbroken(server, folder) -> dict[str, str]:
+    """What the slow request gives in one go; the archive is sent with it, nothing is looked up."""
+    reply = put(server, "unbroken", input_videos=data_uri(folder / "clips.zip"), **SLOW)
+    assert f"progress: captioning {COUNT}/{COUNT}, 0:00 left" in reply["logs"]
+    assert {key: reply["metrics"][key] for key in ("clips", "captioned", "kept", "failed", "model")} == {
+        "clips": COUNT, "captioned": COUNT, "kept": 0, "failed": 0, "model": "nonsense"
+    }  # fmt: skip
+    return captions(unpacked(reply, folder / "unbroken"))
+
+
+def test_an_archive_comes_back_with_captions(unbroken):
+    assert sorted(unbroken) == [f"stars/star-{index:03d}.mp4" for index in range(COUNT)]
+    assert len(set(unbroken.values())) == COUNT
+
+
+def test_a_cancelled_request_goes_on_when_it_comes_again(server, folder, unbroken, tmp_path):
+    inputs = {"input_videos": data_uri(folder / "clips.zip"), **SLOW}
+    thread = in_background(server, "cancelled", **inputs)
+    request(server.url, "POST", "/predictions/cancelled/cancel")
+    thread.join(30)
+    wait_until_idle(server.url)
+    tmp = server.scratch / "tmp"
+    wait_for(lambda: not [path for path in tmp.rglob("*") if not path.name.startswith(PREFIX)])
+    reply = put(server, "again", **inputs)
+    assert 1 <= done_already(reply) < COUNT
+    assert captions(unpacked(reply, tmp_path / "again")) == unbroken
+    assert list((folder / "cache" / "captions").iterdir()) == []
+
+
+def test_what_cannot_be_unpacked_is_refused_and_the_next_request_works(server, folder, tmp_path):
+    encrypted = bytearray(zip_with(tmp_path / "plain.zip", {"a.mp4": b"x"}).read_bytes())
+    encrypted[6] |= 1
+    encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "encrypted.zip").write_bytes(encrypted)
+    refusals = {
+        zip_with(tmp_path / "bomb.zip", {"a.mp4": 1100 << 20}): "unpacks to more than the 1.1 GB",
+        zip_with(tmp_path / "up.zip", {"../a.mp4": b"x"}): "'../a.mp4' would leave the target folder",
+        tmp_path / "encrypted.zip": "'a.mp4' is encrypted. Pack the files without a password.",
+        zip_with(tmp_path / "empty.zip", {}): "holds no clips: it is empty",
+        zip_with(tmp_path / "posing.zip", {"a.mp4": b"I am text"}): "a.mp4 is a text file or playlist",
+        folder / "nonsense" / "config.json": "is neither a folder nor a zip or tar archive",
+    }
+    for place, (archive, said) in enumerate(refusals.items()):
+        reply = put(server, f"refused-{place}", input_videos=data_uri(archive))
+        assert (reply["status"], said in reply["error"]) == ("failed", True), (archive.name, reply)
+    with zipfile.ZipFile(folder / "clips.zip") as clips:
+        members = {"deep/ü.mp4": clips.read("stars/star-000.mp4"), "bad.mp4": b"text", "ü.txt": b"no clip's"}
+    archive = zip_with(tmp_path / "good.zip", members)
+    reply = put(server, "good", input_videos=data_uri(archive), max_new_tokens=4, trigger_word="TOK")
+    out = unpacked(reply, tmp_path / "good")
+    [(name, text)] = captions(out).items()
+    assert name == "deep/ü.mp4" and text.startswith("TOK ")
+    assert json.loads((out / "errors.jsonl").read_text())["file_name"] == "bad.mp4"
+    assert list((folder / "cache" / "captions").iterdir()) == []
+
+
+def test_a_killed_server_loses_no_clip_and_does_none_twice(server, folder, environment, unbroken, tmp_path):
+    inputs = {"input_videos": data_uri(folder / "clips.zip"), **SLOW}
+    with Server("caption_dataset", local_sources=True, environment=environment, timeout=300) as doomed:
+        thread = in_background(doomed, "doomed", **inputs)
+        os.killpg(doomed.process.pid, signal.SIGKILL)  # with the process that computes
+        thread.join(30)
+    [record] = (folder / "cache" / "captions").glob("*.jsonl")
+    done = [json.loads(line)["file_name"] for line in record.read_text().splitlines()]
+    reply = put(server, "after", **inputs)
+    assert done_already(reply) == len(done) == len(set(done))
+    assert f"progress: captioning {COUNT - len(done)}/{COUNT - len(done)}" in reply["logs"]
+    assert captions(unpacked(reply, tmp_path / "after")) == unbroken
