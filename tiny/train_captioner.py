@@ -34,8 +34,9 @@ UNKNOWN_WORDS = 0.05
 class Hints(nn.Module):
     """Reads a frame's contents off its tokens, so that the tower learns to see before anything is said.
 
-    And how far the shape has come since the first frame, off the language model at each frame's last token,
-    one layer below the top: without that it was still guessing motions after a thousand steps.
+    And how far the shape is from where it was on average so far, off the language model's first layer: all
+    frames of base share a position, and only what a patch sees of earlier ones tells which way it moves.
+    Without that the model was still guessing motions after a thousand steps.
     """
 
     def __init__(self, width: int) -> None:
@@ -59,10 +60,11 @@ class Hints(nn.Module):
             total = total + F.cross_entropy(getattr(self, name)(seen).float(), wanted)
         return total / 4
 
-    def travel_loss(self, ends: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-        """Squared error for hidden states [clips, frames, width] and centres [clips, frames, 2]."""
-        travelled = 4 * (centres - centres[:, :1]).to(ends.device)
-        return F.mse_loss(self.travel(ends).float(), travelled)
+    def travel_loss(self, patches: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        """Squared error for mean hidden states [clips, frames, width] and centres [clips, frames, 2]."""
+        so_far = centres.cumsum(1) / torch.arange(1, centres.shape[1] + 1)[:, None]
+        travelled = 4 * (centres - so_far).to(patches.device)
+        return F.mse_loss(self.travel(patches).float(), travelled)
 
 
 class Student(nn.Module):
@@ -232,9 +234,9 @@ def _losses(student: Student, lesson: Lesson, device: str) -> tuple[torch.Tensor
         use_cache=False,
         output_hidden_states=True,
     )
-    ends = said.hidden_states[-2][types == 1].reshape(*lesson.frames.shape[:2], seen.shape[1], -1)[:, :, -1]
+    first_layer = said.hidden_states[1][types == 1].reshape(*lesson.frames.shape[:2], seen.shape[1], -1)
     centres = _centres(lesson.frames.flatten(0, 1)).reshape(*lesson.frames.shape[:2], 2)
-    hint = hint + student.hints.travel_loss(ends, centres)
+    hint = hint + student.hints.travel_loss(first_layer[:, :, 1:-1].mean(2), centres)
     logits = said.logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, 1:].flatten(), ignore_index=-100)
     return loss, hint
