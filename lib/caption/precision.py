@@ -58,7 +58,8 @@ def choose_precision(config: CaptionConfig, machine: Machine) -> Precision:
             "float32" if weight_bytes(config, "float32", None) < CPU_SHARE * free else "bfloat16"
         )
         need = weight_bytes(config, dtype, quantization)
-        return Precision(device="cpu", dtype=dtype, quantization=quantization, reason=_room(need, free))
+        reason = "CPU" if need < GIB else _room(need, free)
+        return Precision(device="cpu", dtype=dtype, quantization=quantization, reason=reason)
     dtype = asked or machine.dtype
     need = weight_bytes(config, dtype, quantization) + WORKING_BYTES
     if need > machine.free_bytes and not given and available():
@@ -68,7 +69,7 @@ def choose_precision(config: CaptionConfig, machine: Machine) -> Precision:
         smaller = weight_bytes(config, dtype, "8bit") + WORKING_BYTES
         remedy = f"COGVIDEOX_QUANTIZATION=8bit needs {smaller / GIB:.1f} GiB, and bitsandbytes installed"
         raise UserError(
-            f"this model needs about {_room(need, machine.free_bytes)}. "
+            f"this model {_room(need, machine.free_bytes)}. "
             + (
                 "Use a larger GPU."
                 if quantization == "8bit" or smaller > machine.free_bytes
@@ -101,7 +102,7 @@ def weight_bytes(config: CaptionConfig, dtype: str, quantization: Quantization |
 
 
 def _room(need: int, free: int) -> str:
-    return f"{need / GIB:.1f} GiB, {free / GIB:.1f} GiB free"
+    return f"needs about {need / GIB:.1f} GiB, {free / GIB:.1f} GiB free"
 
 
 def _free_system_bytes() -> int:

@@ -15,6 +15,7 @@ from lib.setup import Model, settle_model
 
 if TYPE_CHECKING:
     from lib.caption.captioner import Captioner
+    from lib.caption.precision import Precision
 
 REPORT_SECONDS = 1.0
 
@@ -109,7 +110,7 @@ class CaptionPredictor:
         return caption.text
 
 
-def load(model: Model, *, report: bool = True):  # type: ignore[no-untyped-def]
+def load(model: Model) -> "tuple[Captioner, Precision]":
     """The captioner of a settled model and the precision chosen for this machine."""
     from lib.caption.captioner import load_captioner
     from lib.caption.config import read_config

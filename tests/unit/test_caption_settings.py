@@ -41,14 +41,17 @@ CPU = Machine(device="cpu", free_bytes=0, dtype="float32")
 
 
 def test_a_large_gpu_takes_the_released_model_as_it_is():
-    assert str(choose_precision(CaptionConfig(), gpu(31))) == "cuda in bfloat16 (26.3 GiB, 31.0 GiB free)"
+    assert (
+        str(choose_precision(CaptionConfig(), gpu(31)))
+        == "cuda in bfloat16 (needs about 26.3 GiB, 31.0 GiB free)"
+    )
 
 
 def test_a_gpu_with_24_gb_takes_8_bits_if_bitsandbytes_is_there(monkeypatch):
     monkeypatch.setattr(precision, "available", lambda: True)
     chosen = choose_precision(CaptionConfig(), gpu(23))
     assert chosen.quantization == "8bit"
-    assert str(chosen) == "cuda in bfloat16, weights in 8bit (15.6 GiB, 23.0 GiB free)"
+    assert str(chosen) == "cuda in bfloat16, weights in 8bit (needs about 15.6 GiB, 23.0 GiB free)"
 
 
 def test_without_bitsandbytes_the_error_says_what_would_fit(monkeypatch):
