@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from lib.serving.configs import PROJECT
 from tests.caption_factory import write_captioner
 from tests.clips_factory import caption, write_clips
+from tests.integration.conftest import wait_for
 from tests.training_commands import losses, several, started
 
 MUTE = ("star-001.mp4", "star-003.mp4")
@@ -42,11 +42,10 @@ def killed(folder, environment) -> str:
     """A run in runs/killed that ended by SIGKILL once its captions were there; what they are."""
     record = folder / "runs" / "killed" / "captions.jsonl"
     with started(folder, environment, *COMMAND, "output_dir=runs/killed") as process:
-        deadline = time.monotonic() + 60
-        while not record.exists() or record.read_text().count("\n") < len(MUTE):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
+        try:
+            wait_for(lambda: record.exists() and record.read_text().count("\n") == len(MUTE), seconds=120)
+        finally:
+            process.kill()
     return record.read_text()
 
 
