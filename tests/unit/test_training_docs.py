@@ -113,7 +113,7 @@ def test_every_training_command_is_one_that_runs(page, variables, words):
     pairs = [word for word in words if not word.startswith("output_dir=")]
     config = TrainingConfig(**parse_inputs(pairs, SETTINGS, send_files=False))
     check_at_the_door(config, variables.get("COGVIDEOX_MODEL", "tiny-i2v"), "cpu")
-    assert page in ("training.md", "training-data.md", "README.md")
+    assert page in ("training.md", "training-data.md", "captions.md", "README.md")
 
 
 def test_there_are_commands_of_every_kind():
