@@ -12,11 +12,14 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lib.caption.place import Place, settled_place
 from lib.compute import Stopped, limit_spinning
 from lib.errors import UserError
+from lib.processes import FirstFailedError, Processes
 from lib.serving.configs import PROJECT
 from lib.serving.inputs import describe_inputs, parse_inputs
 from lib.serving.progress import LogView
@@ -24,6 +27,7 @@ from lib.serving.schema import training_inputs
 
 USAGE = "script/caption FOLDER_OR_ARCHIVE [output_dir=PATH] [setting=value ...]"
 SOURCE, OUTPUT_DIR = "input_videos", "output_dir"
+Report = Callable[[str], None]
 
 
 def main(arguments: list[str]) -> int:
@@ -42,15 +46,18 @@ def main(arguments: list[str]) -> int:
     view, stop = LogView(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: _stop(stop, tell=first))
+    status = 2
     try:
         pairs, output = _split(arguments)
         values = parse_inputs(pairs, document, send_files=False)
+        status = 1
+        place = _place(values.pop(SOURCE), output)
     except UserError as error:
-        if first:
+        if first:  # the others are told the same
             print(error, file=sys.stderr)
-        return 2
+        return status
     try:
-        result = _run(values, output, stop, view.line if first else _silent)
+        result = _run(place, values, stop, view.line if first else _silent)
     except UserError as error:
         view.close()
         print(error if first else f"process {rank}: {error}", file=sys.stderr)
@@ -66,21 +73,22 @@ def main(arguments: list[str]) -> int:
     return 0 if result is not None else 1
 
 
-def _run(values: dict[str, Any], output: Path | None, stop: threading.Event, report: Any) -> Path | None:
-    """The folder of captions; None where another process tells why there are none."""
-    # torch comes in only for a command that can be run
-    from lib.caption.local import caption_dataset
-    from lib.processes import FirstFailedError, Processes
+def _place(source: str, output: Path | None) -> Place:
+    """Raises UserError where the data set is none of this machine's, or captions would be in the way."""
     from lib.serving.guard import check_file
 
-    if "://" in values[SOURCE]:
-        raise UserError(f"{values[SOURCE]} is an address; give a folder, zip or tar on this machine.")
-    source = check_file(Path(values.pop(SOURCE)).expanduser())
+    if "://" in source:
+        raise UserError(f"{source} is an address; give a folder, zip or tar on this machine.")
+    return settled_place(check_file(Path(source).expanduser()), output)
+
+
+def _run(place: Place, values: dict[str, Any], stop: threading.Event, report: Report) -> Path | None:
+    """The folder of captions; None where another process tells why there are none."""
     processes = Processes()
     try:
-        return caption_dataset(
-            source, values, output=output, processes=processes, stop=stop, report=report
-        )  # fmt: skip
+        from lib.caption.local import caption_dataset  # torch comes in only for a command that can be run
+
+        return caption_dataset(place, values, processes=processes, stop=stop, report=report)
     except FirstFailedError:
         return None
     finally:

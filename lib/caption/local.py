@@ -1,11 +1,9 @@
 """Captions for a data set on this machine's disk: one process or several, going on where one was stopped."""
 
 import contextlib
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from lib.archive import disk_error
 from lib.caption.batch import caption_clips, settled
 from lib.caption.dataset import Captioned, DatasetRequest, captioned, check_left_out, request_from, summary
 from lib.caption.folder import complete_folder, write_folder
-from lib.caption.forms import METADATA, PROMPTS, VIDEOS
+from lib.caption.place import RECORD, Place, record_path, record_paths
 from lib.caption.predictor import load, model_mark
 from lib.caption.record import Record, Row, fingerprint
 from lib.dataset import Clip, LeftOut, find_clips, open_data
@@ -22,39 +20,22 @@ from lib.lock import lock
 from lib.processes import Processes
 from lib.setup import Model, settle_model
 
-RECORD = "captions.jsonl"
-OTHERS_RECORD = re.compile(r"captions\.\d+\.jsonl")
-UNPACKED = ".unpacked"
+UNPACKED, LOCK = ".unpacked", ".captions"
+"""In the output folder; names that begin so are not looked at for clips."""
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where a run reads and writes."""
-
-    source: Path
-    """A folder or an archive."""
-    output: Path
-    """The same folder, or another one."""
-
-    @property
-    def in_place(self) -> bool:
-        return self.source == self.output
-
-
 def caption_dataset(
-    source: Path, inputs: Mapping[str, Any], *, output: Path | None, processes: Processes,
-    stop: threading.Event, report: Report,
+    place: Place, inputs: Mapping[str, Any], *, processes: Processes, stop: threading.Event, report: Report,
 ) -> Path:  # fmt: skip
     """Caption the clips of a folder or archive; the folder in which their captions are.
 
-    Without `output` a folder gets them itself. `inputs` are those of predict_caption_dataset.py, less the
-    data set; clips are put beside captions unless include_videos is false. Of several processes each does its
-    share, and the first writes. Raises UserError, FirstFailedError and Stopped; the records of what is done
-    stay in the output folder, and a later call goes on from them.
+    `inputs` are those of predict_caption_dataset.py, less the data set; a folder of their own gets the clips
+    too unless include_videos is false. Of several processes each does its share, and the first writes. Raises
+    UserError, FirstFailedError and Stopped; the records of what is done stay in the output folder, and a later
+    call goes on from them.
     """
     request = request_from(inputs)
-    place = settled_place(source, output)
     model = settle_model("caption")
     first = processes.is_first
     with alone(place.output) if first else contextlib.nullcontext():
@@ -69,7 +50,7 @@ def caption_dataset(
                 report(f"{len(done)} of {len(clips)} clips are done already")
             waiting = [clip for clip in clips if clip.name not in done]
             if waiting and not _has_ended(done, request):
-                share, record = processes.share(waiting), _record_path(place.output, processes.rank)
+                share, record = processes.share(waiting), record_path(place.output, processes.rank)
                 _caption(model, share, request, Record(record), mark, report, stop)
             if first:
                 if processes.count > 1:
@@ -103,41 +84,12 @@ def _caption(
         record.close()
 
 
-def settled_place(source: Path, output: Path | None) -> Place:
-    """Where to read and write. Raises UserError where captions would get in the way of anything."""
-    source = source.absolute()
-    if not source.exists():
-        raise UserError(f"{source} does not exist. Give a folder, or a zip or tar of clips.")
-    if output is None:
-        if not source.is_dir():
-            raise UserError(f"{source.name} is an archive: say with output_dir=PATH where its captions go.")
-        return Place(source=source, output=source)
-    output = output.absolute()
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir={output} is a file; give a folder.")
-    inside = source.is_dir() and output.resolve().is_relative_to(source.resolve())
-    if inside and output.resolve() != source.resolve():
-        raise UserError(
-            f"output_dir={output} lies within the data set, where its clips would be found again; give a "
-            "folder outside of it, or leave output_dir out."
-        )
-    if inside:
-        return Place(source=source, output=source)
-    foreign = [name for name in (METADATA, PROMPTS, VIDEOS) if (output / name).exists()]
-    if foreign and not any(_record_paths(output)):
-        raise UserError(
-            f"output_dir={output} has a {foreign[0]} that is not of an earlier run ({RECORD} is not there); "
-            "give another folder."
-        )
-    return Place(source=source, output=output)
-
-
 @contextlib.contextmanager
 def alone(output: Path) -> Iterator[None]:
     """Hold the output folder. Raises UserError while another command captions there, and where none can."""
     with contextlib.ExitStack() as stack:
         try:
-            held = stack.enter_context(lock(output / RECORD, print, wait=False))
+            held = stack.enter_context(lock(output / LOCK, print, wait=False))
         except OSError as error:
             raise disk_error(error, output) from error
         if not held:
@@ -171,9 +123,9 @@ def _finish(
     finally:
         # In one file, and without what failed, which the next run tries again.
         kept = sorted(known.items())
-        Record(_record_path(place.output, 0)).rewrite(row for _, row in kept if row.status == "captioned")
-        for path in _record_paths(place.output):
-            if OTHERS_RECORD.fullmatch(path.name):
+        Record(record_path(place.output, 0)).rewrite(row for _, row in kept if row.status == "captioned")
+        for path in record_paths(place.output):
+            if path.name != RECORD:
                 path.unlink(missing_ok=True)
     return summary(made)
 
@@ -195,24 +147,11 @@ def _has_ended(done: dict[str, Row], request: DatasetRequest) -> bool:
 def _known(output: Path, marks: dict[str, str]) -> dict[str, Row]:
     """File name -> row in any of the records; where there are several, the one about this question."""
     found: dict[str, Row] = {}
-    for path in _record_paths(output):
+    for path in record_paths(output):
         for name, row in Record(path).read().items():
             if name not in found or row.fingerprint == marks.get(name):
                 found[name] = row
     return found
-
-
-def _record_path(output: Path, rank: int) -> Path:
-    return output / (f"captions.{rank}.jsonl" if rank else RECORD)
-
-
-def _record_paths(output: Path) -> list[Path]:
-    names = [RECORD, *sorted(path.name for path in output.glob("captions.*.jsonl"))]
-    return [
-        output / name
-        for name in names
-        if (name == RECORD or OTHERS_RECORD.fullmatch(name)) and (output / name).is_file()
-    ]
 
 
 def _forget(place: Place) -> None:

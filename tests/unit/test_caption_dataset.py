@@ -16,7 +16,8 @@ from lib.archive import extract_archive
 from lib.caption.captioner import Captioner
 from lib.caption.dataset import DatasetRequest, captioned, request_from
 from lib.caption.dataset_predictor import KEPT_RECORDS, DatasetCaptionPredictor, resumable
-from lib.caption.local import caption_dataset, settled_place
+from lib.caption.local import caption_dataset
+from lib.caption.place import settled_place
 from lib.caption.record import Record, Row
 from lib.compute import Stopped
 from lib.dataset import Clip, LeftOut, find_clips
@@ -99,8 +100,8 @@ def local(
     """What a run on this machine reports."""
     told: list[str] = []
     caption_dataset(
-        source, QUICK | inputs, output=output, processes=Processes(), stop=stop or threading.Event(),
-        report=told.append,
+        settled_place(source, output), QUICK | inputs, processes=Processes(),
+        stop=stop or threading.Event(), report=told.append,
     )  # fmt: skip
     return told
 
@@ -372,7 +373,7 @@ def test_an_archive_goes_into_a_folder_with_its_clips(clips, tmp_path):
     local(zip_of(clips, tmp_path / "in.zip"), tmp_path / "out")
     assert sorted(captions(tmp_path / "out")) == sorted(NAMES)
     assert not (tmp_path / "out" / ".unpacked").exists()
-    assert not (tmp_path / "out" / "captions.jsonl.lock").exists()
+    assert not (tmp_path / "out" / ".captions.lock").exists()
     local(clips, tmp_path / "texts", include_videos=False)
     assert not list((tmp_path / "texts").rglob("*.mp4"))
 
@@ -429,7 +430,7 @@ def test_places_that_would_get_in_the_way_are_refused(clips, tmp_path):
 
 def test_two_commands_do_not_caption_in_one_folder(clips):
     with (
-        lock(clips / "captions.jsonl", print),
+        lock(clips / ".captions", print),
         pytest.raises(UserError, match="another process is captioning"),
     ):
         local(clips)
