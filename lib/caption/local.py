@@ -31,9 +31,9 @@ def caption_dataset(
     """Caption the clips of a folder or archive; the folder in which their captions are.
 
     `inputs` are those of predict_caption_dataset.py, less the data set; a folder of their own gets the clips
-    too unless include_videos is false. Of several processes each does its share, and the first writes. Raises
-    UserError, FirstFailedError and Stopped; the records of what is done stay in the output folder, and a later
-    call goes on from them.
+    too unless include_videos is false. Of several processes each does its share, and the first writes.
+    Raises UserError, FirstFailedError and Stopped; the records of what is done stay in the output folder, and
+    a later call goes on from them.
     """
     request = request_from(inputs)
     model = settle_model("caption")

@@ -243,6 +243,17 @@ def test_the_time_left_follows_the_pace(monkeypatch):
     assert bar("decoding", 1, 2, left=61.9).endswith("1/2, 1:01 left")
 
 
+def test_a_note_that_says_how_long_is_left_stands_for_the_bars_own(monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("lib.serving.progress.time.monotonic", lambda: next(clock))
+    stream = Terminal()
+    view = LogView(stream)
+    view.line("progress: captioning 10/50, 0:50 left")
+    view.line("progress: captioning 20/50, 0:40 left, 1 failed")
+    assert stream.getvalue().endswith("20/50, 0:40 left, 1 failed")
+    assert stream.getvalue().count("left") == 2
+
+
 def test_the_servers_words_are_shown_plainly():
     detail = {
         "loc": ["body", "input", "num_inference_steps"],

@@ -670,3 +670,22 @@ def test_captions_are_put_together_with_one_blank_where_one_belongs(
 ):
     affixes = {"trigger_word": trigger, "caption_prefix": prefix, "caption_suffix": suffix}
     assert full_caption(caption, **affixes) == expected
+
+
+def test_the_listing_of_the_upper_folder_counts_where_two_name_a_clip(tmp_path):
+    files = {
+        "metadata.jsonl": jsonl({"file_name": "deep/a.mp4", "text": "upper"}),
+        "deep/metadata.jsonl": jsonl(
+            {"file_name": "a.mp4", "text": "lower"}, {"file_name": "b.mp4", "text": "only here"}
+        ),
+    }
+    folder = write(tmp_path / "clips", {"deep/a.mp4": b"v", "deep/b.mp4": b"v", **files})
+    assert captions(folder) == {"deep/a.mp4": "upper", "deep/b.mp4": "only here"}
+    assert reasons(folder) == {}
+
+
+def test_a_name_that_is_there_as_written_is_that_file(tmp_path):
+    names = ["a\\b.mp4", " c.mp4", "e\u0301.mp4", "\u00e9.mp4"]
+    files = {"metadata.jsonl": jsonl(*({"file_name": name, "text": repr(name)} for name in names))}
+    folder = write(tmp_path / "clips", {**dict.fromkeys(names, b"v"), **files})
+    assert captions(folder) == {name: repr(name) for name in names}
