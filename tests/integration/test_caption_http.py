@@ -43,6 +43,7 @@ def server(serve):
 
 def ask(server, path: Path | str, **inputs) -> dict:
     video = path if isinstance(path, str) else data_uri(path)
+    wait_until_idle(server.url)  # a request right after a reply can meet 409
     return json.loads(request(server.url, "POST", "/predictions", {"input": {"video": video} | inputs})[1])
 
 
@@ -105,7 +106,6 @@ def test_a_caption_that_is_cut_off_is_reported(server, folder):
 def test_a_bad_file_is_a_clear_error_and_the_next_request_works(server, folder, name, message):
     reply = ask(server, folder / name)
     assert reply["status"] == "failed" and message in reply["error"], reply
-    wait_until_idle(server.url)
     assert ask(server, folder / "clip.mp4")["status"] == "succeeded"
 
 
@@ -128,9 +128,8 @@ def test_what_the_form_does_not_allow_is_refused(server, folder, inputs):
 
 def test_an_empty_prompt_and_one_that_is_too_long_are_clear_errors(server, folder):
     assert "prompt is empty" in ask(server, folder / "clip.mp4", prompt=" ")["error"]
-    wait_until_idle(server.url)
     long = ask(server, folder / "clip.mp4", prompt="video " * 2100)
-    assert long["error"] == "the prompt has 2100 tokens; allowed are 2048"
+    assert long["error"].endswith("the prompt has 2100 tokens; allowed are 2048")
 
 
 def test_a_path_of_the_servers_own_disk_is_refused_unless_allowed(serve, folder):
