@@ -61,7 +61,13 @@ class CaptionSettings:
 
     @property
     def decoding(self) -> Decoding:
-        return Decoding(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+        return Decoding(
+            max_new_tokens=self.max_new_tokens,
+            temperature=float(
+                self.temperature
+            ),  # a request may give whole numbers, which transformers refuses
+            top_p=float(self.top_p),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
