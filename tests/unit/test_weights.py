@@ -341,7 +341,7 @@ class WrongTaskError(UserError):
 
 
 def refuse(index: dict) -> None:
-    raise WrongTaskError(f"{index['_class_name']} is another task")
+    raise WrongTaskError(f"{index.get('_class_name') or index['architectures']} is another task")
 
 
 def test_every_kind_of_source_is_checked_by_its_index(tmp_path, hub):
