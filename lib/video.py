@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.compute import POLL_SECONDS, check_stop
 from lib.encode import read_metadata, write_video
 from lib.errors import UserError
 
@@ -115,13 +117,15 @@ def decode(
 
 
 @contextlib.contextmanager
-def open_video(path: str | Path, *, timeout: float = 60.0) -> Iterator["OpenVideo"]:
+def open_video(
+    path: str | Path, *, timeout: float = 60.0, stop: threading.Event | None = None
+) -> Iterator["OpenVideo"]:
     """A video for reading frame by frame, in memory that does not grow with its length.
 
     `timeout` is how many seconds may be spent waiting for the decoder, opening included; what the caller does
     between frames is not counted. The decoding process is gone when the block ends, however it ends.
     Raises UserError naming the file and the reason when it is no video, is damaged, has no video stream, or
-    takes too long.
+    takes too long; Stopped soon after `stop` was set, also from within a decoder that hangs.
     """
     path = Path(path)
     _refuse_what_is_no_video(path)
@@ -140,7 +144,7 @@ def open_video(path: str | Path, *, timeout: float = 60.0) -> Iterator["OpenVide
         start_new_session=True,  # Ctrl-C is for the parent, which then kills the worker
     )
     try:
-        yield OpenVideo(path, process, timeout)
+        yield OpenVideo(path, process, timeout, stop)
     finally:
         process.kill()
         process.wait()
@@ -168,8 +172,11 @@ class OpenVideo:
     info: VideoInfo
     timestamps: np.ndarray
 
-    def __init__(self, path: Path, process: subprocess.Popen, timeout: float) -> None:
+    def __init__(
+        self, path: Path, process: subprocess.Popen, timeout: float, stop: threading.Event | None
+    ) -> None:
         self._path, self._process, self._timeout, self._left = path, process, timeout, timeout
+        self._stop = stop
         self._poll = select.poll()
         self._poll.register(process.stdout, select.POLLIN)
         self.info = VideoInfo(**json.loads(self._receive(b"I")))
@@ -203,9 +210,12 @@ class OpenVideo:
         buffer = bytearray(length)
         rest = memoryview(buffer)
         while rest:
+            check_stop(self._stop)
             started = time.monotonic()
-            ready = self._poll.poll(max(0.0, self._left) * 1000)
+            ready = self._poll.poll(max(0.0, min(self._left, POLL_SECONDS)) * 1000)
             self._left -= time.monotonic() - started
+            if not ready and self._left > 0:
+                continue  # a cancelled request's exception arrives between two short waits
             if not ready:
                 raise self._error(f"decoding it took longer than {self._timeout:g} s")
             count = self._process.stdout.readinto(rest)

@@ -98,7 +98,7 @@ def _read_ahead(
     def read(clip: Clip) -> SampledClip | UserError:
         check_stop(stop)
         try:
-            return captioner.sample(clip.path, settings)
+            return captioner.sample(clip.path, settings, stop=stop)
         except UserError as error:
             return error
 

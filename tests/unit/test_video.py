@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from lib import video
+from lib.compute import Stopped
 from lib.errors import UserError
 
 QUICK = {
@@ -252,6 +254,16 @@ def test_kills_a_decoder_that_hangs_holding_the_gil(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"clip\.mp4 cannot be decoded: decoding it took longer than 0\.5 s"):
         video.decode(path, timeout=0.5)
     assert time.monotonic() - started < 2
+    assert not is_running(int(pid.read_text()))
+
+
+def test_a_decoder_that_hangs_does_not_keep_a_stop_waiting(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4")
+    pid = replace_worker(tmp_path, monkeypatch, "import re; re.match('(a+)+$', 'a' * 60 + 'b')")
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    with pytest.raises(Stopped), video.open_video(path, timeout=60, stop=stop):
+        pass
     assert not is_running(int(pid.read_text()))
 
 
