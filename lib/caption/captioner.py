@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from lib.caption.config import read_config
 from lib.caption.model import CaptionModel, Decoding
 from lib.caption.preprocessing import pixel_values
 from lib.caption.prompt import Template, build_prompt
@@ -43,6 +44,8 @@ class CaptionSettings:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise UserError(f"prompt is empty; ask something, such as {DEFAULT_PROMPT!r}")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            raise UserError("prompt has bytes that are no text; send it in UTF-8")
         for name, allowed in (
             ("frame_sampling", get_args(FrameSampling)),
             ("template", ("auto", *get_args(Template))),
@@ -92,12 +95,14 @@ class Caption:
     """False where max_new_tokens cut it off."""
 
 
-def sample_clip(path: Path, *, sampling: FrameSampling, size: int) -> SampledClip:
+def sample_clip(
+    path: Path, *, sampling: FrameSampling, size: int, stop: threading.Event | None = None
+) -> SampledClip:
     """Read the frames of a video file that `sampling` chooses, scaled to `size`, one at a time.
 
-    Raises UserError for a file that is no video, is damaged, or takes too long.
+    Raises UserError for a file that is no video, is damaged, or takes too long; Stopped.
     """
-    with open_video(path, timeout=DECODING_SECONDS) as video:
+    with open_video(path, timeout=DECODING_SECONDS, stop=stop) as video:
         info = video.info
         if max(info.width, info.height) > MAX_RATIO * min(info.width, info.height):
             raise UserError(
@@ -122,9 +127,11 @@ class Captioner:
         """Side in pixels of the frames that the model sees."""
         return self.model.config.vision_config.image_size
 
-    def sample(self, path: Path, settings: CaptionSettings) -> SampledClip:
+    def sample(
+        self, path: Path, settings: CaptionSettings, *, stop: threading.Event | None = None
+    ) -> SampledClip:
         """As sample_clip, at this model's size."""
-        return sample_clip(path, sampling=settings.frame_sampling, size=self.frame_size)
+        return sample_clip(path, sampling=settings.frame_sampling, size=self.frame_size, stop=stop)
 
     def check(self, settings: CaptionSettings) -> None:
         """Raise UserError where the prompt is longer than the model reads."""
@@ -186,10 +193,17 @@ def load_captioner(
     folder: Path, *, device: str, dtype: torch.dtype, quantization: str | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> Captioner:  # fmt: skip
-    """The captioner in a model's folder. Raises UserError when the folder is none or not whole."""
+    """The captioner in a model's folder.
+
+    Raises UserError when the folder is none or not whole, or its tokenizer is another model's.
+    """
     from lib.caption.checkpoint import load_model
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer, words = load_tokenizer(folder), read_config(folder).vocab_size
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= words:
+        raise UserError(
+            f"{folder.name}: its tokenizer.json has token {highest}, but its model knows {words} tokens only."
+        )
     return Captioner(
         load_model(folder, device=device, dtype=dtype, quantization=quantization, report=report), tokenizer
     )

@@ -16,6 +16,8 @@ from lib.compute import check_stop
 
 FRAMES_AT_ONCE = 24
 """Through the vision tower: one clip's worth, whatever the batch."""
+LOWEST_TEMPERATURE = 1e-4
+"""Below it the likeliest token is as good as certain, and logits divided by it leave the range of numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +95,8 @@ class CaptionModel(nn.Module):
 
         chosen = {"do_sample": False, "temperature": None, "top_p": None}
         if decoding.temperature > 0:
-            chosen = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+            temperature = max(decoding.temperature, LOWEST_TEMPERATURE)
+            chosen = {"do_sample": True, "temperature": temperature, "top_p": decoding.top_p}
         tokens = self.language.generate(
             **inputs,
             **chosen,

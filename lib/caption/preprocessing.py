@@ -24,6 +24,7 @@ def pixel_values(frame: np.ndarray, size: int) -> torch.Tensor:
         scaled = math.floor(height / width * size), size
     else:
         scaled = size, math.floor(width / height * size)
-    values = F.interpolate(values[None], size=scaled, mode="bilinear", align_corners=False)[0]
+    # As [C, T, H, W], like the original: on one thread torch rounds a [1, 3, H, W] in another way.
+    values = F.interpolate(values[:, None], size=scaled, mode="bilinear", align_corners=False)[:, 0]
     top, left = (round((side - size) / 2.0) for side in scaled)
     return values[:, top : top + size, left : left + size].contiguous()

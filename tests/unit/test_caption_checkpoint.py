@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib.caption.captioner import load_captioner
 from lib.caption.checkpoint import entries, load_model, save_model
 from lib.caption.config import CaptionConfig, VisionConfig, read_config
 from lib.caption.model import CaptionModel
 from lib.caption.precision import weight_bytes
 from lib.errors import UserError
+from tests.caption_factory import write_captioner
 
 LAYERS, VISION_LAYERS = 32, 63
 SMALL = CaptionConfig(
@@ -267,3 +269,16 @@ def test_at_full_size_it_has_12_508_billion_parameters_and_the_memory_that_the_d
         pytest.approx(13.6, abs=0.1),
         pytest.approx(15, abs=0.2),
     ]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(tmp_path):
+    folder = write_captioner(tmp_path / "captioner")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["zebra"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = read_config(folder).vocab_size
+    with pytest.raises(UserError) as caught:
+        load_captioner(folder, device="cpu", dtype=torch.float32)
+    assert str(caught.value) == (
+        f"captioner: its tokenizer.json has token 5000, but its model knows {words} tokens only."
+    )

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from lib.caption.checkpoint import load_model
 from lib.caption.model import CaptionModel, Decoding
-from lib.caption.preprocessing import pixel_values
+from lib.caption.preprocessing import MEAN, STD, pixel_values
 from lib.caption.prompt import Prompt, build_prompt
 from lib.compute import Stopped
 
@@ -168,6 +169,13 @@ def test_a_temperature_draws_tokens_and_a_seed_repeats_them(small):
     assert len({tuple(drawn(seed)) for seed in range(5)}) > 1
 
 
+def test_the_lowest_temperatures_take_the_likeliest_tokens(small):
+    likeliest = small.expected["tokens"].tolist()
+    for temperature in (1e-3, 1e-6, 1e-40):
+        decoding = Decoding(max_new_tokens=len(likeliest), temperature=temperature, top_p=0.9)
+        assert small.model.generate([small.own_prompt()], [small.pixels()], decoding) == [likeliest]
+
+
 def test_generation_ends_at_the_end_token_and_between_two_tokens_when_told(small):
     import threading
 
@@ -207,3 +215,19 @@ def test_preprocessing_scales_the_short_side_and_takes_the_middle(height, width)
     assert values.shape == (3, 32, 32) and values.dtype == torch.float32
     red = values[0].mean(0)
     assert red[:14].min() > red[18:].max() + 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_frame_alone_becomes_what_it_becomes_within_its_clip(threads):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 90, 131, 3), np.uint8)
+    mean, std = (torch.tensor(numbers).view(3, 1, 1, 1) for numbers in (MEAN, STD))
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)  # torch has more than one way to scale, which differ in the last bit
+    try:
+        clip = (torch.from_numpy(frames).permute(3, 0, 1, 2) / 255.0 - mean) / std
+        clip = F.interpolate(clip, size=(112, 163), mode="bilinear", align_corners=False)
+        clip = clip[..., 26 : 26 + 112]  # round(25.5): to the even number
+        for number, frame in enumerate(frames):
+            assert torch.equal(pixel_values(frame, 112), clip[:, number])
+    finally:
+        torch.set_num_threads(usual)

@@ -14,6 +14,7 @@ from lib.pipelines import GIB, Machine
     ("given", "message"),
     [
         ({"prompt": " "}, "prompt is empty; ask something, such as 'Please describe this video in detail.'"),
+        ({"prompt": "caf\udce9"}, "prompt has bytes that are no text; send it in UTF-8"),
         (
             {"frame_sampling": "all"},
             "frame_sampling=all is unknown; allowed are auto, chat, base, uniform",
