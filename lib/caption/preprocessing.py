@@ -16,9 +16,10 @@ def pixel_values(frame: np.ndarray, size: int) -> torch.Tensor:
 
     Normalising before scaling, the floor in the longer side and the rounding of the crop are the original's.
     """
-    values = torch.from_numpy(np.array(frame)).permute(2, 0, 1).float() / 255.0
+    values = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
+    values = values.to(torch.float32, memory_format=torch.contiguous_format)
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
-    values = (values - mean) / std
+    values.div_(255.0).sub_(mean).div_(std)  # in place: a frame of 8K takes 800 MB
     height, width = values.shape[1:]
     if width < height:
         scaled = math.floor(height / width * size), size
