@@ -5,26 +5,20 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lib import lora_cache, lora_source
 from lib.compute import ComputeThread
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
 from lib.serving import guard
-from lib.setup import settle_model
+from lib.setup import MetricSink, settle_model
 
 if TYPE_CHECKING:
     import numpy as np
 
     from lib.generation import Generator, Request
     from lib.lora import Applied, Choice, Loras
-
-
-class MetricSink(Protocol):
-    """The part of Cog's BaseRunner that the service reports to."""
-
-    def record_metric(self, name: str, value: object) -> None: ...
 
 
 @dataclass(kw_only=True, slots=True)

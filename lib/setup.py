@@ -1,13 +1,20 @@
-"""What every predictor settles first: which model, from where, and what to call it."""
+"""What every predictor settles first: which model, from where, what to call it; and what it reports to."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lib import models, weights
 from lib.compute import limit_spinning
 from lib.models import ModelSpec, Task
 from lib.serving import guard
+
+
+class MetricSink(Protocol):
+    """The part of Cog's BaseRunner that a service reports to."""
+
+    def record_metric(self, name: str, value: object) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

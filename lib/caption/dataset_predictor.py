@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from lib import weights
 from lib.archive import disk_error
-from lib.caption.predictor import MetricSink, Service
+from lib.caption.predictor import Service
 from lib.caption.record import Record
 from lib.dataset import find_clips, open_data
 from lib.download import sha256_of
 from lib.errors import UserError
 from lib.lock import lock
 from lib.serving import guard
+from lib.setup import MetricSink
 
 if TYPE_CHECKING:
     from lib.caption.dataset import Captioned, DatasetRequest

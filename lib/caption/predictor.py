@@ -6,24 +6,18 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lib.compute import ComputeThread
 from lib.scratch import Scratch
 from lib.serving import guard
-from lib.setup import Model, settle_model
+from lib.setup import MetricSink, Model, settle_model
 
 if TYPE_CHECKING:
     from lib.caption.captioner import Captioner
     from lib.caption.precision import Precision
 
 REPORT_SECONDS = 1.0
-
-
-class MetricSink(Protocol):
-    """The part of Cog's BaseRunner that the service reports to."""
-
-    def record_metric(self, name: str, value: object) -> None: ...
 
 
 @dataclass(kw_only=True, slots=True)
