@@ -1,8 +1,8 @@
 """Captions a data set on this machine: script/caption FOLDER [setting=value ...]
 
 A folder gets its captions in place: a .txt beside each clip, metadata.jsonl (which counts where both are
-there), prompts.txt and videos.txt; what is there stays. With output_dir=PATH, which an archive needs, all of
-it goes to a folder of its own, with the clips unless include_videos=false.
+there), prompts.txt and videos.txt; what is there stays. With output_dir=PATH, which an archive (zip or tar)
+needs, all of it goes to a folder of its own, with the clips unless include_videos=false.
 On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m lib.caption FOLDER ...
 The same command again goes on where one was stopped (captions.jsonl says what is done).
 """
@@ -32,7 +32,7 @@ Report = Callable[[str], None]
 
 def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
-    document = training_inputs(PROJECT / "predict_caption_dataset.py", name="Runner")
+    document = _settings()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has seen enough
             print(
@@ -48,10 +48,9 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda *_: _stop(stop, tell=first))
     status = 2
     try:
-        pairs, output = _split(arguments)
-        values = parse_inputs(pairs, document, send_files=False)
+        values = parse_inputs(_pairs(arguments), document, send_files=False)
         status = 1
-        place = _place(values.pop(SOURCE), output)
+        place = _place(values.pop(SOURCE), values.pop(OUTPUT_DIR, ""))
     except UserError as error:
         if first:  # the others are told the same
             print(error, file=sys.stderr)
@@ -73,13 +72,32 @@ def main(arguments: list[str]) -> int:
     return 0 if result is not None else 1
 
 
-def _place(source: str, output: Path | None) -> Place:
+def _settings() -> dict[str, Any]:
+    """The predictor's inputs as this command takes them: a folder too, and a place for the captions."""
+    document = training_inputs(PROJECT / "predict_caption_dataset.py", name="Runner")
+    properties = document["components"]["schemas"]["Input"]["properties"]
+    properties[SOURCE] = {
+        "type": "string",
+        "x-order": 0,
+        "description": properties[SOURCE]["description"].replace("Zip or tar", "Folder, zip or tar"),
+    }
+    properties[OUTPUT_DIR] = {
+        "type": "string",
+        "x-order": 0,
+        "default": "",
+        "description": "Where captions and clips go. Empty: captions beside the clips. An archive needs it.",
+    }
+    return document
+
+
+def _place(source: str, output: str) -> Place:
     """Raises UserError where the data set is none of this machine's, or captions would be in the way."""
     from lib.serving.guard import check_file
 
     if "://" in source:
         raise UserError(f"{source} is an address; give a folder, zip or tar on this machine.")
-    return settled_place(check_file(Path(source).expanduser()), output)
+    clips = check_file(Path(source.removeprefix("@")).expanduser())
+    return settled_place(clips, Path(output).expanduser() if output else None)
 
 
 def _run(place: Place, values: dict[str, Any], stop: threading.Event, report: Report) -> Path | None:
@@ -95,15 +113,12 @@ def _run(place: Place, values: dict[str, Any], stop: threading.Event, report: Re
         processes.leave()
 
 
-def _split(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """The settings, the data set among them, and the output folder if one is given."""
+def _pairs(arguments: list[str]) -> list[str]:
+    """All settings, the data set among them."""
     pairs: list[str] = []
-    output = None
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name == OUTPUT_DIR and equals:
-            output = Path(value).expanduser() if value else None
-        elif equals and name.isidentifier():
+        name, equals, _ = argument.partition("=")
+        if equals and name.isidentifier():
             pairs.append(argument)
         elif any(pair.startswith(f"{SOURCE}=") for pair in pairs):
             raise UserError(f"{argument!r} is not setting=value; usage: {USAGE}")
@@ -111,7 +126,7 @@ def _split(arguments: list[str]) -> tuple[list[str], Path | None]:
             pairs.append(f"{SOURCE}={argument}")
     if not any(pair.startswith(f"{SOURCE}=") for pair in pairs):
         raise UserError(f"no folder or archive is given; usage: {USAGE}")
-    return pairs, output
+    return pairs
 
 
 def _stop(stop: threading.Event, *, tell: bool) -> None:

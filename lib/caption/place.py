@@ -32,7 +32,10 @@ def settled_place(source: Path, output: Path | None) -> Place:
         raise UserError(f"{source} does not exist. Give a folder, or a zip or tar of clips.")
     if output is None:
         if not source.is_dir():
-            raise UserError(f"{source.name} is an archive: say with output_dir=PATH where its captions go.")
+            raise UserError(
+                f"{source.name} is not a folder. An archive needs output_dir=PATH, where its captions go; "
+                "for a single clip there is script/predict caption."
+            )
         return Place(source=source, output=source)
     output = output.absolute()
     if output.exists() and not output.is_dir():

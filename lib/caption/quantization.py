@@ -23,7 +23,8 @@ def check_quantization(given: str) -> Quantization | None:
     if not given or given == "none":
         return None
     if given not in QUANTIZATIONS:
-        raise UserError(f"COGVIDEOX_QUANTIZATION={given} is unknown; allowed are {', '.join(QUANTIZATIONS)}.")
+        allowed = ", ".join([*QUANTIZATIONS, "none"])
+        raise UserError(f"COGVIDEOX_QUANTIZATION={given} is unknown; allowed are {allowed}.")
     if not available():
         raise UserError(
             f"COGVIDEOX_QUANTIZATION={given} needs bitsandbytes, which is not installed: "

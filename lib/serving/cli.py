@@ -171,11 +171,15 @@ def curl_example(url: str, document: dict[str, Any]) -> str:
     asks_about_files = shapes.keys() & {"video", "input_videos"}
     inputs = {"prompt": EXAMPLE_PROMPT} if "prompt" in shapes and not asks_about_files else {}
     inputs |= {name: _example(name, shapes[name]) for name in required}
-    body = shlex.quote(json.dumps({"input": inputs}))
-    for name in (name for name in required if shapes[name].get("format") == "uri"):
-        # The shell fills these in, so they stand outside the quotes.
-        body = body.replace(_FILE, f"""'"$(base64 -w0 {_example_file(name)[0]})"'""", 1)
-    return f"curl -s {url}/predictions -H 'Content-Type: application/json' -d {body}"
+    body = json.dumps({"input": inputs})
+    curl = f"curl -s {url}/predictions -H 'Content-Type: application/json' -d"
+    files = [_example_file(name)[0] for name in required if shapes[name].get("format") == "uri"]
+    if not files:
+        return f"{curl} {shlex.quote(body)}"
+    # Through a pipe: no argument of a command may be longer than 128 KiB, and printf is the shell's own.
+    template = body.replace("\\", "\\\\").replace("%", "%%").replace(_FILE, "%s")
+    contents = " ".join(f'"$(base64 -w0 {name})"' for name in files)
+    return f"printf {shlex.quote(template)} {contents} | {curl} @-"
 
 
 @contextmanager

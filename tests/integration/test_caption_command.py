@@ -167,7 +167,11 @@ def test_ctrl_c_ends_it_within_a_clip_and_the_same_command_goes_on(folder, envir
         (["clips", "triger_word=TOK"], 2, "there is no input 'triger_word'. Did you mean trigger_word?"),
         (["clips", "batch_size=65"], 2, "batch_size: 65 is greater than the maximum of 64"),
         (["none"], 1, "none does not exist. Give a folder, or a zip or tar of clips."),
-        (["clips.zip"], 1, "clips.zip is an archive: say with output_dir=PATH where its captions go."),
+        (
+            ["clips.zip"],
+            1,
+            "clips.zip is not a folder. An archive needs output_dir=PATH, where its captions go;",
+        ),
         (["https://example.org/clips.zip"], 1, "is an address; give a folder, zip or tar on this machine."),
         (["nonsense"], 1, "nonsense holds no clips: it has 3 .json, 1 .safetensors."),
     ],

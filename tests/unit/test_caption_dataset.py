@@ -416,7 +416,11 @@ def test_places_that_would_get_in_the_way_are_refused(clips, tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "metadata.jsonl").touch()
     for source, output, said in (
-        (archive, None, "in.zip is an archive: say with output_dir=PATH where its captions go."),
+        (
+            archive,
+            None,
+            "in.zip is not a folder. An archive needs output_dir=PATH, where its captions go; for a single ",
+        ),
         (tmp_path / "none", None, "none does not exist. Give a folder, or a zip or tar of clips."),
         (clips, clips / "out", "lies within the data set, where its clips would be found again; give a"),
         (clips, tmp_path / "theirs", "has a metadata.jsonl that is not of an earlier run"),

@@ -95,7 +95,11 @@ def test_a_cpu_runs_in_float32_where_that_fits_and_in_bfloat16_otherwise(monkeyp
             "int4",
             "COGVIDEOX_DTYPE=int4 is unknown; allowed are bfloat16, float16, float32.",
         ),
-        ("COGVIDEOX_QUANTIZATION", "2bit", "COGVIDEOX_QUANTIZATION=2bit is unknown; allowed are 8bit, 4bit."),
+        (
+            "COGVIDEOX_QUANTIZATION",
+            "2bit",
+            "COGVIDEOX_QUANTIZATION=2bit is unknown; allowed are 8bit, 4bit, none.",
+        ),
     ],
 )
 def test_an_unknown_word_is_refused(monkeypatch, name, value, message):

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,15 @@ def test_a_wrong_option_is_refused_before_a_server_starts(arguments, message, tm
     monkeypatch.chdir(tmp_path)
     assert cli.main([word.format(folder=tmp_path) for word in arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_printed_request_sends_a_file_that_no_argument_could_hold(document, tmp_path):
+    photo = os.urandom(200_000)
+    (tmp_path / "image.png").write_bytes(photo)
+    shell = f"curl() {{ cat; }}\n{cli.curl_example('http://127.0.0.1:5000', document)}"
+    sent = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, check=True).stdout
+    image = "data:image/png;base64," + base64.b64encode(photo).decode()
+    assert json.loads(sent) == {"input": {"prompt": cli.EXAMPLE_PROMPT, "image": image}}
 
 
 def test_the_ending_of_the_output_chooses_the_format():
