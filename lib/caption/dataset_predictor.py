@@ -71,6 +71,8 @@ class DatasetCaptionPredictor:
             data = open_data(archive, work, stop=stop)
             with resumable(question, folder / "captions.jsonl") as record:
                 made, seconds = self._captioned(data, request, record, stop)
+                for each in made.left_out:
+                    print(f"left out: {each.name}: {each.reason}", flush=True)
                 print(summary(made), flush=True)
                 path = pack(
                     made.clips, made.left_out, folder / "captioned.zip",

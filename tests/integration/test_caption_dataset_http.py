@@ -136,6 +136,7 @@ def test_what_cannot_be_unpacked_is_refused_and_the_next_request_works(server, f
     [(name, text)] = captions(out).items()
     assert name == "deep/ü.mp4" and text.startswith("TOK ")
     assert json.loads((out / "errors.jsonl").read_text())["file_name"] == "bad.mp4"
+    assert "left out: bad.mp4: video bad.mp4 is a text file or playlist, not a video\n" in reply["logs"]
     assert list((folder / "cache" / "captions").iterdir()) == []
 
 
