@@ -23,7 +23,8 @@ def save_output(output: Any, *, target: Path | None = None, folder: Path | None 
 
     A single file goes to `target` if given. Otherwise names are `output.mp4`, `output.1.mp4`, ... in
     `folder` (the working directory by default), and nothing is overwritten. A file has its name only when
-    it is whole. Raises UserError when it cannot be written.
+    it is whole. What goes to a pipe or device, such as /dev/stdout, is not in what is returned. Raises
+    UserError when it cannot be written.
     """
     if isinstance(output, list):
         return [
@@ -38,10 +39,10 @@ def save_output(output: Any, *, target: Path | None = None, folder: Path | None 
         return [path for value in files.values() for path in save_output(value, target=single, folder=folder)]
     if _is_file(output):
         content, ending = _read(output)
-        return [_replace(target, content) if target else _create(folder or Path(), ending, content)]
+        return _replace(target, content) if target else [_create(folder or Path(), ending, content)]
     text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
     if target:
-        return [_replace(target, f"{text}\n".encode())]
+        return _replace(target, f"{text}\n".encode())
     print(text)
     return []
 
@@ -83,10 +84,17 @@ def _create(folder: Path, ending: str, content: bytes) -> Path:
             return path
 
 
-def _replace(path: Path, content: bytes) -> Path:
-    with _written(path, content) as partial:
-        os.replace(partial, path)
-    return path
+def _replace(path: Path, content: bytes) -> list[Path]:
+    if path.exists() and not path.is_file():  # a file must not take the place of a device
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        return []
+    place = path.resolve()  # nor that of a link, such as /dev/stdout when it leads to a file
+    with _written(place, content) as partial:
+        os.replace(partial, place)
+    return [path]
 
 
 @contextmanager

@@ -147,6 +147,22 @@ def test_outputs_never_overwrite_unless_named(tmp_path):
     assert named.read_bytes() == b"new"
 
 
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert save_output("a caption", target=tmp_path / "pipe") == []
+    assert (os.read(reader, 100), (tmp_path / "pipe").is_fifo()) == (b"a caption\n", True)
+    os.close(reader)
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("caption.txt")
+    for words in ("old", "new"):
+        assert save_output(words, target=tmp_path / "link") == [tmp_path / "link"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "caption.txt").read_text() == "new\n"
+
+
 @pytest.mark.parametrize("name", [None, "mine.mp4"])
 def test_a_full_disk_leaves_no_half_output_and_says_so(tmp_path, monkeypatch, name):
     def full(path: Path, content: bytes) -> None:
