@@ -43,7 +43,7 @@ def caption_clips(
         report(f"{len(rows)} of {len(clips)} clips are done already")
     if stop_on_failure and any(row.status == "failed" for row in rows.values()):
         waiting = []
-    progress = _Progress(len(waiting), report)
+    progress, at_once = _Progress(len(waiting), report), batch_size
     with contextlib.closing(_read_ahead(captioner, waiting, settings, 2 * batch_size, stop)) as read:
         while batch := list(islice(read, batch_size)):
             done = [
@@ -52,7 +52,10 @@ def caption_clips(
                 if isinstance(sampled, UserError)
             ]
             sound = [(clip, sampled) for clip, sampled in batch if isinstance(sampled, SampledClip)]
-            captions = _in_memory(captioner, [sampled for _, sampled in sound], settings, report, stop)
+            captions, at_once = within_memory(
+                captioner, [sampled for _, sampled in sound], settings,
+                at_once=at_once, report=report, stop=stop,
+            )  # fmt: skip
             for (clip, _), caption in zip(sound, captions, strict=True):
                 done.append(_row(clip, caption, marks[clip.name]))
             record.add(done)
@@ -117,29 +120,30 @@ def _read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_memory(
-    captioner: Captioner, clips: list[SampledClip], settings: CaptionSettings, report: Report,
-    stop: threading.Event | None,
-) -> list[Caption]:  # fmt: skip
-    """As captioner.caption, in halves where the GPU's memory is too small for all at once."""
-    if not clips:
-        return []
-    try:
-        return captioner.caption(clips, settings, stop=stop)
-    except torch.OutOfMemoryError:
-        if len(clips) == 1:
-            raise UserError(
-                "the GPU has too little memory for one clip. COGVIDEOX_QUANTIZATION=8bit or 4bit makes the "
-                "model smaller."
-            ) from None
-    report(f"a batch of {len(clips)} does not fit into the GPU's memory: in halves")
-    torch.cuda.empty_cache()
-    middle = len(clips) // 2
-    return [
-        caption
-        for half in (clips[:middle], clips[middle:])
-        for caption in _in_memory(captioner, half, settings, report, stop)
-    ]
+def within_memory(
+    captioner: Captioner, clips: list[SampledClip], settings: CaptionSettings, *,
+    at_once: int, report: Report, on_token: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+) -> tuple[list[Caption], int]:  # fmt: skip
+    """As captioner.caption, `at_once` clips together or, where the GPU's memory is too small, ever fewer.
+
+    Returns the captions and how many clips fit together. Raises UserError when not even one does; Stopped.
+    """
+    captions: list[Caption] = []
+    while part := clips[len(captions) : len(captions) + at_once]:
+        try:
+            captions += captioner.caption(part, settings, on_token=on_token, stop=stop)
+            continue
+        except torch.OutOfMemoryError:  # gone, with what the try had made, when the memory is emptied
+            if len(part) == 1:
+                raise UserError(
+                    "the GPU has too little memory for one clip. COGVIDEOX_QUANTIZATION=8bit or 4bit makes "
+                    "the model smaller."
+                ) from None
+        torch.cuda.empty_cache()
+        at_once = len(part) // 2
+        report(f"a batch of {len(part)} does not fit into the GPU's memory: {at_once} at once from here on")
+    return captions, at_once
 
 
 class _Progress:

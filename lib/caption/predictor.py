@@ -74,6 +74,7 @@ class CaptionPredictor:
         self, metrics: MetricSink, *, video: Path, seed: int | None = None, **settings: object
     ) -> str:
         """Describe one clip."""
+        from lib.caption.batch import within_memory
         from lib.caption.captioner import CaptionSettings
 
         service, captioner = self.service, self.service.captioner
@@ -86,8 +87,11 @@ class CaptionPredictor:
         clip = captioner.sample(path, checked)
         read = time.perf_counter()
         writing = _Writing(checked.max_new_tokens)
-        caption = service.compute.run(
-            lambda: captioner.caption([clip], checked, on_token=writing, stop=stop)[0], stop=stop
+        [caption], _ = service.compute.run(
+            lambda: within_memory(
+                captioner, [clip], checked, at_once=1, report=print, on_token=writing, stop=stop
+            ),
+            stop=stop,
         )
         if not caption.finished:
             print(f"the caption was cut off at max_new_tokens={checked.max_new_tokens}", flush=True)
