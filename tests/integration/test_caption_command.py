@@ -221,8 +221,9 @@ def test_a_killed_process_ends_the_run_and_what_both_did_is_not_done_again(folde
         while len(list((folder / "half").glob("captions*.jsonl"))) < 2:
             assert launcher.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        children = psutil.Process(launcher.pid).children(recursive=True)
-        [doomed] = [child for child in children if child.environ().get("RANK") == "1"]
+        parent = psutil.Process(launcher.pid)
+        children = parent.children(recursive=True)  # what decodes clips too, with the same environment
+        [doomed] = [child for child in parent.children() if child.environ().get("RANK") == "1"]
         doomed.kill()
         assert launcher.wait(60) == 1
         assert not psutil.wait_procs(children, timeout=10)[1]
