@@ -84,7 +84,7 @@ def compress(frames: np.ndarray, *, quality: int) -> np.ndarray:
 
 
 def _as_seen(frame: np.ndarray, size: int) -> np.ndarray:
-    values = pixel_values(frame, size).movedim(0, -1) * torch.tensor(STD) + torch.tensor(MEAN)
+    values = pixel_values(frame[None], size)[0].movedim(0, -1) * torch.tensor(STD) + torch.tensor(MEAN)
     return (values * 255).round().clamp(0, 255).byte().numpy()
 
 

@@ -284,7 +284,7 @@ def _right(model: CaptionModel, tokenizer: PreTrainedTokenizerFast, pool: Captio
             scene = world.sample_scene(attributes, rng, frames=max(9, count))
             clip = compress(world.render(scene, 72, 96), quality=23)
             picks = np.rint(np.linspace(0, len(clip) - 1, count)).astype(int)
-            frames.append(torch.stack([pixel_values(clip[i], size) for i in picks]))
+            frames.append(pixel_values(clip[picks], size))
             prompts.append(_prompt("Please describe this video in detail.", count, template, tokenizer, None))
             answers.append(canonical_caption(attributes))
         said = model.generate(prompts, frames, Decoding(max_new_tokens=20))

@@ -11,7 +11,7 @@ import torch
 
 from lib.caption.config import read_config
 from lib.caption.model import CaptionModel, Decoding
-from lib.caption.preprocessing import pixel_values
+from lib.caption.preprocessing import clip_pixel_values
 from lib.caption.prompt import Template, build_prompt
 from lib.caption.sampling import FrameSampling, choose_frames
 from lib.compute import check_stop
@@ -98,7 +98,7 @@ class Caption:
 def sample_clip(
     path: Path, *, sampling: FrameSampling, size: int, stop: threading.Event | None = None
 ) -> SampledClip:
-    """Read the frames of a video file that `sampling` chooses, scaled to `size`, one at a time.
+    """Read the frames of a video file that `sampling` chooses, scaled to `size`, a few at a time.
 
     Raises UserError for a file that is no video, is damaged, or takes too long; Stopped.
     """
@@ -112,8 +112,8 @@ def sample_clip(
         chosen, used = choose_frames(
             video.timestamps, fps=info.fps, duration=info.duration, sampling=sampling
         )
-        frames = [pixel_values(frame, size) for frame in video.read(chosen)]
-    return SampledClip(pixel_values=torch.stack(frames), sampling=used, seconds=info.duration)
+        frames = clip_pixel_values(video.read(chosen), size)
+    return SampledClip(pixel_values=frames, sampling=used, seconds=info.duration)
 
 
 class Captioner:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from lib.caption import preprocessing
 from lib.caption.checkpoint import load_model
 from lib.caption.model import CaptionModel, Decoding
-from lib.caption.preprocessing import MEAN, STD, pixel_values
+from lib.caption.preprocessing import MEAN, STD, clip_pixel_values, pixel_values
 from lib.caption.prompt import Prompt, build_prompt
 from lib.compute import Stopped
 
@@ -47,7 +48,7 @@ class Case:
     def pixels(self) -> torch.Tensor:
         frames = self.expected["frames"].permute(1, 2, 3, 0).numpy()
         size = self.model.config.vision_config.image_size
-        return torch.stack([pixel_values(frame, size) for frame in frames])
+        return pixel_values(frames, size)
 
 
 def encode(text: str) -> list[int]:
@@ -144,11 +145,7 @@ def test_clips_of_different_lengths_together_give_the_same_tokens_as_one_by_one(
         (2, "base", "Describe."),
     ):
         prompts.append(small.prompt(question, frames=frames, template=template))
-        clips.append(
-            torch.stack(
-                [pixel_values(random.integers(0, 256, (40, 56, 3), np.uint8), size) for _ in range(frames)]
-            )
-        )
+        clips.append(pixel_values(random.integers(0, 256, (frames, 40, 56, 3), np.uint8), size))
     decoding = Decoding(max_new_tokens=16)
     alone = [
         small.model.generate([prompt], [clip], decoding)[0]
@@ -211,23 +208,37 @@ def test_preprocessing_scales_the_short_side_and_takes_the_middle(height, width)
     frame = np.zeros((height, width, 3), np.uint8)
     frame[height // 2, width // 2] = 255
     frame[:, : width // 2, 0] = 200  # red left half
-    values = pixel_values(frame, 32)
+    values = pixel_values(frame[None], 32)[0]
     assert values.shape == (3, 32, 32) and values.dtype == torch.float32
     red = values[0].mean(0)
     assert red[:14].min() > red[18:].max() + 1
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_frame_alone_becomes_what_it_becomes_within_its_clip(threads):
-    frames = np.random.default_rng(0).integers(0, 256, (4, 90, 131, 3), np.uint8)
+@pytest.mark.parametrize("count", [1, 3, 8, 24])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(90, 131, 112), (64, 48, 32), (47, 85, 48), (40, 40, 24)]
+)
+def test_a_clips_frames_become_what_the_original_makes_of_all_at_once(height, width, size, count, threads):
+    frames = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
     mean, std = (torch.tensor(numbers).view(3, 1, 1, 1) for numbers in (MEAN, STD))
     usual = torch.get_num_threads()
     torch.set_num_threads(threads)  # torch has more than one way to scale, which differ in the last bit
     try:
         clip = (torch.from_numpy(frames).permute(3, 0, 1, 2) / 255.0 - mean) / std
-        clip = F.interpolate(clip, size=(112, 163), mode="bilinear", align_corners=False)
-        clip = clip[..., 26 : 26 + 112]  # round(25.5): to the even number
-        for number, frame in enumerate(frames):
-            assert torch.equal(pixel_values(frame, 112), clip[:, number])
+        short, long = sorted((height, width))
+        scaled = {short: size, long: int(np.floor(long / short * size))} if short < long else {short: size}
+        clip = F.interpolate(clip, size=(scaled[height], scaled[width]), mode="bilinear", align_corners=False)
+        top, left = (round((scaled[side] - size) / 2.0) for side in (height, width))
+        clip = clip[..., top : top + size, left : left + size].permute(1, 0, 2, 3)
+        assert torch.equal(clip_pixel_values(iter(frames), size), clip)
     finally:
         torch.set_num_threads(usual)
+
+
+def test_large_frames_are_scaled_a_few_at_a_time(monkeypatch):
+    frames = np.random.default_rng(0).integers(0, 256, (7, 60, 80, 3), np.uint8)
+    whole = clip_pixel_values(iter(frames), 48)
+    monkeypatch.setattr(preprocessing, "AT_ONCE_BYTES", 2 * 4 * 60 * 80 * 3)
+    parts = clip_pixel_values(iter(frames), 48)
+    assert parts.shape == (7, 3, 48, 48) and torch.allclose(parts, whole, atol=1e-6)

@@ -57,7 +57,7 @@ def test_compression_changes_pixels_but_not_what_a_clip_shows():
 
 def test_a_pools_frames_become_what_the_preprocessing_gives():
     frame = np.random.default_rng(2).integers(0, 256, (48, 48, 3), np.uint8)
-    assert torch.allclose(normalised(torch.from_numpy(frame)), pixel_values(frame, 48), atol=1e-5)
+    assert torch.allclose(normalised(torch.from_numpy(frame)), pixel_values(frame[None], 48)[0], atol=1e-5)
 
 
 def test_a_lesson_of_one_frame_says_that_nothing_moves():
