@@ -132,8 +132,8 @@ def _check_positions(found: int, config: Mapping[str, Any]) -> None:
         given = {name: config[name] for name in TRANSFORMER_OPTIONS[:4]}
         raise UserError(
             f"The transformer has {found} learned positions, and a clip of its kind has {expected}: "
-            f"{', '.join(f'{name}={value}' for name, value in given.items())}. Give those it was trained with "
-            "(height and width in latents, which are 8 pixels)."
+            f"{', '.join(f'{name}={value}' for name, value in given.items())}. Give those it was trained "
+            "with (height and width in latents, which are 8 pixels)."
         )
 
 
@@ -194,7 +194,7 @@ def scheduler_config(family: Family, options: Options) -> dict[str, Any]:
 
 
 def model_index(family: Family) -> dict[str, Any]:
-    """model_index.json. It names all five components; those that are not there are given when it is loaded."""
+    """model_index.json. It names all five components; what is not there is given at loading."""
     return {
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
         "text_encoder": ["transformers", "T5EncoderModel"],

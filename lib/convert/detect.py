@@ -133,8 +133,8 @@ def require(found: Found, kind: Kind, layout: Layout, *, name: str) -> None:
     if found.kind == kind:
         here = {"sat": "SAT", "diffusers": "diffusers"}[layout]
         raise UserError(
-            f"{name} is {found.label}: it is in the layout of {other} already. What is read here is the layout "
-            f"of {here}; to go the other way, choose the other direction."
+            f"{name} is {found.label}: it is in the layout of {other} already. What is read here is the "
+            f"layout of {here}; to go the other way, choose the other direction."
         )
     raise UserError(f"{name} is {found.label}; {LABELS[kind]} was expected.")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lib import zipped
 from lib.archive import Stop, archive_kind, extract_archive
-
 from lib.errors import UserError
 
 LATEST = "latest"
@@ -100,7 +99,8 @@ def _in_folder(folder: Path, name: str) -> Located:
             config = whole[0].parent / "config.json"
             return Located(name=name, files=(whole[0],), config=config if config.is_file() else None)
     raise UserError(
-        f"{name} holds no weights: neither {LATEST} beside a folder with {STATES}, nor a .pt or .safetensors file."
+        f"{name} holds no weights: neither {LATEST} beside a folder with {STATES}, nor a .pt or "
+        ".safetensors file."
     )
 
 
@@ -131,13 +131,13 @@ def _refuse_shards(files: list[Path], name: str) -> None:
     names = [file.name for file in files]
     if shards := [file for file in names if file.startswith("zero_pp_rank_")]:
         raise UserError(
-            f"{name} holds shards of ZeRO stage 3 ({shards[0]}): the weights are cut up between processes. Join "
-            "them first with the zero_to_fp32.py that DeepSpeed puts beside them."
+            f"{name} holds shards of ZeRO stage 3 ({shards[0]}): the weights are cut up between processes. "
+            "Join them first with the zero_to_fp32.py that DeepSpeed puts beside them."
         )
     if parts := [file for file in names if file.startswith("mp_rank_") and file != STATES]:
         raise UserError(
-            f"{name} is one part of a model-parallel checkpoint ({parts[0]}): every part holds only some rows. "
-            "Merge them first with SAT's own tool, to model_parallel_size 1."
+            f"{name} is one part of a model-parallel checkpoint ({parts[0]}): every part holds only "
+            "some rows. Merge them first with SAT's own tool, to model_parallel_size 1."
         )
 
 

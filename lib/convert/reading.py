@@ -65,7 +65,7 @@ class Checkpoint:
 def open_checkpoint(path: Path, *, work: Path, stop: Stop = None) -> Iterator[Checkpoint]:
     """Open a SAT checkpoint or safetensors weights: a file, a folder as SAT downloads come, a zip of one.
 
-    Pickles are read with weights_only and, beyond PyTorch's own list, nothing but the numpy arrays that a full
+    Pickles are read with weights_only and, beyond PyTorch's own list, only the numpy arrays that a full
     DeepSpeed file keeps its random state in. An archive is unpacked into `work`, a folder of the caller's.
     Raises UserError naming the file and the reason for whatever is no such checkpoint; nothing is executed.
     """
@@ -160,8 +160,8 @@ def _check_is_pickle(path: Path, name: str) -> bool:
     if start.startswith(LEGACY_START):
         if (size := path.stat().st_size) > MAX_LEGACY_BYTES:
             raise UserError(
-                f"{name} is in PyTorch's format of before 1.6, which has to be read into memory whole, and has "
-                f"{size_text(size)}. Load it where there is memory and write it again with {RESAVE}."
+                f"{name} is in PyTorch's format of before 1.6, which has to be read into memory whole, and "
+                f"has {size_text(size)}. Load it where there is memory and write it again with {RESAVE}."
             )
         return False
     if start.lstrip()[:1] == b"<":
@@ -250,8 +250,9 @@ def _plain(tensor: "Tensor", key: str, name: str) -> "Tensor":
         )
     if tensor.numel() == 0:
         raise UserError(
-            f"{name} holds no weights: {key[:120]!r} is empty, as in the files of ZeRO stage 3, which cuts the "
-            "weights up between processes. Join them first with the zero_to_fp32.py that DeepSpeed puts beside them."
+            f"{name} holds no weights: {key[:120]!r} is empty, as in the files of ZeRO stage 3, which cuts "
+            "the weights up between processes. Join them first with the zero_to_fp32.py that DeepSpeed puts "
+            "beside them."
         )
     return tensor.detach()
 
