@@ -1,8 +1,8 @@
 """LoRAs between SAT's layout and diffusers', with what scales them made explicit.
 
-SAT multiplies a LoRA by alpha / rank and stores neither. In a file for diffusers that factor is
-multiplied into B once and for all: at strength 1 it does what it does in SAT, with every loader. Where it came from stays in
-the metadata, under names that no loader reads as a scale.
+SAT multiplies a LoRA by alpha / rank and stores neither. In a file for diffusers that factor is multiplied
+into B once and for all: at strength 1 it does what it does in SAT, with every loader. Where it came from
+stays in the metadata, under names that no loader reads as a scale.
 """
 
 import json

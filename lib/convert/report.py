@@ -61,9 +61,10 @@ class Report:
         """The report in a few lines, for a terminal or a log."""
         lines = []
         for part in self.parts:
+            files = f"{len(part.files)} file{'s' * (len(part.files) > 1)}"
             lines.append(
                 f"{part.name}: {part.variant}, {part.tensors} tensors in {part.dtype}, "
-                f"{size_text(part.bytes)} in {len(part.files)} file{'s' * (len(part.files) > 1)}; {part.checked}"
+                f"{size_text(part.bytes)} in {files}; {part.checked}"
             )
             if part.dropped:
                 lines.append(f"{part.name}: dropped {', '.join(list(part.dropped)[:SHOWN])}"

@@ -16,6 +16,7 @@ SAT_VAE = "3d-vae.pt"
 
 
 def write_states(folder: Path, planned: list[Planned], progress: Progress) -> dict[str, Written]:
+    """Write {"module": ...} where SAT looks for it: `latest` and the step's folder."""
     (folder / STEP).mkdir()
     written = write_pickle(folder / STEP / STATES, "module", planned, progress)
     (folder / LATEST).write_text(STEP, encoding="utf-8")
@@ -24,10 +25,12 @@ def write_states(folder: Path, planned: list[Planned], progress: Progress) -> di
 
 
 def progress_of(label: str, planned: list[Planned], report: Say, stop: Stop) -> Progress:
+    """Progress over all bytes of what is planned."""
     return Progress(label=label, total=sum(tensor.nbytes for tensor in planned), report=report, stop=stop)
 
 
 def sat_usage(result: Report) -> str:
+    """The README's part about how SAT loads the result."""
     lines = []
     for part in result.parts:
         if part.name == "vae":
@@ -41,17 +44,19 @@ def sat_usage(result: Report) -> str:
         lines.append(f"The LoRA has rank {rank} (`r`) and counts as it did with `lora_alpha` {alpha:g}.")
     else:
         lines.append(
-            "SAT computes its tables of positions itself: they are not in the file. The text encoder is loaded "
-            "from its own folder."
+            "SAT computes its tables of positions itself: they are not in the file. The text encoder is "
+            "loaded from its own folder."
         )
     return "\n\n".join(lines)
 
 
 def announce(result: Report, target: Path, report: Say) -> None:
+    """Say what was done and where it is."""
     for line in result.lines():
         report(line)
     report(f"Done: {target}")
 
 
 def open_source(opened: ExitStack, path: Path, work: Path, stop: Stop) -> Checkpoint:
+    """open_checkpoint for as long as `opened` is open."""
     return opened.enter_context(open_checkpoint(Path(path), work=work, stop=stop))
