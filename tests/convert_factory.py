@@ -71,15 +71,17 @@ def states(folder: Path) -> State:
 
 def sizes(**changes) -> TransformerSizes:
     """Of a tiny text-to-video transformer of the first family."""
-    usual = dict(heads=2, head_dim=16, layers=2, in_channels=4, out_channels=4, patch_size=2, patch_size_t=None,
-                 time_embed_dim=16, text_embed_dim=24, ofs_embed_dim=None, positions=0, rotary=None)  # fmt: skip
+    usual = {
+        "heads": 2, "head_dim": 16, "layers": 2, "in_channels": 4, "out_channels": 4, "patch_size": 2,
+        "patch_size_t": None, "time_embed_dim": 16, "text_embed_dim": 24, "ofs_embed_dim": None, "positions": 0,
+        "rotary": None,
+    }  # fmt: skip
     return TransformerSizes(**usual | changes)
 
 
 def sat_transformer(*, family: str = "cogvideox-2b", device: str = "cpu", **changes) -> State:
     """A random SAT transformer by its bare names, without the buffers that diffusers drops."""
-    with torch.device("meta"):
-        shapes = model_shapes("transformer", transformer_config(sizes(**changes), FAMILIES[family], {}))
+    shapes = model_shapes("transformer", transformer_config(sizes(**changes), FAMILIES[family], {}))
     plan = plan_to_sat(list(shapes), TRANSFORMER)
     generator = None if device == "meta" else torch.Generator().manual_seed(0)
     return {

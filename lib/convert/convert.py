@@ -166,7 +166,7 @@ def _jobs(
             reason = f"{len(matrices)} tensors: of a LoRA, which is converted by itself"
             job.dropped["*.matrix_*"] = reason
             result.notes.append(
-                f"{model.name} holds a LoRA beside the transformer; which is not in the result. Convert it "
+                f"{model.name} holds a LoRA beside the transformer, which is not in the result. Convert it "
                 "by itself."
             )
         jobs.append(job)

@@ -274,7 +274,7 @@ def _sorted_into_parts(tensors: "dict[str, Tensor]", checkpoint: Checkpoint) -> 
             raise UserError(f"{checkpoint.name} holds two tensors that are both {key[:120]!r}.")
         place[key] = tensor
     for part, count in counts.items():
-        checkpoint.dropped[f"{part}*"] = f"{count} tensors: {OTHER_PARTS[part]}"
+        checkpoint.dropped[f"{part}*"] = f"{count} tensor{'s' * (count > 1)}: {OTHER_PARTS[part]}"
     if not checkpoint.tensors:
         checkpoint.tensors, checkpoint.vae = checkpoint.vae, {}
     return checkpoint
