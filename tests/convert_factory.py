@@ -73,8 +73,8 @@ def sizes(**changes) -> TransformerSizes:
     """Of a tiny text-to-video transformer of the first family."""
     usual = {
         "heads": 2, "head_dim": 16, "layers": 2, "in_channels": 4, "out_channels": 4, "patch_size": 2,
-        "patch_size_t": None, "time_embed_dim": 16, "text_embed_dim": 24, "ofs_embed_dim": None, "positions": 0,
-        "rotary": None,
+        "patch_size_t": None, "time_embed_dim": 16, "text_embed_dim": 24, "ofs_embed_dim": None,
+        "positions": 0, "rotary": None,
     }  # fmt: skip
     return TransformerSizes(**usual | changes)
 

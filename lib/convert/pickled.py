@@ -1,23 +1,29 @@
-"""Tensors -> a file as torch.save writes it, one tensor at a time, for SAT and torch.load(weights_only=True).
+"""Tensors -> a file as torch.save writes it, block by block, for SAT and torch.load(weights_only=True).
 
-torch.save itself would hold every tensor that is joined from several. Such a file is a zip, uncompressed:
-data.pkl, where each tensor is a call of PyTorch's own rebuilding function on a numbered storage, and the
-storages beside it.
+torch.save would hold every tensor that is joined from several, and the writer beneath it ends the process
+when the disk is full. Such a file is a zip, uncompressed: data.pkl, where each tensor is a call of PyTorch's
+own rebuilding function on a numbered storage, and the storages beside it.
 """
 
 import io
+import math
 import pickle
+import struct
+import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.convert.writing import HashingFile, Planned, Progress, Written, converted
+from lib.convert.writing import HashingFile, Planned, Progress, Written, blocks
 
 if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64
+ROOT = "archive"
+VERSION = b"3\n"
+"""Of the layout of the file."""
 PROTOCOL = 2
 """What torch.save uses."""
 
@@ -56,44 +62,45 @@ class _Pickler(pickle.Pickler):
 def write_pickle(path: Path, wrapper: str, planned: Sequence[Planned], progress: Progress) -> Written:
     """Write {wrapper: {name: tensor}} into the new file `path`.
 
-    In memory is at most one tensor, and that only where it is joined or changed. Raises UserError for a value
-    that its type cannot hold.
+    Raises UserError for a value that its type cannot hold.
     """
-    import torch
-
     named: OrderedDict[str, _Tensor] = OrderedDict()
     for place, tensor in enumerate(planned):
-        count = 1
-        for side in tensor.shape:
-            count *= side
-        named[tensor.name] = _Tensor(_Storage(str(place), _storage_type(tensor.dtype), count), tensor.shape)
+        storage = _Storage(str(place), _storage_type(tensor.dtype), math.prod(tensor.shape))
+        named[tensor.name] = _Tensor(storage, tensor.shape)
     content = io.BytesIO()
     _Pickler(content, PROTOCOL).dump({wrapper: named})
     with path.open("xb", buffering=0) as plain:
         file = HashingFile(plain)
-        zipped = torch._C.PyTorchFileWriter(file, True, ALIGNMENT)
-        data = content.getvalue()
-        zipped.write_record("data.pkl", data, len(data))
-        zipped.write_record("byteorder", b"little", len(b"little"))
-        for place, tensor in enumerate(planned):
-            storage = _values(tensor).untyped_storage()
-            zipped.write_record(f"data/{place}", storage, tensor.nbytes)
-            progress.add(tensor.nbytes)
-        zipped.write_end_of_file()
+        with zipfile.ZipFile(file, "w") as members:
+            _add(members, file, "data.pkl", len(content.getvalue()), [content.getvalue()])
+            _add(members, file, "byteorder", len(b"little"), [b"little"])
+            for place, tensor in enumerate(planned):
+                _add(members, file, f"data/{place}", tensor.nbytes, blocks(tensor), progress)
+            _add(members, file, "version", len(VERSION), [VERSION])
     path.chmod(0o644)
     return file.written()
 
 
-def _values(tensor: Planned) -> "torch.Tensor":
-    """A tensor's values as the whole of a storage."""
-    import torch
-
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype).reshape(-1)
-    end = 0
-    for block in converted(tensor):
-        whole[end : end + block.numel()] = block
-        end += block.numel()
-    return whole
+def _add(
+    members: zipfile.ZipFile,
+    file: HashingFile,
+    name: str,
+    size: int,
+    content: Iterable[bytes | memoryview],
+    progress: Progress | None = None,
+) -> None:
+    """Write one member, its bytes at a multiple of ALIGNMENT, so that they can be mapped as numbers."""
+    member = zipfile.ZipInfo(f"{ROOT}/{name}")
+    large = size > zipfile.ZIP64_LIMIT // 2
+    header = 30 + len(member.filename) + 4 + (20 if large else 0)
+    padding = -(file.size + header) % ALIGNMENT
+    member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    with members.open(member, "w", force_zip64=large) as target:
+        for block in content:
+            target.write(block)
+            if progress is not None:
+                progress.add(len(block))
 
 
 def _storage_type(dtype: "torch.dtype") -> Any:

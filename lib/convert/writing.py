@@ -184,12 +184,12 @@ class HashingFile:
     """A file that knows the checksum of what was written to it, in order."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sum, self._size = file, hashlib.sha256(), 0
+        self._file, self._sum, self.size = file, hashlib.sha256(), 0
 
     def write(self, block: bytes | memoryview) -> int:
         left = memoryview(block).cast("B")
         self._sum.update(left)
-        self._size += len(left)
+        self.size += len(left)
         count = len(left)
         while left:  # an unbuffered file may take less than it is given
             left = left[self._file.write(left) :]
@@ -199,7 +199,7 @@ class HashingFile:
         self._file.flush()
 
     def written(self) -> Written:
-        return Written(bytes=self._size, sha256=self._sum.hexdigest())
+        return Written(bytes=self.size, sha256=self._sum.hexdigest())
 
 
 def blocks(tensor: Planned) -> Iterator[memoryview]:

@@ -213,8 +213,10 @@ def test_a_component_that_lacks_a_third_of_its_rows_does_not_go_back(tmp_path):
 
 def test_types_are_the_familys_unless_another_is_given(tmp_path):
     for name, given, wanted in (
-        ("t2v-2b", None, torch.float16), ("t2v-5b", None, torch.bfloat16), ("t2v-5b", "float32", torch.float32)
-    ):  # fmt: skip
+        ("t2v-2b", None, torch.float16),
+        ("t2v-5b", None, torch.bfloat16),
+        ("t2v-5b", "float32", torch.float32),
+    ):
         target = tmp_path / f"{name}-{given}"
         to_diffusers(transformer=factory.source(name), vae=factory.VAE_FILE, target=target, dtype=given,
                      options=factory.options(name), report=silent)  # fmt: skip
