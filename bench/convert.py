@@ -3,7 +3,7 @@
 script/bench convert [--gigabytes 6] [--dtype bfloat16] [--rounds 3] [--folder DIR]
 
 The file has fewer layers at 5B's full width and random values. Copying is read and write of the whole file in
-blocks, in the same rounds and on the same disk; the pages of both are flushed to the disk within the time.
+blocks, in the same rounds and on the same disk; both count until everything is on the disk.
 """
 
 import argparse
@@ -20,14 +20,20 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK_BYTES = 16 << 20
 SAMPLE_SECONDS = 0.02
 CONVERT = """
-import sys
+import os, sys, time
 from pathlib import Path
+from diffusers import CogVideoXTransformer3DModel
 from lib.convert.convert import to_diffusers, to_sat
+started = time.perf_counter()
 source, target, dtype, direction = sys.argv[1:]
 if direction == "there":
     to_diffusers(transformer=Path(source), target=Path(target), dtype=dtype, report=lambda line: None)
 else:
     to_sat(transformer=Path(source), target=Path(target), report=lambda line: None)
+for path in (path for path in Path(target).rglob("*") if path.is_file()):
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+print(time.perf_counter() - started)
 """
 
 
@@ -95,7 +101,7 @@ def write_source(path: Path, gigabytes: float) -> int:
     for name, shape in shapes_of(layers).items():
         count = torch.Size(shape).numel()
         planned.append(Planned(name=MODEL + name, pieces=[values[:count]], shape=shape, dtype=torch.float32))
-    progress = Progress(label="writing the source", total=layers * layer, report=print)
+    progress = Progress(label="writing the source", total=sum(each.nbytes for each in planned), report=print)
     write_pickle(path, "module", planned, progress)
     return layers
 
@@ -114,13 +120,17 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert(source: Path, target: Path, dtype: str, direction: str) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of a conversion in a process of its own, written to the disk."""
+    """Seconds until a conversion is on the disk, without the start of Python, and peak anonymous bytes.
+
+    In a process of its own; the memory is the whole process's.
+    """
     for path in [source] if source.is_file() else source.rglob("*.safetensors"):
         drop_cache(path)
-    started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", CONVERT, str(source), str(target), dtype, direction],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     peak = 0
     while process.poll() is None:
@@ -128,10 +138,7 @@ def convert(source: Path, target: Path, dtype: str, direction: str) -> tuple[flo
         time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise RuntimeError(f"the conversion ended with {process.returncode}")
-    for path in (path for path in target.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    return time.perf_counter() - started, peak
+    return float(process.stdout.read()), peak
 
 
 def anonymous_bytes(process: int) -> int:

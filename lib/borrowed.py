@@ -1,7 +1,7 @@
 """A converted model without text encoder and tokenizer, completed by links to those of a downloaded one.
 
 All released CogVideoX models have the same T5-XXL of 9.5 GB, so conversion leaves it out. The completed
-folder is made of links alone and lives in the cache: nothing is copied, and the converted folder is not touched.
+folder is made of links alone and lives in the cache; nothing is copied, and the converted one is not touched.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ def completed(folder: Path, lenders: Iterable[Path], *, cache: Path) -> Path:
     lender = next((each for each in lenders if _fits(each, width)), None)
     if lender is None:
         raise UserError(
-            f"{folder} has no {' and no '.join(absent)}, and no downloaded model has what fits its transformer "
-            f"(a text encoder of width {width}). Start once with a released model, for example "
+            f"{folder} has no {' and no '.join(absent)}, and no downloaded model has what fits its "
+            f"transformer (a text encoder of width {width}). Start once with a released model, for example "
             "COGVIDEOX_MODEL=cogvideox-2b, which downloads one, or convert it with the text encoder included."
         )
     parts = {part: lender / part for part in absent}

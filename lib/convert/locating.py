@@ -7,6 +7,7 @@ from pathlib import Path
 from lib import zipped
 from lib.archive import Stop, archive_kind, extract_archive
 from lib.errors import UserError
+from lib.layout import INDEX
 
 LATEST = "latest"
 """Beside the folder of the last step, whose name is in it, as SAT and DeepSpeed write."""
@@ -98,6 +99,11 @@ def _in_folder(folder: Path, name: str) -> Located:
             _refuse_by_name(whole[0], name)
             config = whole[0].parent / "config.json"
             return Located(name=name, files=(whole[0],), config=config if config.is_file() else None)
+    if (folder / INDEX).is_file():
+        raise UserError(
+            f"{name} is a whole model in the layout of diffusers; give one of its parts, its folder transformer "
+            "or vae."
+        )
     raise UserError(
         f"{name} holds no weights: neither {LATEST} beside a folder with {STATES}, nor a .pt or "
         ".safetensors file."

@@ -1,5 +1,6 @@
 """What all conversions do alike: open a source, write SAT's layout of folders, say what was done."""
 
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def write_states(folder: Path, planned: list[Planned], progress: Progress) -> di
 
 
 def progress_of(label: str, planned: list[Planned], report: Say, stop: Stop) -> Progress:
-    """Progress over all bytes of what is planned."""
-    return Progress(label=label, total=sum(tensor.nbytes for tensor in planned), report=report, stop=stop)
+    """Progress over all tensors that are planned."""
+    ends = list(itertools.accumulate(tensor.nbytes for tensor in planned))
+    return Progress(label=label, total=ends[-1] if ends else 0, ends=ends, report=report, stop=stop)
 
 
 def sat_usage(result: Report) -> str:

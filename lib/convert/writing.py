@@ -4,6 +4,7 @@ A safetensors file is a length of 8 bytes, a JSON header and the tensors' bytes 
 be written while it is read: header first, then blocks of a few MB, hashed on the way.
 """
 
+import bisect
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2_000_000_000
 BLOCK_ELEMENTS = 4 << 20
 REPORT_SECONDS = 5.0
+TENSORS_SECONDS = 1.0
 SLACK_BYTES = 4_000_000
 """For headers, configurations and the report."""
 NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -61,12 +64,16 @@ class Written:
 
 @dataclass(kw_only=True)
 class Progress:
-    """Says every few seconds how much of a whole is written."""
+    """Says every few seconds how much of a whole is written.
+
+    With `ends`, the bytes after which each tensor is done, in progress lines that count tensors.
+    """
 
     label: str
     total: int
     report: Report
     stop: Stop = None
+    ends: Sequence[int] = ()
     done: int = 0
     _last: float = field(default_factory=time.monotonic)
 
@@ -74,10 +81,21 @@ class Progress:
         """Count bytes. Raises Stopped once the work is to end."""
         check_stop(self.stop)
         self.done += count
-        if time.monotonic() - self._last >= REPORT_SECONDS:
+        if self.ends:
+            self._count_tensors()
+        elif time.monotonic() - self._last >= REPORT_SECONDS:
             self._last = time.monotonic()
             share = 100 * self.done // max(1, self.total)
             self.report(f"{self.label}: {size_text(self.done)} of {size_text(self.total)} ({share} %)")
+
+    def _count_tensors(self) -> None:
+        if time.monotonic() - self._last < TENSORS_SECONDS and self.done < self.total:
+            return
+        self._last = time.monotonic()
+        written = bisect.bisect_right(self.ends, self.done)
+        self.report(
+            f"progress: converting {self.label} {written}/{len(self.ends)}, {size_text(self.done)}"
+        )  # fmt: skip
 
 
 @contextmanager
@@ -185,20 +203,25 @@ class HashingFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sum, self.size = file, hashlib.sha256(), 0
+        self._hasher = ThreadPoolExecutor(1)
 
     def write(self, block: bytes | memoryview) -> int:
-        left = memoryview(block).cast("B")
-        self._sum.update(left)
-        self.size += len(left)
-        count = len(left)
-        while left:  # an unbuffered file may take less than it is given
-            left = left[self._file.write(left) :]
-        return count
+        whole = left = memoryview(block).cast("B")
+        hashed = self._hasher.submit(self._sum.update, whole)  # while the disk writes
+        try:
+            while left:  # an unbuffered file may take less than it is given
+                left = left[self._file.write(left) :]
+        finally:
+            hashed.result()
+        self.size += len(whole)
+        return len(whole)
 
     def flush(self) -> None:
         self._file.flush()
 
     def written(self) -> Written:
+        """What was written, once nothing more is."""
+        self._hasher.shutdown()
         return Written(bytes=self.size, sha256=self._sum.hexdigest())
 
 

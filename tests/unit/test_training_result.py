@@ -27,7 +27,7 @@ from training import checkpoints
 from training.adapter import add_adapter, save_adapter
 from training.checkpoints import State
 from training.latents import Section
-from training.result import draw_losses, facts, model_card, pack, write_result
+from training.result import draw_losses, facts, model_card, write_result
 
 CAPTION = 'a "magenta" star — it\'s moving'
 
