@@ -8,6 +8,7 @@ Memory stays at a few tensors, whatever the size of the files. LoRAs are in lora
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from lib.archive import Stop
@@ -22,7 +23,7 @@ from lib.convert.planning import CLASSES, Job, check_dtype, sat_job, transformer
 from lib.convert.reading import MODEL, Checkpoint
 from lib.convert.report import Part, Report, pipeline_usage, write_report
 from lib.convert.results import SAT_VAE, STEP, announce, open_source, progress_of, sat_usage, write_states
-from lib.convert.writing import SHARD_BYTES, Planned, new_folder, require_room, write_safetensors
+from lib.convert.writing import SHARD_BYTES, new_folder, require_room, write_safetensors
 from lib.convert.writing import Report as Say
 from lib.errors import UserError
 from lib.layout import INDEX
@@ -107,8 +108,16 @@ def to_sat(
             source = inside if inside.is_dir() else Path(path)
             checkpoint = open_source(opened, source, folder / "work" / component, stop)
             detect.require(detect.identify(checkpoint.tensors), component, "diffusers", name=checkpoint.name)
-            jobs.append(sat_job(component, checkpoint.tensors, name=checkpoint.name, config=checkpoint.config,
-                                dtype=dtype, options=options or {}))  # fmt: skip
+            jobs.append(
+                sat_job(
+                    component,
+                    checkpoint.tensors,
+                    name=checkpoint.name,
+                    config=checkpoint.config,
+                    dtype=dtype,
+                    options=options or {},
+                )
+            )
         result = Report(direction="to SAT", variant=jobs[0].variant, family=jobs[0].family)
         require_room(folder, [tensor for job in jobs for tensor in job.planned])
         for job in jobs:
@@ -198,11 +207,16 @@ def _write_component(
     configs.write_json(place / "config.json", CLASSES[job.component], job.config)
     result.parts.append(
         Part(
-            name=job.component, source=job.source, variant=job.variant, tensors=len(job.planned),
-            dtype=job.dtype, dropped=job.dropped, checked=check_component(place, job.component),
+            name=job.component,
+            source=job.source,
+            variant=job.variant,
+            tensors=len(job.planned),
+            dtype=job.dtype,
+            dropped=job.dropped,
+            checked=check_component(place, job.component),
             files={f"{job.component}/{name}": file for name, file in files.items()},
         )
-    )  # fmt: skip
+    )
 
 
 def _finish_pipeline(
@@ -240,12 +254,18 @@ def _write_sat(job: Job, folder: Path, report: Say, stop: Stop) -> Part:
         files = {SAT_VAE: write_pickle(folder / SAT_VAE, "state_dict", job.planned, progress)}
         checked = check_sat(folder / SAT_VAE, "state_dict", job.planned)
     else:
-        planned = [Planned(name=MODEL + each.name, pieces=each.pieces, shape=each.shape, dtype=each.dtype)
-                   for each in job.planned]  # fmt: skip
+        planned = [replace(each, name=MODEL + each.name) for each in job.planned]
         files = write_states(folder, planned, progress)
         checked = check_sat(folder / STEP / STATES, "module", planned)
-    return Part(name=job.component, source=job.source, variant=job.variant, tensors=len(job.planned),
-                dtype=job.dtype, files=files, checked=checked)  # fmt: skip
+    return Part(
+        name=job.component,
+        source=job.source,
+        variant=job.variant,
+        tensors=len(job.planned),
+        dtype=job.dtype,
+        files=files,
+        checked=checked,
+    )
 
 
 def _vae_usage() -> str:

@@ -180,9 +180,9 @@ def plan_to_sat(names: list[str], table: Table, *, levels: int = 0) -> Plan:
         if rows is None:
             plan.outputs[target] = [Piece(name)]
             continue
-        # A place for every chunk, to be filled by each of the tensors that share the rows.
-        pieces = plan.outputs.setdefault(target, [Piece(_filled(_owner(rows, chunk), values)) for chunk in
-                                                  range(rows.count)])  # fmt: skip
+        # A place for every chunk, named for the tensor that will fill it: those left over are missing.
+        empty = [Piece(_filled(_owner(rows, chunk), values)) for chunk in range(rows.count)]
+        pieces = plan.outputs.setdefault(target, empty)
         for place, chunk in enumerate(rows.chunks[part]):
             pieces[chunk] = Piece(name, place, len(rows.chunks[part]))
     known = set(names)
@@ -191,7 +191,7 @@ def plan_to_sat(names: list[str], table: Table, *, levels: int = 0) -> Plan:
     return plan
 
 
-def sat_names(ours: str, table: Table, *, levels: int = 0) -> str | None:
+def sat_name(ours: str, table: Table, *, levels: int = 0) -> str | None:
     """The SAT tensor that holds a diffusers tensor; None when there is none."""
     inverse = _inverse(table)
     found = _found(ours, tuple(inverse), levels)

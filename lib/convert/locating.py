@@ -101,8 +101,8 @@ def _in_folder(folder: Path, name: str) -> Located:
             return Located(name=name, files=(whole[0],), config=config if config.is_file() else None)
     if (folder / INDEX).is_file():
         raise UserError(
-            f"{name} is a whole model in the layout of diffusers; give one of its parts, its folder transformer "
-            "or vae."
+            f"{name} is a whole model in the layout of diffusers; give one of its parts, its folder "
+            "transformer or vae."
         )
     raise UserError(
         f"{name} holds no weights: neither {LATEST} beside a folder with {STATES}, nor a .pt or "

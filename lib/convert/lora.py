@@ -8,11 +8,11 @@ stays in the metadata, under names that no loader reads as a scale.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lib.convert import configs, detect
-from lib.convert.keymap import LORA, plan_to_diffusers, plan_to_sat, sat_names
+from lib.convert.keymap import LORA, plan_to_diffusers, plan_to_sat, sat_name
 from lib.convert.planning import planned
 from lib.convert.reading import MODEL, Checkpoint
 from lib.convert.writing import Planned
@@ -117,9 +117,8 @@ def job_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None
             f"{name} cannot become a SAT LoRA: it has {', '.join(plan.unknown[:3])}, and SAT's has only the "
             f"matrices of attention ({', '.join(MODULES)})."
         )
-    rank, layers = _check(plan_to_diffusers(list(plan.outputs), LORA).outputs, {
-        target: tensors[pieces[0].source] for target, pieces in plan.outputs.items()
-    }, name)  # fmt: skip
+    matrices = {target: tensors[pieces[0].source] for target, pieces in plan.outputs.items()}
+    rank, layers = _check(tensors, matrices, name)
     modules = {key.partition(".lora_")[0]: rank for key in tensors}
     scaling = declared_scaling(metadata, None, ranks=modules, alphas={}, name=name)
     used = _alpha(alpha) if alpha is not None else _recorded_alpha(metadata) or DEFAULT_ALPHA
@@ -144,13 +143,7 @@ def job_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None
 
 
 def _scaled(tensor: Planned, prefix: str, scale: float) -> Planned:
-    return Planned(
-        name=prefix + tensor.name,
-        pieces=tensor.pieces,
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        scale=scale,
-    )
+    return replace(tensor, name=prefix + tensor.name, scale=scale)
 
 
 def _check(outputs: Mapping[str, object], matrices: "Mapping[str, Tensor]", name: str) -> tuple[int, int]:
@@ -164,13 +157,13 @@ def _check(outputs: Mapping[str, object], matrices: "Mapping[str, Tensor]", name
     rank = width = None
     for pair in wanted.values():
         if lacking := next((key for key in pair if key not in outputs), None):
-            raise UserError(f"{name} is not a whole SAT LoRA: it lacks {sat_names(lacking, LORA)}.")
-        down, up = (matrices[sat_names(key, LORA)] for key in pair)
+            raise UserError(f"{name} is not a whole SAT LoRA: it lacks {sat_name(lacking, LORA)}.")
+        down, up = (matrices[sat_name(key, LORA)] for key in pair)
         if rank is None and down.dim() == 2:
             rank, width = down.shape
         if tuple(down.shape) != (rank, width) or tuple(up.shape) != (width, rank):
             raise UserError(
-                f"{name}: {sat_names(pair[0], LORA)} and its other half are {list(down.shape)} and "
+                f"{name}: {sat_name(pair[0], LORA)} and its other half are {list(down.shape)} and "
                 f"{list(up.shape)}; in a SAT LoRA of rank {rank} and width {width} they are "
                 f"{[rank, width]} and {[width, rank]}."
             )

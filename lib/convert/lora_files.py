@@ -42,8 +42,14 @@ def lora_to_diffusers(
         detect.require(detect.identify(checkpoint.tensors), "lora", "sat", name=checkpoint.name)
         job = job_to_diffusers(checkpoint, alpha=alpha, dtype=dtype)
         require_room(folder, job.planned)
-        files = write_safetensors(folder, "lora", job.planned, progress_of("LoRA", job.planned, report, stop),
-                                  shard_bytes=1 << 62, metadata=job.metadata)  # fmt: skip
+        files = write_safetensors(
+            folder,
+            "lora",
+            job.planned,
+            progress_of("LoRA", job.planned, report, stop),
+            shard_bytes=1 << 62,
+            metadata=job.metadata,
+        )
         opened.close()
         shutil.rmtree(folder / "work", ignore_errors=True)
         result = _lora_report(job, "to diffusers", alpha)
@@ -86,10 +92,21 @@ def lora_to_sat(
 
 def _lora_report(job: LoraJob, direction: str, alpha: float | None) -> Report:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in job.planned})
-    part = Part(name="lora", source=job.source, variant=job.label, tensors=len(job.planned),
-                dtype=", ".join(dtypes), dropped=job.dropped)  # fmt: skip
+    part = Part(
+        name="lora",
+        source=job.source,
+        variant=job.label,
+        tensors=len(job.planned),
+        dtype=", ".join(dtypes),
+        dropped=job.dropped,
+    )
     result = Report(direction=direction, variant=job.label, parts=[part])
     result.settings = {"rank": job.rank, "alpha": job.alpha}
+    if alpha is None and direction == "to diffusers":
+        result.notes.append(
+            f"alpha was not given: SAT stores none, and its default of {job.alpha:g} was used. CogVideo's "
+            "own fine-tunes use 64 at rank 128."
+        )
     return result
 
 

@@ -16,7 +16,7 @@ from lib.convert.keymap import (
     Table,
     plan_to_diffusers,
     plan_to_sat,
-    sat_names,
+    sat_name,
     shape_of,
 )
 from lib.convert.writing import NAMES, Planned
@@ -167,7 +167,7 @@ def check(
     """Raise UserError unless a plan makes exactly the expected tensors; it speaks of them by SAT's names."""
 
     def written(ours: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys(sat_names(each, table, levels=levels) or each for each in ours))
+        return list(dict.fromkeys(sat_name(each, table, levels=levels) or each for each in ours))
 
     _refuse_unknown(plan, name=name, what=what.removeprefix("a "))
     if missing := written(key for key in expected if key not in plan.outputs):

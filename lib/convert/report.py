@@ -67,8 +67,10 @@ class Report:
                 f"{size_text(part.bytes)} in {files}; {part.checked}"
             )
             if part.dropped:
-                lines.append(f"{part.name}: dropped {', '.join(list(part.dropped)[:SHOWN])}"
-                             + " ..." * (len(part.dropped) > SHOWN))  # fmt: skip
+                lines.append(
+                    f"{part.name}: dropped {', '.join(list(part.dropped)[:SHOWN])}"
+                    + " ..." * (len(part.dropped) > SHOWN)
+                )
         return lines + self.notes
 
 

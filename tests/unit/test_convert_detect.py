@@ -156,7 +156,8 @@ def test_a_converted_folder_is_not_converted_again(tmp_path):
         "read here is the layout of SAT; to go the other way, choose the other direction."
     )
     assert refusal(transformer=tmp_path / "model", target=tmp_path / "out") == (
-        "model is a whole model in the layout of diffusers; give one of its parts, its folder transformer or vae."
+        "model is a whole model in the layout of diffusers; give one of its parts, its folder transformer "
+        "or vae."
     )
     with pytest.raises(UserError, match=r"^t2v-2b.pt is a .* of SAT: it is in the layout of SAT already"):
         to_sat(transformer=factory.source("t2v-2b"), target=tmp_path / "sat", report=silent)

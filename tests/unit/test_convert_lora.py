@@ -138,6 +138,17 @@ def test_the_service_applies_nothing_twice(tmp_path):
         found.alphas(4)
 
 
+def test_an_alpha_that_was_assumed_is_said(tmp_path):
+    note = (
+        "alpha was not given: SAT stores none, and its default of 1 was used. CogVideo's own fine-tunes use 64 "
+        "at rank 128."
+    )
+    for alpha, notes in ((None, [note]), (1, [])):
+        target = tmp_path / str(alpha)
+        result = lora_to_diffusers(factory.source("lora-t2v-2b"), target=target, alpha=alpha, report=silent)
+        assert result.notes == notes
+
+
 def test_alpha_changes_b_alone_and_in_proportion(tmp_path):
     one, four = (
         load_file(converted(factory.source("lora-t2v-2b"), tmp_path, alpha=alpha)) for alpha in (1, 4)
