@@ -140,8 +140,8 @@ def test_the_service_applies_nothing_twice(tmp_path):
 
 def test_an_alpha_that_was_assumed_is_said(tmp_path):
     note = (
-        "alpha was not given: SAT stores none, and its default of 1 was used. CogVideo's own fine-tunes use 64 "
-        "at rank 128."
+        "alpha was not given: SAT stores none, and its default of 1 was used. CogVideo's own fine-tunes use "
+        "64 at rank 128."
     )
     for alpha, notes in ((None, [note]), (1, [])):
         target = tmp_path / str(alpha)
