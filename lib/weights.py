@@ -127,7 +127,7 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
     if is_whole(final):
         _remove_what_a_kill_left(final, report)
         return _model_folder(final)
-    if _is_offline() and not _offline_by_us:
+    if forbidden():
         raise UserError(
             f"{name} is not in {final.parent}, and HF_HUB_OFFLINE forbids to download it; unset it once."
         )
@@ -142,6 +142,16 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
 def cache_folder() -> Path:
     """Return where downloaded models are kept: `COGVIDEOX_CACHE`, by default ~/.cache/cogvideox."""
     return Path(os.environ.get("COGVIDEOX_CACHE") or "~/.cache/cogvideox").expanduser()
+
+
+def downloaded() -> list[Path]:
+    """Return the folders of the manifest's models that are in the cache and whole."""
+    return _downloaded(read_manifest(), cache_folder())
+
+
+def forbidden() -> bool:
+    """Return whether the user forbids downloads: HF_HUB_OFFLINE, other than by go_offline."""
+    return _is_offline() and not _offline_by_us
 
 
 def is_whole(folder: Path) -> bool:
@@ -194,8 +204,12 @@ def _completed(folder: Path, sources: dict[str, Source], cache: Path) -> Path | 
     """A converted model with what a downloaded one lends it; None where nothing can be lent."""
     if not folder.is_dir() or not borrowed.can_be_completed(folder):
         return None
+    return borrowed.completed(folder, _downloaded(sources, cache), cache=cache)
+
+
+def _downloaded(sources: dict[str, Source], cache: Path) -> list[Path]:
     kept = (cache / source.key for source in sources.values() if source.path is None)
-    return borrowed.completed(folder, [_model_folder(each) for each in kept if is_whole(each)], cache=cache)
+    return [_model_folder(each) for each in kept if is_whole(each)]
 
 
 def _lacks(folder: Path) -> list[str]:
