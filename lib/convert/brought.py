@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -71,7 +71,7 @@ def brought(given: Given, *, work: Path, report: Report = print, stop: Stop = No
         return
     address, place = given.address.strip(), work / given.slot
     if given.upload is not None:
-        path = _named(check_file(given.upload), given.slot, place)
+        path = _named(_readable(check_file(given.upload)), given.slot, place)
         yield _unpacked(path, place, stop)
     elif "://" in address and not address.startswith("file://"):
         with _fetched(address, slot=given.slot, report=report, stop=stop) as path:
@@ -101,9 +101,14 @@ def _local(address: str, slot: str) -> Path:
             f"{slot}_url={address[:200]!r} is no address; give one that begins with https://, or upload "
             "the file."
         )
-    path = path.expanduser()
+    return _readable(path.expanduser())
+
+
+def _readable(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"There is no file or folder {path}.")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: this process may not.")
     return path
 
 
@@ -128,23 +133,24 @@ def _fetched(address: str, *, slot: str, report: Report, stop: Stop) -> Iterator
     name = _name_in(url) or f"{slot}.download"
     rules = replace(request_rules(stop=stop), end=time.monotonic() + FETCH_SECONDS)
     rules.check_url(url)  # before anything is made for it
-    try:
-        with lock(entry, report, stop=stop):
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(entry, report, stop=stop))
             _trim(folder, entry)
-            try:
-                path = fetch(url, entry / name, max_bytes=MAX_BYTES, rules=rules, report=report)
-            finally:
-                _remove_if_empty(entry)
-            try:
-                yield path
-            except Stopped:
-                raise  # the same request goes on with it
-            except Exception:
-                shutil.rmtree(entry, ignore_errors=True)  # what was wrong with it may be mended at the host
-                raise
-            shutil.rmtree(entry, ignore_errors=True)
-    except OSError as error:
-        raise disk_error(error, folder) from error
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        try:
+            path = fetch(url, entry / name, max_bytes=MAX_BYTES, rules=rules, report=report)
+        finally:
+            _remove_if_empty(entry)
+        try:
+            yield path
+        except Stopped:
+            raise  # the same request goes on with it
+        except Exception:
+            shutil.rmtree(entry, ignore_errors=True)  # what was wrong with it may be mended at the host
+            raise
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def _direct(address: str) -> str:
