@@ -126,3 +126,8 @@ def save_sat(
 
 def silent(line: str) -> None:
     """Where progress is not of interest."""
+
+
+def same_states(found: State, wanted: State) -> bool:
+    """Whether two state dicts have the same names and every bit alike."""
+    return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)

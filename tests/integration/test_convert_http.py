@@ -18,7 +18,7 @@ from lib.scratch import PREFIX
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
 from tests.clips_factory import data_uri
-from tests.convert_factory import VAE_FILE, expected, expected_config, options, source, stored
+from tests.convert_factory import VAE_FILE, expected, expected_config, options, same_states, source, stored
 from tests.http_host import Host, Served
 from tests.integration.conftest import wait_for
 from tests.webhook_host import WebhookHost
@@ -92,10 +92,6 @@ def unpacked(reply: dict, target: Path) -> Path:
     return extract_tar(tar, target)
 
 
-def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
-
-
 def left(server: Server, cache: Path) -> list[str]:
     """Files that a request would have left: in the server's temporary folder, or fetched."""
     kept = [path for path in (server.scratch / "tmp").rglob("*") if path.is_file()]
@@ -111,7 +107,7 @@ def test_uploads_become_a_tar_of_a_folder_and_the_metrics_say_what_they_were(ser
         event = hook.wait_for("both", "succeeded")
     folder = unpacked(reply, tmp_path / "model")
     for component, name in (("transformer", NAME), ("vae", "vae")):
-        assert same(stored(folder / component), expected(name))
+        assert same_states(stored(folder / component), expected(name))
         assert json.loads((folder / component / "config.json").read_text())["_class_name"].startswith(
             {"transformer": "CogVideoXT", "vae": "AutoencoderKLC"}[component]
         )
@@ -137,9 +133,8 @@ def test_addresses_are_fetched_and_nothing_of_them_stays(server, host, cache, tm
         dtype="float32", overrides=OVERRIDES,
     )  # fmt: skip
     folder = unpacked(reply, tmp_path / "model")
-    assert same(stored(folder / "transformer"), expected(NAME)) and same(
-        stored(folder / "vae"), expected("vae")
-    )
+    assert same_states(stored(folder / "transformer"), expected(NAME))
+    assert same_states(stored(folder / "vae"), expected("vae"))
     assert "mp_rank_00_model_states.pt: downloading" in reply["logs"]
     assert "secret" not in reply["logs"] + (folder / REPORT).read_text()
     wait_for(lambda: left(server, cache) == ["converted.tar"])
