@@ -43,14 +43,15 @@ def fetch(
     timeout: float = 30.0,
     connections: int = 8,
     stop: threading.Event | None = None,
+    rules: Rules | None = None,
 ) -> Path:
     """Download an http(s) URL to the file `target` and return it; one process at a time per target.
 
     A target that exists is whole, since it only ever appears by renaming, and is returned at once. Bytes
     collect in `target.partial`, with a journal of finished ranges beside it, so that the next call continues
     after a crash or a lost line; a host without ranges is read in one stream and begun anew. `pget` does the
-    work when it is on PATH and nothing was begun, except under `max_bytes`, `headers` or `stop`, which it
-    does not honour.
+    work when it is on PATH and nothing was begun, except under `max_bytes`, `headers`, `stop` or `rules`,
+    which it does not honour. `rules` are for addresses of strangers, and say themselves when to stop.
 
     `size` and `max_bytes` are in bytes, `timeout` is the longest silence of the host in seconds. Of the
     `headers`, Authorization and Cookie stay with the first host when it redirects. Raises FetchError (naming
@@ -60,7 +61,7 @@ def fetch(
     target = Path(target)
     if target.exists():
         return target
-    source = Source(url=url, headers=dict(headers or {}), timeout=timeout, rules=until(stop))
+    source = Source(url=url, headers=dict(headers or {}), timeout=timeout, rules=rules or until(stop))
     remote = _probe(source)
     _check_length(source, remote.size, size=size, max_bytes=max_bytes)
     part = Part.begun(target, source, remote, trusted=sha256 is not None)
@@ -69,7 +70,7 @@ def fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         progress = Progress(target.name, remote.size, report, done=part.bytes_done())
-        free = max_bytes is None and stop is None and not headers
+        free = max_bytes is None and source.rules is None and not headers
         pget = shutil.which("pget") if free and remote.ranges else None
         if not (pget and _fetch_with_pget(pget, source, part, progress)):
             limit = max_bytes if size is None else size

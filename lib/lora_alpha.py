@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from lib.errors import UserError
 
+BAKED = "alpha_over_rank_applied"
+"""Metadata of a file whose B matrices were multiplied by alpha / rank already: not to be scaled again."""
 LITERAL = re.compile(r"[\w.]+", re.ASCII)
 
 
@@ -33,10 +35,13 @@ def declared_scaling(
 ) -> Scaling | None:
     """Return what a file declares, None when it declares nothing.
 
-    In this order: `lora_adapter_metadata` in the file (diffusers), `lora_config` in the file (finetrainers),
+    A converted file says that its alpha is applied: then alpha is the rank. Else, in this order:
+    `lora_adapter_metadata` in the file (diffusers), `lora_config` in the file (finetrainers),
     adapter_config.json beside it (peft); `alphas` are those stored as tensors (kohya). Raises UserError when
     two of them contradict each other, or one contradicts the ranks of the matrices.
     """
+    if BAKED in metadata:
+        return Scaling(alphas={module: float(rank) for module, rank in ranks.items()})
     config = (
         _parsed(metadata.get("lora_adapter_metadata"), name)
         or _parsed(metadata.get("lora_config"), name)

@@ -61,13 +61,15 @@ class Rules:
     `check_url` gets the URL and each URL that it redirects to, before anything is sent there; `check_peer`
     gets the IP address that was connected to, and its URL, before the request is sent. Both raise for what
     may not be read. Behind a proxy the peer is the proxy, which is not asked about. Headers and body of one
-    response have `seconds` in all. Reading raises Stopped soon after `stop` was set, even from a silent host.
+    response have `seconds` in all, and all responses together until `end`, by time.monotonic(). Reading
+    raises Stopped soon after `stop` was set, even from a silent host.
     """
 
     check_url: Callable[[str], None]
     check_peer: Callable[[str, str], None]
     seconds: float
     stop: threading.Event | None = None
+    end: float = math.inf
 
 
 def until(stop: threading.Event | None) -> Rules | None:
@@ -188,7 +190,7 @@ class _RuledConnections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
     def __init__(self, rules: Rules) -> None:
         super().__init__()
         self.rules = rules
-        self.deadline = time.monotonic() + rules.seconds
+        self.deadline = min(time.monotonic() + rules.seconds, rules.end)
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self._open(http.client.HTTPConnection, req)

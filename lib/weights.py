@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from lib import hub
+from lib import borrowed, hub
 from lib.archive import NoSpaceError, extract_tar, require_free_space
 from lib.download import fetch, read, remote_size, sha256_of
 from lib.errors import UserError
@@ -94,7 +94,8 @@ def locate(
 
     `name` is a name of the manifest, the path of a folder, or a Hub repository "owner/name", also
     "owner/name@revision". A folder that is whole costs a few file look-ups: no network, no waiting. Two
-    processes at once download once. `report` receives one line per event.
+    processes at once download once. A converted model without text encoder and tokenizer borrows those of a
+    downloaded one. `report` receives one line per event.
 
     `check` receives the model's model_index.json, or without one its config.json, and raises for a model that
     the caller cannot use: of a Hub repository before the rest is downloaded, of an archive when it is
@@ -118,7 +119,7 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
     if source is None:
         folder = Path(name).expanduser()
         if name and folder.exists():
-            return _whole_or_raise(folder)
+            return _completed(folder, sources, cache) or _whole_or_raise(folder)
         source = _hub_source(name, sources)
     elif source.path is not None:
         return _whole_or_raise(manifest.parent / source.path)
@@ -126,7 +127,7 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
     if is_whole(final):
         _remove_what_a_kill_left(final, report)
         return _model_folder(final)
-    if _is_offline() and not _offline_by_us:
+    if forbidden():
         raise UserError(
             f"{name} is not in {final.parent}, and HF_HUB_OFFLINE forbids to download it; unset it once."
         )
@@ -141,6 +142,16 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
 def cache_folder() -> Path:
     """Return where downloaded models are kept: `COGVIDEOX_CACHE`, by default ~/.cache/cogvideox."""
     return Path(os.environ.get("COGVIDEOX_CACHE") or "~/.cache/cogvideox").expanduser()
+
+
+def downloaded() -> list[Path]:
+    """Return the folders of the manifest's models that are in the cache and whole."""
+    return _downloaded(read_manifest(), cache_folder())
+
+
+def forbidden() -> bool:
+    """Return whether the user forbids downloads: HF_HUB_OFFLINE, other than by go_offline."""
+    return _is_offline() and not _offline_by_us
 
 
 def is_whole(folder: Path) -> bool:
@@ -187,6 +198,18 @@ def _whole_or_raise(folder: Path) -> Path:
             f"{folder} is not a whole model; it lacks {', '.join(lacks[:5])}{' ...' * (len(lacks) > 5)}."
         )
     return folder
+
+
+def _completed(folder: Path, sources: dict[str, Source], cache: Path) -> Path | None:
+    """A converted model with what a downloaded one lends it; None where nothing can be lent."""
+    if not folder.is_dir() or not borrowed.can_be_completed(folder):
+        return None
+    return borrowed.completed(folder, _downloaded(sources, cache), cache=cache)
+
+
+def _downloaded(sources: dict[str, Source], cache: Path) -> list[Path]:
+    kept = (cache / source.key for source in sources.values() if source.path is None)
+    return [_model_folder(each) for each in kept if is_whole(each)]
 
 
 def _lacks(folder: Path) -> list[str]:

@@ -13,12 +13,12 @@ from lib.archive import disk_error
 from lib.compute import ComputeThread
 from lib.errors import UserError
 from lib.lock import lock
+from lib.packing import pack
 from lib.scratch import Scratch
 from lib.serving.guard import check_file
 from training import checkpoints
 from training.config import SECRETS, TrainingConfig
 from training.memory import free_memory
-from training.result import pack
 
 KEPT_RUNS = 3
 Report = Callable[[str], None]

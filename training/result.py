@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,20 +88,6 @@ def steps_of_result(run: Path) -> int:
         return len((run / RESULT / "loss.csv").read_text().splitlines()) - 1
     except OSError:
         return 0
-
-
-def pack(folder: Path, target: Path) -> Path:
-    """The folder's content as an uncompressed tar (weights do not compress), whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with tarfile.open(partial, "w") as archive:
-            for path in sorted(folder.iterdir()):
-                archive.add(path, arcname=path.name)
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, target) from error
-    return target
 
 
 def draw_losses(path: Path, losses: list[float]) -> None:

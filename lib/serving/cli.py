@@ -26,7 +26,8 @@ TRAINING_EXAMPLE = (
     "curl -s {}/trainings -H 'Content-Type: application/json' "
     """-d '{{"input": {{"input_videos": "https://example.org/clips.zip"}}}}'"""
 )
-LORA_INPUTS = frozenset({"lora_weights", "extra_lora"})
+# Text inputs that may be paths of this machine.
+PATH_INPUTS = frozenset({"lora_weights", "extra_lora", "transformer_url", "vae_url", "lora_url"})
 PREDICT_USAGE = "script/predict NAME [-i input=value ...] [-o PATH] [--url http://host:port]"
 
 
@@ -165,12 +166,17 @@ def predictor_help(config: PredictorConfig, document: dict[str, Any]) -> str:
 
 
 def curl_example(url: str, document: dict[str, Any]) -> str:
-    """A request with every required input filled in; for files, data URIs of files to be named."""
+    """A request with every required input filled in; for files, data URIs of files to be named.
+
+    Where nothing is required but one of several files is, the address of the first stands in.
+    """
     shapes = input_properties(document)
     required = document["components"]["schemas"]["Input"].get("required", [])
     asks_about_files = shapes.keys() & {"video", "input_videos"}
     inputs = {"prompt": EXAMPLE_PROMPT} if "prompt" in shapes and not asks_about_files else {}
     inputs |= {name: _example(name, shapes[name]) for name in required}
+    address = next((name for name in shapes if name.endswith("_url")), None)
+    inputs |= {address: f"https://example.org/{address.removesuffix('_url')}.pt"} if address else {}
     body = json.dumps({"input": inputs})
     curl = f"curl -s {url}/predictions -H 'Content-Type: application/json' -d"
     files = [_example_file(name)[0] for name in required if shapes[name].get("format") == "uri"]
@@ -210,8 +216,8 @@ def _report(given: argparse.Namespace, metrics: dict[str, Any], document: dict[s
 
 
 def _name_files_absolutely(inputs: dict[str, Any]) -> None:
-    """LoRAs on this machine: relative paths are the caller's; the server stands in a folder of its own."""
-    for name in LORA_INPUTS & inputs.keys():
+    """Weights on this machine: relative paths are the caller's; the server stands in a folder of its own."""
+    for name in PATH_INPUTS & inputs.keys():
         path = Path(str(inputs[name]).removeprefix("@")).expanduser()
         if inputs[name] and path.exists():
             inputs[name] = str(path.resolve())

@@ -1,0 +1,41 @@
+"""SAT LoRAs to diffusers and back: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
+
+from typing import Optional
+
+from cog import BaseRunner, Input, Path
+
+from lib.convert.predictor import ExportLoraPredictor
+
+
+class Runner(BaseRunner):
+    def setup(self) -> None:
+        self.predictor = ExportLoraPredictor.start()
+
+    def run(
+        self,
+        lora: Optional[Path] = Input(
+            description="The LoRA, up to 2 GiB: the .pt file of SAT's training, with or without the model in it, or a zip or tar of its folder. For direction=to_sat a .safetensors file.",
+            default=None,
+        ),
+        lora_url: str = Input(
+            description="The same by its https:// address, of any size.",
+            default="",
+        ),
+        alpha: Optional[float] = Input(
+            description="The alpha that the LoRA was trained with, which SAT does not store. Empty: SAT's default of 1. CogVideo's own recipes use 64 at rank 128. With to_sat: the alpha that it is to be used with.",
+            default=None,
+        ),
+        direction: str = Input(
+            description="to_diffusers: a SAT checkpoint to lora.safetensors, with alpha / rank multiplied in. to_sat: the way back.",
+            choices=["to_diffusers", "to_sat"],
+            default="to_diffusers",
+        ),
+        dtype: str = Input(
+            description="Type of the weights. auto: float32, which loses nothing; to_sat: what they were stored in.",
+            choices=["auto", "float16", "bfloat16", "float32"],
+            default="auto",
+        ),
+    ) -> Path:
+        return self.predictor(
+            self, lora=lora, lora_url=lora_url, alpha=alpha, direction=direction, dtype=dtype
+        )
