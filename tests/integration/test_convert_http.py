@@ -6,7 +6,9 @@ import json
 import pickle
 import threading
 import time
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -32,11 +34,12 @@ BINARY = "application/octet-stream"
 
 @pytest.fixture(scope="module")
 def host():
-    """Serves checkpoints, and one that never comes."""
+    """Serves checkpoints, and some that never come."""
     files = {
         STATES: Served(source(NAME).read_bytes()),
         "/3d-vae.pt": Served(VAE_FILE.read_bytes()),
-        "/silent/mp_rank_00_model_states.pt": Served(source(NAME).read_bytes(), stall_at=1000),
+        "/silent.pt": Served(source(NAME).read_bytes(), stall_at=1000),
+        "/stuck.pt": Served(source(NAME).read_bytes(), stall_at=1000),
         "/cut.pt": Served(source(NAME).read_bytes()[:-3000]),
         "/lora.pt": Served(source("lora-t2v-2b").read_bytes()),
     }
@@ -175,6 +178,44 @@ def test_what_the_form_does_not_allow_is_refused(server, inputs):
     assert reply["detail"][0]["loc"][:2] == ["body", "input"]
 
 
+@pytest.mark.parametrize("name", ["convert", "export_lora"])
+def test_both_answer_as_every_predictor_does(server, lora_server, host, name):
+    server = server if name == "convert" else lora_server
+    slot = {"convert": "transformer", "export_lora": "lora"}[name]
+    assert post(server, "{")[0] == 400
+    assert http("GET", server, "/predictions/none")[0] == 405
+    assert http("POST", server, "/predictions/none/cancel")[0] == 404
+    assert send(server, f"{name}-wrong", direction=None)[0] == 422
+    status, reply = send(server, f"{name}-unknown", colour="red")  # what is not known is left out
+    needed = {"convert": "Give a transformer, a VAE or both", "export_lora": "Give a LoRA"}[name]
+    assert (status, reply["status"]) == (200, "failed") and needed in reply["error"], reply
+    slow = {f"{slot}_url": host.url("/silent.pt")}
+    with WebhookHost() as hook:
+        body = {"id": f"{name}-slow", "input": slow, "webhook": hook.url}
+        wait_until_idle(server.url)
+        status, text = post(server, json.dumps(body), prefer="respond-async")
+        assert (status, json.loads(text)["status"]) == (202, "starting")
+        wait_for(lambda: health(server.url)["status"] == "BUSY")
+        assert http("PUT", server, f"/predictions/{name}-slow", {"input": slow})[0] == 202
+        assert post(server, json.dumps({"input": {}}))[0] == 409
+        assert http("POST", server, f"/predictions/{name}-slow/cancel")[0] == 200
+        hook.wait_for(f"{name}-slow", "canceled")
+    wait_until_idle(server.url)
+
+
+def http(method: str, server: Server, path: str, body: dict | None = None) -> tuple[int, bytes]:
+    return request(server.url, method, path, body)
+
+
+def post(server: Server, body: str, *, prefer: str = "") -> tuple[int, str]:
+    parts = urlsplit(server.url)
+    connection = HTTPConnection(parts.hostname, parts.port, timeout=30)
+    headers = {"Content-Type": "application/json"} | ({"Prefer": prefer} if prefer else {})
+    connection.request("POST", "/predictions", body, headers)
+    reply = connection.getresponse()
+    return reply.status, reply.read().decode()
+
+
 class Malicious:
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -222,10 +263,10 @@ def test_every_refusal_names_the_file_and_the_reason_and_the_next_request_works(
 
 
 def test_a_cancelled_download_leaves_nothing_that_counts_and_the_server_works_on(server, host, cache):
-    url = host.url("/silent/mp_rank_00_model_states.pt")
+    url = host.url("/stuck.pt")
     thread = threading.Thread(target=send, args=(server, "cancelled"), kwargs={"transformer_url": url})
     thread.start()
-    wait_for(lambda: host.bodies("/silent/mp_rank_00_model_states.pt"))
+    wait_for(lambda: host.bodies("/stuck.pt"))
     began = time.monotonic()
     assert request(server.url, "POST", "/predictions/cancelled/cancel")[0] == 200
     thread.join(15)
