@@ -7,7 +7,8 @@
 
 The cache is `COGVIDEOX_CACHE`, by default ~/.cache/cogvideox. In it a model's folder appears by renaming,
 with a record of where it came from; until then the work happens in a sibling `.partial`, which the next
-start continues. Only this module and those below it reach the network.
+start continues. Models come from the network through this module alone; what requests name is fetched by
+lib/lora_cache.py, lib/opening.py and lib/convert/, and uploads go through lib/publish.py.
 """
 
 import hashlib

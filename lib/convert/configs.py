@@ -50,10 +50,6 @@ class Family:
     def pipeline(self) -> str:
         return "CogVideoXPipeline" if self.spec.task == "t2v" else "CogVideoXImageToVideoPipeline"
 
-    @property
-    def vae_facts(self) -> tuple[float, bool]:
-        return self.scaling_factor, self.invert_scale_latents
-
 
 FAMILIES = {
     family.name: family
