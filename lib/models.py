@@ -1,9 +1,6 @@
-"""What exists: one ModelSpec per checkpoint, and a spec derived from its own configs for any other folder."""
+"""What exists: one ModelSpec per checkpoint. lib/derived.py makes one for any other folder."""
 
-import json
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from lib.errors import UserError
@@ -17,7 +14,6 @@ MODEL_CLASSES = {
 }
 """What model_index.json and config.json call them."""
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 SizeRule = Literal["fixed", "trained", "short side"]
 
 
@@ -51,8 +47,24 @@ class ModelSpec:
     """Whether the authors advise dynamic guidance, beside the scheduler above."""
     attention_width: int | None = None
     """Heads times head size. LoRAs tell by it what they were made for; None where no LoRA is loaded."""
+    layers: int | None = None
+    """Blocks of a released transformer."""
+    scaling_factor: float | None = None
+    """What the VAE's latents are multiplied by. No tensor says this or the next three: conversion asks here.
+    None for models that nothing is converted to."""
+    invert_scale_latents: bool = False
+    """Whether an image's latents are divided by it instead."""
+    snr_shift_scale: float = 1.0
+    """Of the schedule of the noise."""
+    rotary_positions: bool = True
+    """Otherwise positions are sines and cosines, added once."""
     repository: str | None = None
     """Home on the Hugging Face Hub; weights/manifest.toml has the licence and where the files come from."""
+
+    @property
+    def pipeline_class(self) -> str:
+        """What its model_index.json or config.json calls it."""
+        return next(name for name, task in MODEL_CLASSES.items() if task == self.task)
 
     def check_frames(self, frames: int) -> None:
         """Raise UserError unless this model can make a clip of that many frames."""
@@ -111,8 +123,14 @@ def _round_to(value: float, step: int) -> int:
     return int(value / step + 0.5) * step
 
 
-_FIRST = {"height": 480, "width": 720, "frames": 49, "frame_step": 8, "max_frames": 49, "fps": 8}
-_SECOND = {"height": 768, "width": 1360, "frames": 81, "frame_step": 16, "max_frames": 161, "fps": 16}
+_FIRST = {
+    "height": 480, "width": 720, "frames": 49, "frame_step": 8, "max_frames": 49, "fps": 8,
+    "scaling_factor": 0.7,
+}  # fmt: skip
+_SECOND = {
+    "height": 768, "width": 1360, "frames": 81, "frame_step": 16, "max_frames": 161, "fps": 16,
+    "scaling_factor": 0.7,
+}  # fmt: skip
 _TINY = {"height": 48, "width": 64, "frames": 9, "frame_step": 8, "max_frames": 49, "fps": 8}
 _CAPTION = {
     "frames": 24, "frame_step": 1, "max_frames": 24, "fps": 1, "text_tokens": 2048, "size_rule": "fixed"
@@ -151,10 +169,13 @@ SPECS: dict[str, ModelSpec] = {
         ModelSpec(
             name="cogvideox-2b",
             task="t2v",
-            **_FIRST,
+            **_FIRST | {"scaling_factor": 1.15258426},
+            snr_shift_scale=3.0,
+            rotary_positions=False,
             text_tokens=226,
             dtype="float16",
             attention_width=1920,
+            layers=30,
             recommended_scheduler="ddim",
             repository="zai-org/CogVideoX-2b",
         ),
@@ -165,6 +186,7 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=226,
             dtype="bfloat16",
             attention_width=3072,
+            layers=42,
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
             repository="zai-org/CogVideoX-5b",
@@ -176,6 +198,7 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=226,
             dtype="bfloat16",
             attention_width=3072,
+            layers=42,
             size_rule="fixed",
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
@@ -188,6 +211,7 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=224,
             dtype="bfloat16",
             attention_width=3072,
+            layers=42,
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
             repository="zai-org/CogVideoX1.5-5B",
@@ -199,7 +223,9 @@ SPECS: dict[str, ModelSpec] = {
             text_tokens=224,
             dtype="bfloat16",
             attention_width=3072,
+            layers=42,
             size_rule="short side",
+            invert_scale_latents=True,
             recommended_scheduler="dpm",
             use_dynamic_cfg=True,
             repository="zai-org/CogVideoX1.5-5B-I2V",
@@ -231,104 +257,3 @@ def check_task(name: str, found: Task, task: Task) -> None:
             f"COGVIDEOX_MODEL={name} is a model for {TASK_NAMES[found]}; this predictor does "
             f"{TASK_NAMES[task]}. Models that do: {', '.join(names_for(task))}."
         )
-
-
-def task_of(index: dict, place: object) -> Task:
-    """What the model of a model_index.json or config.json does. Raises UserError when it is none of these."""
-    names = [index.get("_class_name"), *(index.get("architectures") or [])]
-    task = next((MODEL_CLASSES[name] for name in names if name in MODEL_CLASSES), None)
-    if task is None:
-        found = ", ".join(repr(name) for name in names if name) or "model of unknown kind"
-        raise UserError(f"{place} holds a {found}; allowed are {', '.join(MODEL_CLASSES)}.")
-    return task
-
-
-def spec_for(name: str, folder: Path) -> ModelSpec:
-    """The spec of a known name, else one derived from the configs in a model's folder.
-
-    Raises UserError when the folder holds neither a CogVideoX pipeline nor a captioning model.
-    """
-    return SPECS.get(name) or derive_spec(folder)
-
-
-def derive_spec(folder: Path) -> ModelSpec:
-    """Read a ModelSpec from model_index.json, transformer/config.json and vae/config.json.
-
-    Where the configs are silent (frame rate, longest clip) the family's values hold: a transformer with
-    patch_size_t is of the 1.5 family. Of a captioning model config.json alone is read. Raises UserError for
-    anything else.
-    """
-    if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
-        return _derive_caption_spec(folder)
-    task = task_of(read_config(folder / "model_index.json"), folder)
-    transformer = read_config(
-        folder / "transformer" / "config.json",
-        "sample_height sample_width sample_frames patch_size max_text_seq_length",
-    )
-    vae = read_config(folder / "vae" / "config.json", "block_out_channels temporal_compression_ratio")
-    temporal_patch = transformer.get("patch_size_t")
-    ratio = 2 ** (len(vae["block_out_channels"]) - 1)
-    second = temporal_patch is not None
-    height, width = transformer["sample_height"] * ratio, transformer["sample_width"] * ratio
-    if second and height == width:  # some copies of 1.5 carry a nominal square of 300x300 latents
-        height, width = _SECOND["height"], _SECOND["width"]
-    size_rule: SizeRule = "trained"
-    if transformer.get("use_learned_positional_embeddings"):
-        size_rule = "fixed"
-    elif second and task == "i2v":
-        size_rule = "short side"
-    return ModelSpec(
-        name=folder.name,
-        task=task,
-        height=height,
-        width=width,
-        frames=transformer["sample_frames"],
-        frame_step=vae["temporal_compression_ratio"] * 2 * (temporal_patch or 1),
-        max_frames=_SECOND["max_frames"]
-        if second
-        else max(_FIRST["max_frames"], transformer["sample_frames"]),
-        fps=_SECOND["fps"] if second else _FIRST["fps"],
-        text_tokens=transformer["max_text_seq_length"],
-        dtype=weights_dtype(folder / "transformer"),
-        size_rule=size_rule,
-        size_step=ratio * transformer["patch_size"],
-    )
-
-
-def _derive_caption_spec(folder: Path) -> ModelSpec:
-    config = read_config(folder / "config.json", "vision_config")
-    task = task_of(config, folder)
-    size, patch = (config["vision_config"].get(name, 0) for name in ("image_size", "patch_size"))
-    return ModelSpec(
-        name=folder.name, task=task, height=size, width=size, **_CAPTION, dtype=weights_dtype(folder),
-        size_step=patch,
-    )  # fmt: skip
-
-
-def read_config(path: Path, required: str = "") -> dict:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not a whole diffusers folder.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    missing = [key for key in required.split() if key not in config]
-    if missing:
-        raise UserError(f"{path} is no CogVideoX configuration: it lacks {', '.join(missing)}.")
-    return config
-
-
-def weights_dtype(folder: Path) -> Literal["float16", "bfloat16", "float32"]:
-    """The floating point type that most tensors of a safetensors folder are stored in."""
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-        except (struct.error, ValueError):
-            raise UserError(f"{path} is no whole safetensors file.") from None
-        kinds = [names[t["dtype"]] for k, t in header.items() if k != "__metadata__" and t["dtype"] in names]
-        if kinds:
-            return max(set(kinds), key=kinds.count)
-    return "float32"

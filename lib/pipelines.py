@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lib.derived import weights_dtype
 from lib.errors import UserError
-from lib.models import ModelSpec, weights_dtype
+from lib.models import ModelSpec
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -103,10 +104,11 @@ def component_bytes(folder: Path, dtype: str) -> dict[str, int]:
 
 def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryPlan) -> "DiffusionPipeline":
     """Load a folder without touching the network and place it as planned."""
+    import diffusers
     import torch
 
     silence_libraries()
-    pipeline = _pipeline_class(spec).from_pretrained(
+    pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
         folder, dtype=getattr(torch, machine.dtype), local_files_only=True, use_safetensors=True
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -141,13 +143,3 @@ def build_scheduler(name: Literal["default", "ddim", "dpm"], original: "Schedule
 
     kind = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}[name]
     return kind.from_config(original.config, timestep_spacing="trailing")
-
-
-def _pipeline_class(spec: ModelSpec) -> type:
-    if spec.task == "t2v":
-        from diffusers import CogVideoXPipeline
-
-        return CogVideoXPipeline
-    from diffusers import CogVideoXImageToVideoPipeline
-
-    return CogVideoXImageToVideoPipeline

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lib import models, weights
+from lib import derived, models, weights
 from lib.compute import limit_spinning
 from lib.models import ModelSpec, Task
 from lib.serving import guard
@@ -49,9 +49,9 @@ def model_called(name: str, task: Task) -> Model:
     if name in models.SPECS:
         models.check_task(name, models.SPECS[name].task, task)
     folder = weights.locate(
-        name, check=lambda index: models.check_task(name, models.task_of(index, name), task)
+        name, check=lambda index: models.check_task(name, derived.task_of(index, name), task)
     )
-    spec = models.spec_for(name, folder)
+    spec = derived.spec_for(name, folder)
     weights.go_offline()
     return Model(
         spec=spec,

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lib.derived import spec_for
 from lib.generation import Generator, build_request
-from lib.models import Task, spec_for
+from lib.models import Task
 from lib.pipelines import inspect_machine, load_pipeline, plan_memory
 from tiny import world
 from tiny.captions import sample_caption

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import models
+from lib import derived, models
 from lib.caption.record import Record, Row, fingerprint
 from lib.dataset import Clip, LeftOut
 from lib.errors import UserError
@@ -151,7 +151,7 @@ def _load(name: str, report: Report) -> "Captioner":
     folder = locate_captioner(name, report)
     try:
         model = Model(
-            spec=models.spec_for(name, folder),
+            spec=derived.spec_for(name, folder),
             folder=folder,
             label=label(name),
             embedded=name in models.SPECS,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib import hub, models, weights
+from lib import derived, hub, models, weights
 from lib.errors import UserError
 from lib.models import ModelSpec, Task
 from lib.sources import local_sources_allowed
@@ -102,7 +102,7 @@ def locate_base(name: str, config: TrainingConfig, report: Callable[[str], None]
     """The base's folder, downloaded if need be; of a repository the task is checked before the download."""
     return weights.locate(
         name,
-        check=lambda index: _check_base(name, models.task_of(index, name), config),
+        check=lambda index: _check_base(name, derived.task_of(index, name), config),
         report=report,
     )
 
@@ -116,13 +116,13 @@ def captioner_name(config: TrainingConfig, base: str) -> str:
 def locate_captioner(name: str, report: Callable[[str], None]) -> Path:
     """The captioner's folder, downloaded if need be. Raises UserError when it is no captioning model."""
     return weights.locate(
-        name, check=lambda index: _check_captioner(name, models.task_of(index, name)), report=report
+        name, check=lambda index: _check_captioner(name, derived.task_of(index, name)), report=report
     )
 
 
 def settle(config: TrainingConfig, name: str, folder: Path, device: str) -> Plan:
     """The plan for a base in `folder`. Raises UserError for sizes, lengths and models that do not fit."""
-    spec = models.spec_for(name, folder)
+    spec = derived.spec_for(name, folder)
     _check_channels(name, spec, folder)
     _check_shape(config, spec)
     seed = secrets.randbits(31) if config.seed is None else config.seed
@@ -243,8 +243,8 @@ def _check_shape(config: TrainingConfig, spec: ModelSpec) -> None:
 
 def _check_channels(name: str, spec: ModelSpec, folder: Path) -> None:
     """A folder may call itself image to video and hold a text-to-video transformer, or the reverse."""
-    transformer = models.read_config(folder / "transformer" / "config.json", "in_channels out_channels")
-    latent = models.read_config(folder / "vae" / "config.json", "latent_channels")["latent_channels"]
+    transformer = derived.read_config(folder / "transformer" / "config.json", "in_channels out_channels")
+    latent = derived.read_config(folder / "vae" / "config.json", "latent_channels")["latent_channels"]
     wanted = latent * (2 if spec.task == "i2v" else 1)
     if transformer["in_channels"] != wanted:
         raise UserError(

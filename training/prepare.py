@@ -218,7 +218,7 @@ class _LazyVae:
 
 
 def _scaling_factor(plan: Plan) -> float:
-    from lib.models import read_config
+    from lib.derived import read_config
 
     return read_config(plan.folder / "vae" / "config.json", "scaling_factor")["scaling_factor"]
 

@@ -123,7 +123,6 @@ def model_card(plan: Plan, data: Data, state: State) -> str:
     base_model = f"base_model: {repository}\n" if "/" in repository else ""
     source = json.dumps(repository) + (f", revision={json.dumps(revision)}" if revision else "")
     example = config.validation_prompts[0] if config.validation_prompts else data.sections[0].caption
-    kind = "CogVideoXImageToVideoPipeline" if spec.task == "i2v" else "CogVideoXPipeline"
     imports = "from diffusers.utils import export_to_video" + (", load_image" if spec.task == "i2v" else "")
     image = 'image=load_image("photo.jpg"), ' if spec.task == "i2v" else ""
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in config.public().items())
@@ -151,10 +150,10 @@ With diffusers:
 
 ```python
 import torch
-from diffusers import {kind}
+from diffusers import {spec.pipeline_class}
 {imports}
 
-pipe = {kind}.from_pretrained({source}, torch_dtype=torch.{spec.dtype}).to("cuda")
+pipe = {spec.pipeline_class}.from_pretrained({source}, torch_dtype=torch.{spec.dtype}).to("cuda")
 pipe.load_lora_weights("lora.safetensors")
 frames = pipe(
     {image}prompt={json.dumps(example, ensure_ascii=False)},

@@ -137,7 +137,7 @@ def load_scheduler(folder: Path) -> object:
     """The scheduler of the checkpoint, of the class that it names."""
     import diffusers
 
-    from lib.models import read_config
+    from lib.derived import read_config
 
     name = read_config(folder / "scheduler" / "scheduler_config.json", "_class_name")["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler", local_files_only=True)

@@ -6,7 +6,6 @@ family's, and can be given.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,37 +32,11 @@ OPTIONS = (*TRANSFORMER_OPTIONS, *VAE_OPTIONS, *SCHEDULER_OPTIONS)
 Options = Mapping[str, float | int | bool]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """What all checkpoints of one released model share and none of its tensors says."""
-
-    name: str
-    scaling_factor: float = 0.7
-    invert_scale_latents: bool = False
-    snr_shift_scale: float = 1.0
-
-    @property
-    def spec(self) -> ModelSpec:
-        return SPECS[self.name]
-
-    @property
-    def pipeline(self) -> str:
-        return "CogVideoXPipeline" if self.spec.task == "t2v" else "CogVideoXImageToVideoPipeline"
+FAMILIES = {name: spec for name, spec in SPECS.items() if spec.scaling_factor is not None}
+"""The released models: what all checkpoints of one share and none of its tensors says, by its name."""
 
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family(name="cogvideox-2b", scaling_factor=1.15258426, snr_shift_scale=3.0),
-        Family(name="cogvideox-5b"),
-        Family(name="cogvideox-5b-i2v"),
-        Family(name="cogvideox1.5-5b"),
-        Family(name="cogvideox1.5-5b-i2v", invert_scale_latents=True),
-    )
-}
-
-
-def family_named(name: str) -> Family:
+def family_named(name: str) -> ModelSpec:
     """A family by its name. Raises UserError with the names there are."""
     if name not in FAMILIES:
         raise UserError(f"family={name} is unknown; allowed are {', '.join(FAMILIES)}.")
@@ -80,9 +53,8 @@ def check_options(options: Options) -> None:
             raise UserError(f"{name}={value!r} is not possible; it has to be a number above 0.")
 
 
-def transformer_config(sizes: TransformerSizes, family: Family, options: Options) -> dict[str, Any]:
+def transformer_config(sizes: TransformerSizes, family: ModelSpec, options: Options) -> dict[str, Any]:
     """transformer/config.json. Raises UserError when learned positions are not those of the clip's size."""
-    spec = family.spec
     second = sizes.patch_size_t is not None
     config = {
         "num_attention_heads": sizes.heads,
@@ -97,20 +69,20 @@ def transformer_config(sizes: TransformerSizes, family: Family, options: Options
         "num_layers": sizes.layers,
         "dropout": 0.0,
         "attention_bias": True,
-        "sample_width": SECOND_SAMPLE if second else spec.width // VAE_RATIO,
-        "sample_height": SECOND_SAMPLE if second else spec.height // VAE_RATIO,
-        "sample_frames": spec.frames,
+        "sample_width": SECOND_SAMPLE if second else family.width // VAE_RATIO,
+        "sample_height": SECOND_SAMPLE if second else family.height // VAE_RATIO,
+        "sample_frames": family.frames,
         "patch_size": sizes.patch_size,
         "patch_size_t": sizes.patch_size_t,
         "temporal_compression_ratio": 4,
-        "max_text_seq_length": spec.text_tokens,
+        "max_text_seq_length": family.text_tokens,
         "activation_fn": "gelu-approximate",
         "timestep_activation_fn": "silu",
         "norm_elementwise_affine": True,
         "norm_eps": 1e-5,
         "spatial_interpolation_scale": 1.875,
         "temporal_interpolation_scale": 1.0,
-        "use_rotary_positional_embeddings": family.name != "cogvideox-2b",
+        "use_rotary_positional_embeddings": family.rotary_positions,
         "use_learned_positional_embeddings": sizes.learned_positions,
         "patch_bias": not second,
     }
@@ -133,7 +105,7 @@ def _check_positions(found: int, config: Mapping[str, Any]) -> None:
         )
 
 
-def vae_config(sizes: VaeSizes, family: Family, options: Options) -> dict[str, Any]:
+def vae_config(sizes: VaeSizes, family: ModelSpec, options: Options) -> dict[str, Any]:
     """vae/config.json. Raises UserError when the channels do not divide into the norms' groups."""
     levels = len(sizes.channels)
     config = {
@@ -169,7 +141,7 @@ def vae_config(sizes: VaeSizes, family: Family, options: Options) -> dict[str, A
     return config
 
 
-def scheduler_config(family: Family, options: Options) -> dict[str, Any]:
+def scheduler_config(family: ModelSpec, options: Options) -> dict[str, Any]:
     """scheduler/scheduler_config.json: the schedule of the noise that all of them were trained with."""
     return {
         "num_train_timesteps": 1000,
@@ -189,7 +161,7 @@ def scheduler_config(family: Family, options: Options) -> dict[str, Any]:
     }
 
 
-def model_index(family: Family) -> dict[str, Any]:
+def model_index() -> dict[str, Any]:
     """model_index.json. It names all five components; what is not there is given at loading."""
     return {
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],

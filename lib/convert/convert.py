@@ -245,7 +245,7 @@ def _finish_pipeline(
     usage = pipeline_usage(result, family, dtype) if whole else _vae_usage()
     write_report(result, folder, usage)
     if whole:
-        configs.write_json(folder / INDEX, family.pipeline, configs.model_index(family))
+        configs.write_json(folder / INDEX, family.pipeline_class, configs.model_index())
 
 
 def _write_sat(job: Job, folder: Path, report: Say, stop: Stop) -> Part:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lib.convert.keymap import Shape
 from lib.errors import UserError
+from lib.models import SPECS
 
 Shapes = Mapping[str, Shape]
 Kind = Literal["transformer", "vae", "lora", "other"]
@@ -110,11 +111,6 @@ class VaeSizes:
     out_channels: int
 
 
-RELEASED = {"cogvideox-2b": (30, 1920), "cogvideox-5b": (42, 3072), "cogvideox-5b-i2v": (42, 3072),
-            "cogvideox1.5-5b": (42, 3072), "cogvideox1.5-5b-i2v": (42, 3072)}  # fmt: skip
-"""Layers and width of the released transformers, by family."""
-
-
 def identify(names: Collection[str]) -> Found:
     """Tell what a file is by the names of its tensors."""
     for sign in SIGNS:
@@ -206,7 +202,7 @@ def family_of(sizes: TransformerSizes, *, given: str | None = None) -> str:
         found = f"cogvideox1.5-5b{task}"
     elif sizes.rotary is None and given in ("cogvideox-2b", "cogvideox-5b"):
         found = given
-    elif sizes.rotary or sizes.width == RELEASED["cogvideox-5b"][1]:
+    elif sizes.rotary or sizes.width == SPECS["cogvideox-5b"].attention_width:
         found = f"cogvideox-5b{task}"
     else:
         found = "cogvideox-2b"
@@ -220,7 +216,8 @@ def family_of(sizes: TransformerSizes, *, given: str | None = None) -> str:
 
 def variant(sizes: TransformerSizes, family: str) -> str:
     """What to call a transformer: the released model's name, or its size and whose kind it is."""
-    if (sizes.layers, sizes.width) == RELEASED[family]:
+    spec = SPECS[family]
+    if (sizes.layers, sizes.width) == (spec.layers, spec.attention_width):
         return family
     return f"a CogVideoX of {sizes.layers} layers and width {sizes.width}, of the kind of {family}"
 

@@ -50,7 +50,7 @@ def encoder_for(
             f"{checkpoint.name} was made for a text encoder of width {width}, and the released one has "
             f"{WIDTH}: text_encoder=true is not possible. Put its own into the result."
         )
-    return _downloaded(family_named(kind).spec.repository, report, stop)
+    return _downloaded(family_named(kind).repository, report, stop)
 
 
 def _fits(folder: Path, width: int) -> bool:

@@ -180,7 +180,7 @@ def _base(base: "Mapping[str, Tensor]", checkpoint: Checkpoint) -> tuple[str, di
     sizes = detect.transformer_sizes(shapes, name=checkpoint.name)
     family = detect.family_of(sizes)
     label = detect.variant(sizes, family)
-    facts = {"task": configs.FAMILIES[family].spec.task}
+    facts = {"task": configs.FAMILIES[family].task}
     return label, ({"base": label} if label == family else {}) | facts
 
 

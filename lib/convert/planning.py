@@ -69,7 +69,7 @@ def transformer_job(
         source=name,
         variant=label,
         family=found,
-        planned=planned(plan, tensors, dtype or configs.FAMILIES[found].spec.dtype, name=name),
+        planned=planned(plan, tensors, dtype or configs.FAMILIES[found].dtype, name=name),
         config=config,
         dropped=plan.dropped,
     )

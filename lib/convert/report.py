@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lib.archive import size_text
-from lib.convert.configs import Family
 from lib.convert.writing import Written
+from lib.models import ModelSpec
 
 REPORT, README = "report.json", "README.md"
 SHOWN = 12
@@ -82,12 +82,12 @@ def write_report(report: Report, folder: Path, usage: str) -> None:
         (folder / name).chmod(0o644)
 
 
-def pipeline_usage(report: Report, family: Family, dtype: str) -> str:
+def pipeline_usage(report: Report, family: ModelSpec, dtype: str) -> str:
     """The call that loads the folder, with what is missing taken from the released model."""
-    imports, given, loads = ["import torch", f"from diffusers import {family.pipeline}"], [], []
-    home = family.spec.repository
+    imports, given, loads = ["import torch", f"from diffusers import {family.pipeline_class}"], [], []
+    home = family.repository
     if "vae" in report.missing:
-        imports[1] = f"from diffusers import AutoencoderKLCogVideoX, {family.pipeline}"
+        imports[1] = f"from diffusers import AutoencoderKLCogVideoX, {family.pipeline_class}"
         loads.append(
             f'vae = AutoencoderKLCogVideoX.from_pretrained(\n    "{home}", subfolder="vae", '
             f"torch_dtype=torch.{dtype}\n)"
@@ -102,7 +102,9 @@ def pipeline_usage(report: Report, family: Family, dtype: str) -> str:
         loads.append(f'tokenizer = T5Tokenizer.from_pretrained("{home}", subfolder="tokenizer")')
         given += ["text_encoder=text_encoder", "tokenizer=tokenizer"]
     arguments = "".join(f", {each}" for each in given)
-    call = f'pipe = {family.pipeline}.from_pretrained(\n    "."{arguments}, torch_dtype=torch.{dtype}\n)'
+    call = (
+        f'pipe = {family.pipeline_class}.from_pretrained(\n    "."{arguments}, torch_dtype=torch.{dtype}\n)'
+    )
     said = f"{BORROWED}\n\n" if "text_encoder" in report.missing else ""
     code = "\n".join([*imports, "", *loads, call])
     return f"{said}With diffusers, in this folder:\n\n```python\n{code}\n```\n"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lib import weights
+from lib.derived import derive_spec
 from lib.errors import UserError
 from lib.layout import missing_files
-from lib.models import derive_spec
 
 TINY = Path(__file__).resolve().parents[2] / "weights" / "tiny-t2v"
 

@@ -84,7 +84,7 @@ def test_a_clip_is_the_posterior_of_its_frames_with_the_first_one(tmp_path, cach
 
 
 def test_what_is_kept_decodes_to_the_clip(tmp_path, cache):
-    from lib.models import read_config
+    from lib.derived import read_config
     from tiny.networks import build_vae
 
     weights = Path(__file__).resolve().parents[2] / "weights" / "tiny-i2v" / "vae"
