@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from lib import hub
 from lib.archive import NoSpaceError, disk_error, extract_tar, size_text
+from lib.cached import cache_folder
 from lib.compute import Stopped
 from lib.download import read, sha256_of
 from lib.errors import UserError
@@ -25,7 +26,6 @@ from lib.lora_file import PICKLES, kind_of
 from lib.lora_source import REPLICATE_HINT, Address
 from lib.sources import operator_rules, request_rules, save_url
 from lib.transport import FetchError, Rules
-from lib.weights import cache_folder
 
 WEIGHTS, CONFIG, RECORD = "lora.safetensors", "adapter_config.json", "source.json"
 CACHE_GB = 20.0

@@ -68,7 +68,7 @@ def _plain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _online() -> Iterator[None]:
-    """Undo lib.weights.go_offline for an upload: loading models stays offline, and telemetry off."""
+    """Undo lib.offline.go_offline for an upload: loading models stays offline, and telemetry off."""
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 

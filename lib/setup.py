@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lib import derived, models, weights
+from lib import derived, models, offline, weights
 from lib.compute import limit_spinning
 from lib.models import ModelSpec, Task
 from lib.serving import guard
@@ -52,7 +52,7 @@ def model_called(name: str, task: Task) -> Model:
         name, check=lambda index: models.check_task(name, derived.task_of(index, name), task)
     )
     spec = derived.spec_for(name, folder)
-    weights.go_offline()
+    offline.go_offline()
     return Model(
         spec=spec,
         folder=folder,

@@ -11,76 +11,29 @@ start continues. Models come from the network through this module alone; what re
 lib/lora_cache.py, lib/opening.py and lib/convert/, and uploads go through lib/publish.py.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import sys
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
 
 from lib import borrowed, hub
 from lib.archive import NoSpaceError, extract_tar, require_free_space
+from lib.cached import RECORD, cache_folder, is_whole, lacks, model_folder
 from lib.download import fetch, read, remote_size, sha256_of
 from lib.errors import UserError
 from lib.layout import INDICES, find_model, missing_files, read_index
 from lib.lock import lock
+from lib.manifest import MANIFEST, Source, read_manifest
+from lib.offline import forbidden
 from lib.transport import FetchError, shown
-
-MANIFEST = Path(__file__).resolve().parent.parent / "weights" / "manifest.toml"
-RECORD = "download.json"
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-QUIET = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_UPDATE_CHECK")
 
 # Weights hardly compress: what unpacks to more than this many times its archive is no checkpoint.
 UNPACKED_PER_ARCHIVE_BYTE = 10
 INDEX_BYTES = 1 << 20
 
-_offline_by_us = False
-"""Whether HF_HUB_OFFLINE is go_offline's, not the user's."""
-
 Report = Callable[[str], None]
 Check = Callable[[dict], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a checkpoint comes from: one of `path`, `tar` and `repository`; see weights/manifest.toml."""
-
-    name: str
-    path: str | None = None
-    tar: str | None = None
-    sha256: str | None = None
-    size: int | None = None
-    alternative: str | None = None
-    repository: str | None = None
-    revision: str = "main"
-    files: dict[str, dict] = field(default_factory=dict)
-    licence: str | None = None
-
-    def __post_init__(self) -> None:
-        if sum(place is not None for place in (self.path, self.tar, self.repository)) != 1:
-            raise ValueError(f"{self.name}: give exactly one of path, tar and repository")
-
-    @property
-    def key(self) -> str:
-        """The folder's name in the cache: another source, or another revision of it, is another folder."""
-        if self.tar is not None:
-            return f"{self.name}-{hashlib.sha256(self.tar.encode()).hexdigest()[:8]}"
-        return f"{self.repository}@{quote(self.revision, safe='')}".replace("/", "--")
-
-
-def read_manifest(path: Path = MANIFEST) -> dict[str, Source]:
-    """Return the manifest's sources by name. Raises ValueError when it is malformed."""
-    with open(path, "rb") as file:
-        tables = tomllib.load(file)
-    try:
-        return {name: Source(name=name, **table) for name, table in tables.items()}
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def locate(
@@ -127,7 +80,7 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
     final = cache / source.key
     if is_whole(final):
         _remove_what_a_kill_left(final, report)
-        return _model_folder(final)
+        return model_folder(final)
     if forbidden():
         raise UserError(
             f"{name} is not in {final.parent}, and HF_HUB_OFFLINE forbids to download it; unset it once."
@@ -140,44 +93,9 @@ def _located(name: str, check: Check | None, manifest: Path, cache: Path, report
         ) from error
 
 
-def cache_folder() -> Path:
-    """Return where downloaded models are kept: `COGVIDEOX_CACHE`, by default ~/.cache/cogvideox."""
-    return Path(os.environ.get("COGVIDEOX_CACHE") or "~/.cache/cogvideox").expanduser()
-
-
 def downloaded() -> list[Path]:
     """Return the folders of the manifest's models that are in the cache and whole."""
     return _downloaded(read_manifest(), cache_folder())
-
-
-def forbidden() -> bool:
-    """Return whether the user forbids downloads: HF_HUB_OFFLINE, other than by go_offline."""
-    return _is_offline() and not _offline_by_us
-
-
-def is_whole(folder: Path) -> bool:
-    """Return whether a folder holds a whole model: recorded files at their sizes, every component's files."""
-    return folder.is_dir() and not _lacks(folder)
-
-
-def go_offline() -> None:
-    """Forbid the Hugging Face libraries the network and telemetry; before diffusers or transformers comes in.
-
-    They read these variables when they are imported; huggingface_hub may be there already, through a
-    download, and is told as well. Downloads of this module are not theirs, and stay possible.
-    """
-    global _offline_by_us
-    _offline_by_us = _offline_by_us or not _is_offline()
-    for name in (*OFFLINE, *QUIET):
-        os.environ[name] = "1"
-    constants = sys.modules.get("huggingface_hub.constants")
-    if constants is not None:
-        for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"):
-            setattr(constants, name, True)
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _hub_source(name: str, sources: dict[str, Source]) -> Source:
@@ -194,9 +112,9 @@ def _hub_source(name: str, sources: dict[str, Source]) -> Source:
 def _whole_or_raise(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; a model is a folder with model_index.json in it.")
-    if lacks := _lacks(folder):
+    if lost := lacks(folder):
         raise UserError(
-            f"{folder} is not a whole model; it lacks {', '.join(lacks[:5])}{' ...' * (len(lacks) > 5)}."
+            f"{folder} is not a whole model; it lacks {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}."
         )
     return folder
 
@@ -210,34 +128,7 @@ def _completed(folder: Path, sources: dict[str, Source], cache: Path) -> Path | 
 
 def _downloaded(sources: dict[str, Source], cache: Path) -> list[Path]:
     kept = (cache / source.key for source in sources.values() if source.path is None)
-    return [_model_folder(each) for each in kept if is_whole(each)]
-
-
-def _lacks(folder: Path) -> list[str]:
-    record = _record(folder)
-    if record is None:
-        return missing_files(folder)
-    lost = [path for path, size in record["files"].items() if _size(folder / path) != size]
-    return lost or missing_files(folder / record["model"])
-
-
-def _record(folder: Path) -> dict | None:
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return {**record, "model": str(record["model"]), "files": dict(record["files"])}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return {"model": ".", "files": {RECORD: -1}}  # damaged: nothing vouches for the other files
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def _model_folder(final: Path) -> Path:
-    record = _record(final)
-    return final / record["model"] if record else final
+    return [model_folder(each) for each in kept if is_whole(each)]
 
 
 def _without_index(name: str) -> UserError:
@@ -247,10 +138,10 @@ def _without_index(name: str) -> UserError:
 def _download(source: Source, final: Path, check: Check | None, report: Report) -> Path:
     with lock(final, report):
         if is_whole(final):  # another process was faster
-            return _model_folder(final)
+            return model_folder(final)
         work = final.with_name(final.name + ".partial")
         if final.exists():
-            report(f"{final} is damaged (it lacks {', '.join(_lacks(final)[:3])}); downloading it again")
+            report(f"{final} is damaged (it lacks {', '.join(lacks(final)[:3])}); downloading it again")
             shutil.rmtree(final)
         report(f"{source.name}: downloading into {final}" + (f"; {source.licence}" if source.licence else ""))
         try:
@@ -258,9 +149,9 @@ def _download(source: Source, final: Path, check: Check | None, report: Report) 
                 _from_tar(source, work, report) if source.tar else _from_hub(source, work, check, report)
             )
             model = find_model(content)
-            if model is None or (lacks := missing_files(model)):
+            if model is None or (lost := missing_files(model)):
                 shutil.rmtree(work)
-                what = "model_index.json" if model is None else ", ".join(lacks[:5])
+                what = "model_index.json" if model is None else ", ".join(lost[:5])
                 raise UserError(f"{source.name}: what was downloaded is not a whole model; it lacks {what}.")
             record["model"] = str(model.relative_to(content))
             record["files"] = {
@@ -272,7 +163,7 @@ def _download(source: Source, final: Path, check: Check | None, report: Report) 
             os.replace(content, final)
         finally:
             _remove_leftovers(work, keep=not final.exists())
-    return _model_folder(final)
+    return model_folder(final)
 
 
 def _from_tar(source: Source, work: Path, report: Report) -> tuple[Path, dict]:

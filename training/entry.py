@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib import weights
 from lib.archive import disk_error
+from lib.cached import cache_folder
 from lib.compute import ComputeThread
 from lib.errors import UserError
 from lib.lock import lock
@@ -97,7 +97,7 @@ def _new_run(resume_from: str) -> Path:
 
     Of the earlier runs that did not finish, the newest stay, and the one that `resume_from` goes on from.
     """
-    trainings = weights.cache_folder() / "trainings"
+    trainings = cache_folder() / "trainings"
     try:
         trainings.mkdir(parents=True, exist_ok=True)
         needed = Path(resume_from).absolute()

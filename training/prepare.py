@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib import weights
+from lib.cached import cache_folder
 from lib.caption.record import Row
 from lib.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from lib.errors import UserError
@@ -64,7 +64,7 @@ def found_clips(
     """
     try:
         if config.dataset_name:
-            kept = weights.cache_folder() / "datasets"
+            kept = cache_folder() / "datasets"
             folder = from_main(
                 accelerator, lambda: fetch_hub_dataset(config.dataset_name, kept, report, stop=stop)
             )
@@ -106,7 +106,7 @@ def encode_data(
     }
     clips = [replace(clip, caption=full_caption(clip.caption, **affixes)) for clip in clips]
     parts = {name: model_digest(plan.folder / name) for name in ("vae", "text_encoder", "tokenizer")}
-    cache = LatentCache(weights.cache_folder() / "latents")
+    cache = LatentCache(cache_folder() / "latents")
     text_key = f"{parts['text_encoder']} {parts['tokenizer']} {plan.spec.text_tokens} {plan.dtype}"
     encodings = Encodings(cache, text_key=text_key)
     prompts = [

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lib import weights
+from lib import offline
 from lib.compute import Stopped
 from training import checkpoints, objective
 from training.adapter import add_adapter, check_adapter, check_targets, load_adapter, save_adapter
@@ -89,7 +89,7 @@ def train(
                 folder = locate_base(name, config, report)
                 # A seed that is not given is drawn once for all.
                 plan = from_main(accelerator, lambda: settle(config, name, folder, device))
-                weights.go_offline()
+                offline.go_offline()
                 check_targets(skeleton(folder), config.targets)
                 wanted = validation_requests(plan)
                 captions = []

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import weights
 from lib.archive import disk_error
+from lib.cached import cache_folder
 from lib.caption.predictor import Service
 from lib.caption.record import Record
 from lib.dataset import find_clips, open_data
@@ -114,7 +114,7 @@ def resumable(question: str, elsewhere: Path) -> Iterator[Record]:
     It is kept in the cache folder, with the newest others; where another server is answering the same request
     or nothing can be kept, it is `elsewhere`.
     """
-    folder = weights.cache_folder() / "captions"
+    folder = cache_folder() / "captions"
     path = folder / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.jsonl"
     with contextlib.ExitStack() as stack:
         try:

@@ -97,11 +97,11 @@ def _run(
 ) -> Path:
     """Convert into the folder; what the command prints: the folder, or the LoRA's file in it."""
     # torch comes in only for a command that can be run
-    from lib import weights
+    from lib import offline
     from lib.convert.brought import Given
     from lib.convert.local import convert_lora, convert_model
 
-    weights.go_offline()
+    offline.go_offline()
     given = [
         Given(slot=name, upload=values.pop(name), address=values.pop(f"{name}_url"))
         for name in command.sources

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from lib import zipped
 from lib.archive import Stop, archive_kind, disk_error, extract_archive
+from lib.cached import cache_folder
 from lib.compute import Stopped
 from lib.convert.locating import is_torch_zip
 from lib.download import fetch
@@ -27,7 +28,6 @@ from lib.lock import lock
 from lib.lora_source import HUB_HOSTS
 from lib.serving.guard import check_file
 from lib.sources import local_sources_allowed, request_rules
-from lib.weights import cache_folder
 
 MAX_BYTES = 100 * 10**9
 """Of a file, and of what an archive holds. A 5B model with its text encoder has 42 GB in float32."""

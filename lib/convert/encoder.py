@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lib import hub, weights
 from lib.archive import Stop, require_free_space
+from lib.cached import cache_folder
 from lib.compute import check_stop
 from lib.convert import detect
 from lib.convert.configs import family_named
@@ -19,6 +20,7 @@ from lib.convert.reading import open_checkpoint
 from lib.download import fetch
 from lib.errors import UserError
 from lib.lock import lock
+from lib.offline import forbidden
 
 WIDTH = 4096
 """Of the released text encoder's output."""
@@ -62,10 +64,10 @@ def _fits(folder: Path, width: int) -> bool:
 
 
 def _downloaded(repository: str, report: Report, stop: Stop) -> Path:
-    final = weights.cache_folder() / f"{repository.replace('/', '--')}@{REVISION}--text"
+    final = cache_folder() / f"{repository.replace('/', '--')}@{REVISION}--text"
     if final.is_dir():
         return final
-    if weights.forbidden():
+    if forbidden():
         raise UserError(
             f"The text encoder is not in {final.parent}, and HF_HUB_OFFLINE forbids to download it; unset it "
             "once."

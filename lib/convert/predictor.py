@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib import weights
+from lib import offline
 from lib.compute import ComputeThread, limit_spinning
 from lib.convert.brought import Given, brought
 from lib.convert.request import LoraRequest, ModelRequest, facts, lora_request, model_request
@@ -37,7 +37,7 @@ class Service:
         """Import what converts, so that requests need not wait for it."""
         limit_spinning()
         guard.install()
-        weights.go_offline()
+        offline.go_offline()
         started, compute = time.perf_counter(), ComputeThread()
         compute.run(_import_libraries)
         print(f"converts on the CPU, without a model; ready in {time.perf_counter() - started:.1f} s")

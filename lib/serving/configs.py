@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from lib import models, weights
+from lib import manifest, models
 from lib.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
     if cache := variables.get("COGVIDEOX_CACHE"):
         found["COGVIDEOX_CACHE"] = str(Path(cache).expanduser().resolve())
     model = variables.get("COGVIDEOX_MODEL")
-    if model and model not in models.SPECS and model not in weights.read_manifest(weights.MANIFEST):
+    if model and model not in models.SPECS and model not in manifest.read_manifest(manifest.MANIFEST):
         folder = Path(model).expanduser()
         if folder.is_dir():
             found["COGVIDEOX_MODEL"] = str(folder.resolve())

@@ -11,6 +11,7 @@ from lib import weights
 from lib.derived import derive_spec
 from lib.errors import UserError
 from lib.layout import missing_files
+from lib.manifest import Source
 
 TINY = Path(__file__).resolve().parents[2] / "weights" / "tiny-t2v"
 
@@ -24,7 +25,7 @@ def manifest(tmp_path) -> Path:
 @pytest.fixture
 def cache(tmp_path) -> Path:
     """With the embedded model as if it had been downloaded."""
-    place = tmp_path / "cache" / weights.Source(name="released", repository="us/released").key
+    place = tmp_path / "cache" / Source(name="released", repository="us/released").key
     shutil.copytree(TINY, place)
     return tmp_path / "cache"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import weights
 from lib.archive import extract_archive
+from lib.cached import cache_folder
 from lib.caption.captioner import Captioner
 from lib.caption.dataset import DatasetRequest, captioned, request_from
 from lib.caption.dataset_predictor import KEPT_RECORDS, DatasetCaptionPredictor, resumable
@@ -116,7 +116,7 @@ def errors(folder: Path) -> dict[str, str]:
 
 
 def records() -> list[Path]:
-    return sorted((weights.cache_folder() / "captions").iterdir())
+    return sorted((cache_folder() / "captions").iterdir())
 
 
 # What comes out
@@ -308,7 +308,7 @@ def test_another_question_begins_anew(predictor, clips, tmp_path, asked):
 
 
 def test_only_the_newest_records_stay_and_those_in_use(monkeypatch):
-    folder = weights.cache_folder() / "captions"
+    folder = cache_folder() / "captions"
     folder.mkdir(parents=True)
     for age in range(KEPT_RECORDS + 5):
         (folder / f"{age}.jsonl").touch()

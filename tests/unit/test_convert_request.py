@@ -135,7 +135,7 @@ def test_what_is_no_transformer_is_left_to_the_conversion(released, tmp_path):
 
 def test_where_downloads_are_forbidden_it_is_said(released, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("lib.weights._offline_by_us", False)
+    monkeypatch.setattr("lib.offline._offline_by_us", False)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids to download it; unset it once"):
         encoder_for(transformer(tmp_path, text_embed_dim=4096), None, work=tmp_path / "w", report=silent)
     assert released.requests == []

@@ -16,7 +16,7 @@ def hub(monkeypatch):
     with Hub() as made:
         monkeypatch.setattr(constants, "ENDPOINT", made.address)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as lib.weights.go_offline leaves it
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as lib.offline.go_offline leaves it
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield made

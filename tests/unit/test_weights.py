@@ -15,10 +15,12 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
-from lib import partial, transport, weights
+from lib import cached, offline, partial, transport, weights
+from lib.cached import is_whole
 from lib.errors import UserError
 from lib.lock import lock
-from lib.weights import is_whole, locate, read_manifest
+from lib.manifest import read_manifest
+from lib.weights import locate
 from tests.http_host import Host, Served, hub_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +30,9 @@ CHUNK = 50_000
 
 @pytest.fixture(autouse=True)
 def online_in_small_steps(monkeypatch, tmp_path):
-    for name in (*weights.OFFLINE, "HF_TOKEN"):
+    for name in (*offline.OFFLINE, "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(weights, "_offline_by_us", False)
+    monkeypatch.setattr(offline, "_offline_by_us", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
     monkeypatch.setattr(partial, "CHUNK_BYTES", CHUNK)
@@ -180,7 +182,7 @@ def test_an_archive_becomes_a_whole_folder_with_a_record(tmp_path, prefix):
     assert {name: (folder / name).read_bytes() for name in model_files()} == model_files()
     (final,) = (tmp_path / "cache").iterdir()
     assert is_whole(final) and is_whole(folder)
-    record = json.loads((final / weights.RECORD).read_text())
+    record = json.loads((final / cached.RECORD).read_text())
     assert record["source"] == url and record["licence"] == "Apache-2.0"
     assert record["sha256"] == hashlib.sha256(archive).hexdigest()
 
@@ -307,7 +309,7 @@ def test_a_damaged_folder_is_noticed_and_downloaded_again(tmp_path, harm):
         elif harm == "shorten":
             victim.write_bytes(b"half")
         else:
-            (folder / weights.RECORD).write_text("{")
+            (folder / cached.RECORD).write_text("{")
         assert not is_whole(folder)
         lines = []
         assert locate("model", manifest=manifest, cache=tmp_path / "cache", report=lines.append) == folder
@@ -321,7 +323,7 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
         folder = locate("model", manifest=tar_manifest(tmp_path, host), report=quiet)
     assert folder.parent == tmp_path / "elsewhere"
     monkeypatch.delenv("COGVIDEOX_CACHE")
-    assert weights.cache_folder() == Path.home() / ".cache" / "cogvideox"
+    assert cached.cache_folder() == Path.home() / ".cache" / "cogvideox"
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path):
@@ -500,7 +502,7 @@ def test_the_hub_of_the_tests_speaks_as_the_library_expects(hub, monkeypatch):
 def test_a_hub_repository_comes_without_code_and_pickles_and_records_its_commit(tmp_path, hub, name):
     folder = locate(name, cache=tmp_path / "cache", report=quiet)
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    record = json.loads(found.pop(weights.RECORD))
+    record = json.loads(found.pop(cached.RECORD))
     assert found == {**model_files(), "LICENSE": b"terms"}
     assert record["source"] == "owner/name" and record["commit"] == COMMIT
     asked = len(hub.requests)
@@ -575,7 +577,7 @@ def test_a_captioning_repository_gives_its_root_without_code(tmp_path, hub):
     }
     hub.files.update(hub_of("owner/caption", files, commit=COMMIT))
     folder = locate("owner/caption", cache=tmp_path / "cache", report=quiet)
-    assert names(folder) == ["config.json", weights.RECORD, "model.safetensors", "tokenizer.json"]
+    assert names(folder) == ["config.json", cached.RECORD, "model.safetensors", "tokenizer.json"]
 
 
 VARIANTS = {
@@ -593,7 +595,7 @@ def test_variants_of_weights_that_are_there_plain_are_not_fetched(tmp_path, hub)
     hub.files.update(hub_of("owner/name", {**model_files(), **VARIANTS}, commit=COMMIT))
     folder = locate("owner/name", cache=tmp_path / "cache", report=quiet)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert found == {*model_files(), weights.RECORD}
+    assert found == {*model_files(), cached.RECORD}
 
 
 def test_weights_that_only_look_like_a_variant_are_fetched(tmp_path, hub):
@@ -646,18 +648,18 @@ def test_offline_mode_is_respected_with_a_message(tmp_path, hub, monkeypatch):
 
 
 def test_a_model_can_be_fetched_after_go_offline_unless_the_user_forbids_it(tmp_path, hub, monkeypatch):
-    for name in (*weights.OFFLINE, *weights.QUIET):
+    for name in (*offline.OFFLINE, *offline.QUIET):
         monkeypatch.setenv(name, "")  # which is restored after the test
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"):
         monkeypatch.setattr(huggingface_hub.constants, name, False)
-    weights.go_offline()
-    weights.go_offline()
+    offline.go_offline()
+    offline.go_offline()
     with pytest.raises(UserError, match="has no repository owner/none"):
         locate("owner/none", cache=tmp_path / "cache", report=quiet)
     assert hub.requests != []
     hub.requests.clear()
-    monkeypatch.setattr(weights, "_offline_by_us", False)
-    weights.go_offline()  # HF_HUB_OFFLINE is the user's now
+    monkeypatch.setattr(offline, "_offline_by_us", False)
+    offline.go_offline()  # HF_HUB_OFFLINE is the user's now
     with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids"):
         locate("owner/none", cache=tmp_path / "cache", report=quiet)
     assert hub.requests == []
@@ -667,7 +669,7 @@ def test_a_model_can_be_fetched_after_go_offline_unless_the_user_forbids_it(tmp_
 def test_after_go_offline_the_libraries_do_not_ask_the_hub(hub, before):
     code = f"""
 {before}
-from lib.weights import go_offline
+from lib.offline import go_offline
 go_offline()
 import huggingface_hub.constants
 from huggingface_hub.errors import OfflineModeIsEnabled
