@@ -122,7 +122,8 @@ def _wanted(paths: list[str], repository: str) -> set[str]:
     if not any(place.suffix == ".safetensors" for place in chosen) or not {INDEX, "config.json"} & set(paths):
         raise UserError(
             f"{repository} on the Hub is not a model that can be loaded here: it needs {INDEX} and "
-            "safetensors weights in the diffusers layout. SAT checkpoints have to be converted first."
+            "safetensors weights in the diffusers layout. Of a SAT checkpoint "
+            "script/convert, or the predictor predict_convert, makes such a folder."
         )
     return {str(place) for place in chosen}
 

@@ -45,7 +45,8 @@ def refuse_pickle(path: str, *, name: str) -> None:
     if path.lower().endswith(PICKLES):
         raise UserError(
             f"{name} is a pickle by its name, and loading one could run any code: give a .safetensors file. "
-            "Most repositories hold both."
+            "Most repositories hold both. Of a SAT LoRA script/export-lora, or the predictor "
+            "predict_export_lora, makes one."
         )
 
 

@@ -48,7 +48,8 @@ UNSUPPORTED = {
     r"\.lora_embedding_": "it trains embeddings, which these transformers have not",
     r"\.lora_(?:B|up)(?:\.\w+)?\.bias$": "it trains biases beside its matrices",
     r"\.diff(?:_b)?$": "it holds whole differences of weights, not LoRA pairs",
-    r"\.matrix_[AB]\.": "it is a LoRA in SAT's own layout; convert it to the diffusers layout first",
+    r"\.matrix_[AB]\.": "it is a LoRA in SAT's own layout, of which script/export-lora, or the predictor "
+    "predict_export_lora, makes one that can",
 }
 TEXT_ENCODERS = ("text_encoder", "lora_te", "te_", "te1_", "te2_")
 NAMED = 3

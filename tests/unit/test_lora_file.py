@@ -94,6 +94,16 @@ def test_a_name_of_a_pickle_is_refused(name):
         refuse_pickle(name, name="it")
 
 
+def test_a_pickle_is_refused_with_what_makes_a_file_of_a_sat_lora():
+    with pytest.raises(UserError) as caught:
+        refuse_pickle("1/mp_rank_00_model_states.pt", name="owner/name")
+    assert str(caught.value) == (
+        "owner/name is a pickle by its name, and loading one could run any code: give a .safetensors file. "
+        "Most repositories hold both. Of a SAT LoRA script/export-lora, or the predictor "
+        "predict_export_lora, makes one."
+    )
+
+
 SOUND = save({"a": torch.zeros(8, 8), "b": torch.zeros(8)})
 
 

@@ -157,7 +157,6 @@ KEY = "transformer_blocks.0.attn1.to_q"
         ({f"{KEY}.lokr_w1": torch.ones(1)}, "LoKr"),
         ({f"{KEY}.hada_w1_a": torch.ones(1)}, "LoHa"),
         ({f"{KEY}.lora_mid.weight": torch.ones(1)}, "LoCon"),
-        ({"model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0": torch.ones(1)}, "SAT"),
         ({"text_encoder.encoder.q.lora_A.weight": torch.ones(4, 4)}, "trains the text encoder"),
         ({"lora_te_encoder_q.lora_down.weight": torch.ones(4, 4)}, "trains the text encoder"),
         ({f"{KEY}.weight": torch.ones(1)}, "1 of its 49 tensors are no LoRA matrices: '" + KEY),
@@ -170,6 +169,14 @@ KEY = "transformer_blocks.0.attn1.to_q"
 )
 def test_a_key_that_would_be_left_out_is_refused_by_name(tmp_path, state, extra, message):
     assert message in complaint(tmp_path, state | extra)
+
+
+def test_a_sat_lora_is_refused_with_what_makes_one_that_can_be_loaded(tmp_path, state):
+    key = "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0"
+    assert complaint(tmp_path, state | {key: torch.ones(1)}) == (
+        "it cannot be loaded: it is a LoRA in SAT's own layout, of which script/export-lora, or the "
+        f"predictor predict_export_lora, makes one that can ('{key}')."
+    )
 
 
 @pytest.mark.parametrize(

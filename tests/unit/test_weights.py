@@ -561,8 +561,13 @@ def test_a_repository_without_a_model_is_refused_before_anything_is_fetched(tmp_
     hub.files.update(
         hub_of("owner/sat", {"1/mp_rank_00_model_states.pt": b"x", "config.json": b"{}"}, commit=COMMIT)
     )
-    with pytest.raises(UserError, match="not a model that can be loaded here"):
+    with pytest.raises(UserError) as caught:
         locate("owner/sat", cache=tmp_path / "cache", report=quiet)
+    assert str(caught.value) == (
+        "owner/sat on the Hub is not a model that can be loaded here: it needs model_index.json and "
+        "safetensors weights in the diffusers layout. Of a SAT checkpoint script/convert, or the predictor "
+        "predict_convert, makes such a folder."
+    )
     assert not any("/resolve/" in path for path, _, _ in hub.requests)
     assert names(tmp_path / "cache") == []
 
