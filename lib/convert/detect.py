@@ -150,6 +150,9 @@ def transformer_sizes(shapes: Shapes, *, name: str) -> TransformerSizes:
     else:
         in_channels, size, _ = patch
         out_channels = final // size**2
+    layers = _count(shapes, r"transformer\.layers\.(\d{1,4})\..*")
+    for layer in range(layers):  # before a model of so many is made to compare with
+        look.at(f"transformer.layers.{layer}.input_layernorm.weight", 1)
     ofs = shapes.get("ofs_embed.0.weight")
     positions = shapes.get("mixins.pos_embed.pos_embedding", (0, 0, 0))
     buffers = ("mixins.pos_embed.freqs_sin", "transformer.position_embeddings.weight")
@@ -160,7 +163,7 @@ def transformer_sizes(shapes: Shapes, *, name: str) -> TransformerSizes:
     return TransformerSizes(
         heads=width // head_dim,
         head_dim=head_dim,
-        layers=_count(shapes, r"transformer\.layers\.(\d+)\..*"),
+        layers=layers,
         in_channels=in_channels,
         out_channels=out_channels,
         patch_size=size,
@@ -175,17 +178,20 @@ def transformer_sizes(shapes: Shapes, *, name: str) -> TransformerSizes:
 
 def vae_levels(names: Collection[str]) -> int:
     """How many levels a VAE has, by SAT's names or diffusers'."""
-    return _count(names, r"encoder\.down(?:_blocks)?\.(\d+)\..*")
+    return _count(names, r"encoder\.down(?:_blocks)?\.(\d{1,4})\..*")
 
 
 def vae_sizes(shapes: Shapes, *, name: str) -> VaeSizes:
     """The sizes of a VAE by SAT's names. Raises UserError when a tensor that shows one is missing."""
     look = _Look(shapes, name, "VAE")
     levels = range(vae_levels(shapes))
+    blocks = range(_count(shapes, r"encoder\.down\.0\.block\.(\d{1,4})\..*"))
+    for block in blocks:
+        look.at(f"encoder.down.0.block.{block}.conv1.conv.weight", 5)
     return VaeSizes(
         channels=tuple(look.at(f"encoder.down.{level}.block.0.conv1.conv.weight", 5)[0] for level in levels),
         latent_channels=look.at("decoder.conv_in.conv.weight", 5)[1],
-        layers_per_block=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\..*"),
+        layers_per_block=len(blocks),
         in_channels=look.at("encoder.conv_in.conv.weight", 5)[1],
         out_channels=look.at("decoder.conv_out.conv.weight", 5)[0],
     )

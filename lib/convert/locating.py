@@ -1,6 +1,7 @@
 """What a person hands over (a file, a folder, a zip of one) -> the files that hold the weights."""
 
 import json
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lib.layout import INDEX
 LATEST = "latest"
 """Beside the folder of the last step, whose name is in it, as SAT and DeepSpeed write."""
 STATES = "mp_rank_00_model_states.pt"
+OPTIMIZER_ENDING = "_optim_states.pt"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 INDEX_ENDING = ".safetensors.index.json"
 MAX_LATEST_BYTES = 1000
@@ -87,7 +89,7 @@ def _in_folder(folder: Path, name: str) -> Located:
     if indices:
         return _sharded(indices[0], name)
     for found in (sorted(folder.glob("*.safetensors")), _pickles(folder)):
-        whole = [file for file in found if not file.name.startswith("._")]
+        whole = _models([file for file in found if not file.name.startswith("._")])
         if len(whole) > 1:
             _refuse_shards(whole, name)
             listed = ", ".join(str(file.relative_to(folder)) for file in whole[:NAMED])
@@ -118,7 +120,7 @@ def _of_step(latest: Path, name: str) -> Located:
     with latest.open("rb") as file:
         step = file.read(MAX_LATEST_BYTES).decode("utf-8", "replace").strip()
     folder = latest.parent / step
-    if not step or Path(step).name != step or not folder.is_dir():
+    if step in ("", "..") or Path(step).name != step or not os.path.isdir(folder):
         raise UserError(
             f"{name}: its file {LATEST} names {step[:80]!r}, and there is no such folder beside it."
         )
@@ -134,7 +136,7 @@ def _refuse_by_name(path: Path, name: str) -> None:
 
 
 def _refuse_shards(files: list[Path], name: str) -> None:
-    names = [file.name for file in files]
+    names = [file.name for file in _models(files)]
     if shards := [file for file in names if file.startswith("zero_pp_rank_")]:
         raise UserError(
             f"{name} holds shards of ZeRO stage 3 ({shards[0]}): the weights are cut up between processes. "
@@ -147,14 +149,25 @@ def _refuse_shards(files: list[Path], name: str) -> None:
         )
 
 
+def _models(files: list[Path]) -> list[Path]:
+    """Without the optimizer's states, which ZeRO's stages 1 and 2 cut up beside whole weights."""
+    if not any(file.name == STATES for file in files):
+        return files
+    return [file for file in files if not file.name.endswith(OPTIMIZER_ENDING)]
+
+
 def _sharded(index: Path, name: str) -> Located:
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise ValueError
         files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not files or not all(isinstance(file, str) for file in files):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{name}: {index.name} is no index of safetensors files.") from None
-    if missing := [file for file in files if Path(file).name != file or not (index.parent / file).is_file()]:
+    if missing := [
+        file for file in files if Path(file).name != file or not os.path.isfile(index.parent / file)
+    ]:
         raise UserError(f"{name} is not whole: {missing[0]} of {index.name} is missing.")
     config = index.parent / "config.json"
     return Located(

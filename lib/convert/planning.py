@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from lib.archive import size_text
 from lib.convert import configs, detect
 from lib.convert.configs import Options
 from lib.convert.keymap import (
@@ -198,9 +199,20 @@ def planned(plan: Plan, tensors: "Mapping[str, Tensor]", dtype: str | None, *, n
                 f"{name} cannot be converted: {pieces[0].source} is stored as "
                 f"{_label((strange or [kind])[0])}; weights are {', '.join(NAMES)}."
             )
+        _refuse_repeated(pieces, tensors, name)
         shape = shape_of(pieces, {piece.source: tuple(tensors[piece.source].shape) for piece in pieces})
         done.append(Planned(name=key, pieces=views, shape=shape, dtype=kind))
     return done
+
+
+def _refuse_repeated(pieces: list[Piece], tensors: "Mapping[str, Tensor]", name: str) -> None:
+    """A few bytes can claim to be a tensor of any size, which would be made when it is written."""
+    for source in {piece.source for piece in pieces}:
+        claimed, stored = tensors[source].nbytes, tensors[source].untyped_storage().nbytes()
+        if claimed > stored:
+            raise UserError(
+                f"{name} is refused: its {source} claims {size_text(claimed)} and has {size_text(stored)}."
+            )
 
 
 def check_dtype(dtype: str | None, *, name: str = "dtype") -> None:

@@ -29,8 +29,8 @@ OTHER_PARTS = {
     "model_ema.": "an averaged copy of the weights",
     "loss_fn.": "of the loss that the model was trained with",
 }
-WRITTEN_AROUND = ("module.", "_orig_mod.")
-"""What training libraries put before every name."""
+WRITTEN_AROUND = ("module.", "_orig_mod.", MODEL)
+"""What SAT and training libraries put before a model's names, in any order."""
 MAX_WRAPPERS = 6
 MAX_LEGACY_BYTES = 2_000_000_000
 MAX_PICKLE_BYTES = 256 << 20
@@ -112,7 +112,7 @@ def _from_safetensors(located: Located) -> Checkpoint:
         raise UserError(f"{located.name} is no checkpoint: it holds no tensors.")
     config = None
     if located.config is not None:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             config = json.loads(located.config.read_bytes())
     checkpoint = Checkpoint(
         name=located.name,
@@ -269,7 +269,7 @@ def _sorted_into_parts(tensors: "dict[str, Tensor]", checkpoint: Checkpoint) -> 
             counts[part] = counts.get(part, 0) + 1
             continue
         else:
-            place, key = checkpoint.tensors, key.removeprefix(MODEL)
+            place = checkpoint.tensors
         if key in place:
             raise UserError(f"{checkpoint.name} holds two tensors that are both {key[:120]!r}.")
         place[key] = tensor

@@ -238,9 +238,9 @@ def converted(tensor: Planned) -> "Iterator[torch.Tensor]":
             values = block
             if tensor.scale != 1:
                 values = values.double() * tensor.scale
-            values = values.to(tensor.dtype)
-            _check_range(block, values, tensor)
-            yield values
+            stored = values.to(tensor.dtype)
+            _check_range(values, stored, tensor)
+            yield stored
 
 
 def _check_range(before: "torch.Tensor", after: "torch.Tensor", tensor: Planned) -> None:
@@ -249,9 +249,10 @@ def _check_range(before: "torch.Tensor", after: "torch.Tensor", tensor: Planned)
 
     if after.dtype != torch.float16 or before.dtype == torch.float16 or after.isfinite().all():
         return
-    if before.isfinite().all():
+    lost = before[before.isfinite() & ~after.isfinite()]
+    if lost.numel():
         raise UserError(
-            f"{tensor.name} holds {before.abs().max().item():g}, and float16 ends at 65504. Choose dtype "
+            f"{tensor.name} holds {lost.abs().max().item():g}, and float16 ends at 65504. Choose dtype "
             "bfloat16 or float32."
         )
 

@@ -240,6 +240,15 @@ def test_a_value_beyond_float16_is_refused_not_made_infinite(tmp_path):
     to_diffusers(transformer=path, target=tmp_path / "out", dtype="bfloat16", report=silent)
 
 
+def test_a_value_beyond_float16_is_seen_beside_infinite_ones(tmp_path):
+    state = factory.sat_transformer()
+    state["time_embed.0.bias"][:2] = torch.tensor([torch.inf, -70000.0])
+    path = factory.save_sat(tmp_path / "model.pt", state)
+    assert "linear_1.bias holds 70000, and float16 ends at 65504" in refusal(
+        transformer=path, target=tmp_path / "out"
+    )
+
+
 def test_settings_that_tensors_decide_are_refused(tmp_path):
     given = {"transformer": factory.source("i2v-5b"), "target": tmp_path / "out"}
     assert refusal(**given, options={"num_layers": 3}).startswith(

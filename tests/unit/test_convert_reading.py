@@ -1,7 +1,6 @@
 """What is handed over is read without running it, or refused by a message that says what it is."""
 
 import io
-import json
 import os
 import pickle
 import zipfile
@@ -67,6 +66,15 @@ def test_wrappers_in_any_nesting_are_taken_off(tmp_path, wrap):
     assert names(save(tmp_path / "file.pt", wrap(state)), tmp_path) == ["a.weight", "b.weight"]
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.model.diffusion_model._orig_mod.", "_orig_mod.model.diffusion_model.module.", "module."],
+)
+def test_what_libraries_put_before_names_is_taken_off_in_any_order(tmp_path, prefix):
+    path = save(tmp_path / "file.pt", {f"{prefix}transformer.a": torch.ones(2)})
+    assert names(path, tmp_path) == ["transformer.a"]
+
+
 def test_parts_are_told_apart_and_what_is_left_out_is_named(tmp_path):
     state = {
         "module.model.diffusion_model.a": torch.ones(2),
@@ -118,49 +126,12 @@ def test_a_file_of_the_old_format_is_read_while_it_is_small(tmp_path, monkeypatc
     )
 
 
-def test_safetensors_are_read_whole_or_in_shards(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file({"model.diffusion_model.a": torch.ones(2)}, folder / "m-00001-of-00002.safetensors")
-    save_file({"b": torch.ones(2)}, folder / "m-00002-of-00002.safetensors")
-    index = folder / "m.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {
-        "a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"
-    }}))  # fmt: skip
-    assert names(folder, tmp_path) == names(index, tmp_path) == ["a", "b"]
-    assert names(folder / "m-00001-of-00002.safetensors", tmp_path) == ["a"]
-    (folder / "m-00002-of-00002.safetensors").unlink()
-    assert refusal(folder, tmp_path) == (
-        "model is not whole: m-00002-of-00002.safetensors of m.safetensors.index.json is missing."
-    )
-
-
-@pytest.fixture
-def download(tmp_path) -> Path:
-    """As SAT's weights come: transformer/latest and transformer/1000/mp_rank_00_model_states.pt."""
-    save(tmp_path / "sat" / "transformer" / "1000" / STATES, {"module": {"a": torch.ones(2)}})
-    (tmp_path / "sat" / "transformer" / "latest").write_text("1000\n")
-    return tmp_path / "sat"
-
-
-def test_the_folder_of_a_download_is_read_at_its_last_step(download, tmp_path):
-    assert names(download, tmp_path) == names(download / "transformer", tmp_path) == ["a"]
-
-
-def test_a_zip_of_a_download_is_unpacked_into_the_work_folder(download, tmp_path):
-    with zipfile.ZipFile(tmp_path / "sat.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(download.rglob("*")):
-            archive.write(path, path.relative_to(download))
-    assert names(tmp_path / "sat.zip", tmp_path) == ["a"]
-    assert (tmp_path / "work" / "unpacked" / "transformer" / "latest").is_file()
-
-
-def test_latest_that_names_nothing_or_leaves_the_folder_is_refused(download, tmp_path):
-    for step in ("2000", "../other", ""):
-        (download / "transformer" / "latest").write_text(step)
-        assert refusal(download, tmp_path) == (
-            f"sat: its file latest names {step!r}, and there is no such folder beside it."
-        )
+def test_a_config_that_is_none_is_as_if_there_were_none(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "m.safetensors")
+    for content in ("[" * 100_000, "{", "[1]"):
+        (tmp_path / "config.json").write_text(content)
+        with open_checkpoint(tmp_path / "m.safetensors", work=tmp_path) as checkpoint:
+            assert checkpoint.config is None
 
 
 def test_nothing_of_a_pickle_is_executed(tmp_path):
@@ -219,33 +190,6 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
     )
 
 
-def test_shards_of_zero_3_are_refused_by_name_and_by_content(tmp_path):
-    folder = tmp_path / "run"
-    save(folder / "1000" / "zero_pp_rank_0_mp_rank_00_model_states.pt", {"module": {"a": torch.empty(0)}})
-    (folder / "latest").write_text("1000")
-    assert refusal(folder, tmp_path) == (
-        "run holds shards of ZeRO stage 3 (zero_pp_rank_0_mp_rank_00_model_states.pt): the weights are cut "
-        "up "
-        "between processes. Join them first with the zero_to_fp32.py that DeepSpeed puts beside them."
-    )
-    renamed = save(tmp_path / "model.pt", {"module": {"a": torch.empty(0)}})
-    assert refusal(renamed, tmp_path) == (
-        "model.pt holds no weights: 'a' is empty, as in the files of ZeRO stage 3, which cuts the weights up "
-        "between processes. Join them first with the zero_to_fp32.py that DeepSpeed puts beside them."
-    )
-
-
-def test_one_part_of_a_model_parallel_checkpoint_is_refused(download, tmp_path):
-    step = download / "transformer" / "1000"
-    save(step / "mp_rank_01_model_states.pt", {"module": {"a": torch.ones(2)}})
-    told = "one part of a model-parallel checkpoint (mp_rank_01_model_states.pt): every part holds only "
-    "some rows."
-    for path, name in ((download, "sat"), (step / STATES, STATES)):
-        assert refusal(path, tmp_path).startswith(f"{name} is {told}")
-    alone = save(tmp_path / "model.pt", {"module": {"a": torch.ones(2)}, "mp_world_size": 2})
-    assert refusal(alone, tmp_path).startswith("model.pt is one of 2 parts of a model-parallel checkpoint")
-
-
 def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "png")
@@ -289,20 +233,4 @@ def test_a_checkpoint_that_was_compressed_again_is_refused(tmp_path):
             packed.writestr(member, whole.read(member))
     assert refusal(tmp_path / "model.pt", tmp_path).startswith(
         "model.pt was packed a second time, compressed;"
-    )
-
-
-def test_a_folder_without_weights_or_with_several_says_so(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    assert refusal(tmp_path / "nothing", tmp_path) == f"There is no file or folder {tmp_path / 'nothing'}."
-    assert refusal(folder, tmp_path) == (
-        f"model holds no weights: neither latest beside a folder with {STATES}, nor a .pt or .safetensors "
-        "file."
-    )
-    save(folder / "a.pt", {"a": torch.ones(2)})
-    assert names(folder, tmp_path) == ["a"]
-    save(folder / "b.pt", {"a": torch.ones(2)})
-    assert refusal(folder, tmp_path) == (
-        "model holds 2 files of weights (a.pt, b.pt); give the one that is meant."
     )
