@@ -18,7 +18,7 @@ from tests import convert_factory as factory
 from tests.convert_factory import silent
 from tests.unit.test_convert_models import SAT_EPS, denoise
 
-ORACLES = {"lora-t2v-2b": 4, "lora-t2v-5b": 8}
+ORACLES = {"lora-t2v-2b": 4, "lora-t2v-5b": 8, "lora-t2v-1.5-5b": 4}
 """And their ranks; SAT's alpha was 1."""
 
 
