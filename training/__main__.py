@@ -7,17 +7,15 @@ output_dir is where checkpoints and results go. input_videos is a folder, zip or
 are given by their paths.
 """
 
-import contextlib
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
-from lib.compute import Stopped, limit_spinning
+from lib.command import FAILED, INTERRUPTED, begin, help_status
+from lib.compute import Stopped
 from lib.errors import UserError
 from lib.serving.configs import PROJECT
-from lib.serving.inputs import describe_inputs, parse_inputs
+from lib.serving.inputs import parse_inputs
 from lib.serving.progress import LogView
 from lib.serving.schema import training_inputs
 from training.config import SECRETS
@@ -29,20 +27,14 @@ OUTPUT_DIR = "output_dir"
 def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     document = training_inputs(PROJECT / "training" / "train.py")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has seen enough
-            print(
-                f"usage: {USAGE}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}", flush=True
-            )
-        return 0 if arguments else 2
+    status = help_status(arguments, usage=USAGE, about=__doc__, document=document)
+    if status is not None:
+        return status
     sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record it
-    limit_spinning()
-    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
-    view, stop = LogView(), threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _stop(stop, tell=first))
+    stop = begin("stopping after this step; once more: without a checkpoint" if first else "")
+    view = LogView()
     try:
         pairs, run = _split(arguments)
         values = parse_inputs(pairs, document, send_files=False)
@@ -53,12 +45,12 @@ def main(arguments: list[str]) -> int:
         view.close()
         # One alone of several may fail, whose GPU has too little memory for example.
         print(error if first else f"process {rank}: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     except (Stopped, KeyboardInterrupt):
         view.close()
         if first:
             print(_what_is_left(run), file=sys.stderr)
-        return 130
+        return INTERRUPTED
     view.close()
     if first:
         print(result / "lora.safetensors")
@@ -82,15 +74,6 @@ def _split(arguments: list[str]) -> tuple[list[str], Path]:
 def _without_secret(argument: str) -> str:
     name, equals, _ = argument.partition("=")
     return f"{name}=..." if equals and name in SECRETS else argument
-
-
-def _stop(stop: threading.Event, *, tell: bool) -> None:
-    """The first signal asks for a checkpoint and an end, the second does not wait for it."""
-    if stop.is_set():
-        raise KeyboardInterrupt
-    stop.set()
-    if tell:  # past sys.stderr, in the middle of whose print() this may come
-        os.write(2, b"\nstopping after this step; once more: without a checkpoint\n")
 
 
 def _what_is_left(run: Path) -> str:

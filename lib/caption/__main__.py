@@ -7,9 +7,7 @@ On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m lib.caption 
 The same command again goes on where one was stopped (captions.jsonl says what is done).
 """
 
-import contextlib
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lib.caption.place import Place, settled_place
-from lib.compute import Stopped, limit_spinning
+from lib.command import FAILED, INTERRUPTED, MISUSED, begin, help_status
+from lib.compute import Stopped
 from lib.errors import UserError
 from lib.processes import FirstFailedError, Processes
 from lib.serving.configs import PROJECT
-from lib.serving.inputs import describe_inputs, parse_inputs
+from lib.serving.inputs import parse_inputs
 from lib.serving.progress import LogView
 from lib.serving.schema import training_inputs
 
@@ -33,23 +32,17 @@ Report = Callable[[str], None]
 def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     document = _settings()
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has seen enough
-            print(
-                f"usage: {USAGE}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}", flush=True
-            )
-        return 0 if arguments else 2
-    limit_spinning()
-    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
+    status = help_status(arguments, usage=USAGE, about=__doc__, document=document)
+    if status is not None:
+        return status
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
-    view, stop = LogView(), threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _stop(stop, tell=first))
-    status = 2
+    stop = begin("stopping" if first else "")
+    view = LogView()
+    status = MISUSED
     try:
         values = parse_inputs(_pairs(arguments), document, send_files=False)
-        status = 1
+        status = FAILED
         place = _place(values.pop(SOURCE), values.pop(OUTPUT_DIR, ""))
     except UserError as error:
         if first:  # the others are told the same
@@ -60,16 +53,16 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         view.close()
         print(error if first else f"process {rank}: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     except (Stopped, KeyboardInterrupt):
         view.close()
         if first:
             print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     view.close()
     if first and result is not None:
         print(result)
-    return 0 if result is not None else 1
+    return 0 if result is not None else FAILED
 
 
 def _settings() -> dict[str, Any]:
@@ -127,15 +120,6 @@ def _pairs(arguments: list[str]) -> list[str]:
     if not any(pair.startswith(f"{SOURCE}=") for pair in pairs):
         raise UserError(f"no folder or archive is given; usage: {USAGE}")
     return pairs
-
-
-def _stop(stop: threading.Event, *, tell: bool) -> None:
-    """The first signal ends the run after what it is at, the second does not wait for that."""
-    if stop.is_set():
-        raise KeyboardInterrupt
-    stop.set()
-    if tell:  # past sys.stderr, in the middle of whose print() this may come
-        os.write(2, b"\nstopping\n")
 
 
 def _silent(line: str) -> None:

@@ -7,9 +7,6 @@ its name when it is whole; what is stopped or killed leaves nothing that would l
 begins again, with what a download has brought so far.
 """
 
-import contextlib
-import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.compute import Stopped, limit_spinning
+from lib.command import FAILED, INTERRUPTED, MISUSED, begin, help_status
+from lib.compute import Stopped
 from lib.errors import UserError
 from lib.serving.configs import PROJECT
-from lib.serving.inputs import describe_inputs, parse_inputs
+from lib.serving.inputs import parse_inputs
 from lib.serving.progress import LogView
 from lib.serving.schema import training_inputs
 
@@ -53,18 +51,10 @@ def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     command, arguments = COMMANDS[arguments[0]], arguments[1:]
     document = training_inputs(PROJECT / command.predictor, name="Runner")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has seen enough
-            print(
-                f"usage: {command.usage}\n\n{__doc__.strip()}\n\nsettings:\n{describe_inputs(document)}",
-                flush=True,
-            )
-        return 0 if arguments else 2
-    limit_spinning()
-    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
-    view, stop = LogView(), threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _stop(stop))
+    status = help_status(arguments, usage=command.usage, about=__doc__, document=document)
+    if status is not None:
+        return status
+    stop, view = begin("stopping"), LogView()
     try:
         pairs, output = _split(arguments, command)
         values = _defaults(document) | parse_inputs(pairs, document, send_files=False)
@@ -72,17 +62,17 @@ def main(arguments: list[str]) -> int:
             _separate_address(values, name)
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return MISUSED
     try:
         result = _run(command, values, output, stop, view.line)
     except UserError as error:
         view.close()
         print(error, file=sys.stderr)
-        return 1
+        return FAILED
     except (Stopped, KeyboardInterrupt):
         view.close()
         print("stopped; the same command begins again", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     view.close()
     print(result)
     return 0
@@ -159,14 +149,6 @@ def _target(given: list[Any], direction: str, output: Path | None) -> Path:
     stem = path.name if path.is_dir() else path.name.removesuffix(path.suffix)
     folder = path.parent if "://" not in text else Path()
     return (folder / f"{stem}{ENDINGS[direction]}").absolute()
-
-
-def _stop(stop: threading.Event) -> None:
-    """The first signal ends the work at the next tensor, the second does not wait for that."""
-    if stop.is_set():
-        raise KeyboardInterrupt
-    stop.set()
-    os.write(2, b"\nstopping\n")  # past sys.stderr, in the middle of whose print() this may come
 
 
 if __name__ == "__main__":
