@@ -59,13 +59,15 @@ def derive_spec(folder: Path) -> ModelSpec:
         size_rule = "fixed"
     elif second and task == "i2v":
         size_rule = "short side"
+    step = vae["temporal_compression_ratio"] * 2 * (temporal_patch or 1)
+    steps = max(1, (transformer["sample_frames"] - 1) // step)
     return ModelSpec(
         name=folder.name,
         task=task,
         height=height,
         width=width,
-        frames=transformer["sample_frames"],
-        frame_step=vae["temporal_compression_ratio"] * 2 * (temporal_patch or 1),
+        frames=steps * step + 1,  # a length that the rule allows, also where the trained one is none
+        frame_step=step,
         max_frames=family.max_frames if second else max(family.max_frames, transformer["sample_frames"]),
         fps=family.fps,
         text_tokens=transformer["max_text_seq_length"],
@@ -73,6 +75,19 @@ def derive_spec(folder: Path) -> ModelSpec:
         size_rule=size_rule,
         size_step=ratio * transformer["patch_size"],
     )
+
+
+def family_of(folder: Path) -> ModelSpec:
+    """The released model of whose kind a folder's transformer is: it tells which VAE the transformer needs.
+
+    Raises UserError when model_index.json or the transformer's config is missing, or of another model.
+    """
+    task = task_of(read_config(folder / "model_index.json"), folder)
+    transformer = read_config(folder / "transformer" / "config.json")
+    second = transformer.get("patch_size_t") is not None
+    if not second and not transformer.get("use_rotary_positional_embeddings"):
+        return SPECS["cogvideox-2b"]
+    return SPECS[(SECOND if second else FIRST) + ("-i2v" if task == "i2v" else "")]
 
 
 def _derive_caption_spec(folder: Path) -> ModelSpec:

@@ -112,6 +112,7 @@ def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryP
         folder, dtype=getattr(torch, machine.dtype), local_files_only=True, use_safetensors=True
     )
     pipeline.set_progress_bar_config(disable=True)
+    _widen_grid(pipeline)
     if plan.slicing:
         pipeline.vae.enable_slicing()
     if plan.tiling:
@@ -123,6 +124,17 @@ def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryP
     else:
         pipeline.enable_sequential_cpu_offload()
     return pipeline
+
+
+def _widen_grid(pipeline: "DiffusionPipeline") -> None:
+    """Let 1.5 make portraits: diffusers cuts its positions from a grid that some copies made 96x170.
+
+    A larger grid begins with the same positions; the weights know nothing of its end.
+    """
+    config = pipeline.transformer.config
+    if config.get("patch_size_t") is not None:
+        side = max(config.sample_height, config.sample_width)
+        pipeline.transformer.register_to_config(sample_height=side, sample_width=side)
 
 
 def silence_libraries() -> None:

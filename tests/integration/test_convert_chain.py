@@ -37,7 +37,7 @@ def folder(serve, tmp_path_factory) -> Path:
     """t2v and i2v models, converted with their VAE and completed with a random T5; and a LoRA for t2v."""
     folder = tmp_path_factory.mktemp("chain")
     convert = serve("convert", environment={"COGVIDEOX_CACHE": str(folder / "cache")})
-    for name, sat in {"t2v": "t2v-2b", "i2v": "i2v-5b"}.items():
+    for name, sat in {"t2v": "t2v-2b", "i2v": "i2v-5b", "second": "i2v-1.5-5b"}.items():
         overrides = ",".join(f"{key}={value}" for key, value in options(sat).items())
         files = {"transformer": data_uri(source(sat)), "vae": data_uri(VAE_FILE)}
         tar, _ = predict(convert, **files, overrides=overrides, dtype="float32")
@@ -58,6 +58,12 @@ def add_text_encoder(model: Path) -> None:
     )  # fmt: skip
     T5EncoderModel(config).save_pretrained(model / "text_encoder")
     shutil.copytree(TOKENIZER, model / "tokenizer")
+
+
+def picture(colour: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> str:
+    buffer = BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def frames(video: bytes, path: Path) -> np.ndarray:
@@ -83,10 +89,17 @@ def test_a_converted_image_to_video_model_moves_a_picture(serve, folder, tmp_pat
     server = serve("i2v", environment={"COGVIDEOX_MODEL": str(folder / "i2v")})
     made = []
     for colour in ((250, 20, 20), (20, 20, 250)):
-        buffer = BytesIO()
-        Image.new("RGB", (64, 48), colour).save(buffer, "PNG")
-        picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        video, metrics = predict(server, **QUICK, image=picture)
+        video, metrics = predict(server, **QUICK, image=picture(colour))
         made.append(frames(video, tmp_path / "made.mp4"))
     assert metrics["model"] == "i2v" and made[0].shape == (9, 48, 64, 3)
     assert not np.array_equal(made[0], made[1])
+
+
+def test_a_converted_model_of_the_second_generation_makes_its_usual_length_either_way_up(
+    serve, folder, tmp_path
+):
+    server = serve("i2v", environment={"COGVIDEOX_MODEL": str(folder / "second")})
+    for width, height in ((64, 48), (48, 64)):
+        given = {"prompt": "a fox", "num_inference_steps": 2, "seed": 3}
+        video, _ = predict(server, **given, image=picture((250, 20, 20), (width, height)))
+        assert frames(video, tmp_path / "made.mp4").shape == (17, height, width, 3)

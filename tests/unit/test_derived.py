@@ -70,6 +70,16 @@ def test_spec_derived_from_released_configs_has_the_released_rules(name, tmp_pat
         assert getattr(derived, field) == getattr(known, field), field
 
 
+@pytest.mark.parametrize("name, trained, frames", [
+    ("cogvideox1.5-5b", 13, 17), ("cogvideox1.5-5b", 85, 81), ("cogvideox-5b", 13, 9), ("cogvideox-5b", 1, 9),
+])  # fmt: skip
+def test_the_usual_length_is_one_that_the_models_rule_allows(name, trained, frames, tmp_path):
+    configs = RELEASED[name] | {"sample_frames": trained}
+    derived = derive_spec(write_configs(tmp_path / "mine", "CogVideoXPipeline", configs))
+    assert derived.frames == frames
+    derived.check_frames(derived.frames)
+
+
 def test_a_folder_of_another_pipeline_or_without_configs_is_refused_by_name(tmp_path):
     folder = write_configs(tmp_path / "sd", "StableDiffusionPipeline", {})
     with pytest.raises(UserError, match=r"'StableDiffusionPipeline'; allowed are CogVideoXPipeline"):
