@@ -48,8 +48,8 @@ def locate(
 
     `name` is a name of the manifest, the path of a folder, or a Hub repository "owner/name", also
     "owner/name@revision". A folder that is whole costs a few file look-ups: no network, no waiting. Two
-    processes at once download once. A converted model without text encoder and tokenizer borrows those of a
-    downloaded one. `report` receives one line per event.
+    processes at once download once. A converted model without text encoder, tokenizer or VAE borrows that
+    of a downloaded one. `report` receives one line per event.
 
     `check` receives the model's model_index.json, or without one its config.json, and raises for a model that
     the caller cannot use: of a Hub repository before the rest is downloaded, of an archive when it is

@@ -1,4 +1,4 @@
-"""A converted folder runs with the text encoder of a model that was downloaded before."""
+"""A converted folder runs with the text encoder and the VAE of models that were downloaded before."""
 
 import json
 import os
@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file
 
 from lib import weights
 from lib.derived import derive_spec
@@ -74,8 +77,7 @@ def test_without_a_downloaded_model_the_folder_is_refused_with_what_to_do(conver
 
 
 def test_a_text_encoder_of_another_width_is_not_borrowed(converted, manifest, cache):
-    config = converted / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"text_embed_dim": 24}))
+    change(converted, "transformer", text_embed_dim=24)
     with pytest.raises(UserError, match=r"\(a text encoder of width 24\)"):
         locate(converted, manifest, cache)
 
@@ -87,9 +89,86 @@ def test_a_half_downloaded_model_lends_nothing(converted, manifest, cache):
         locate(converted, manifest, cache)
 
 
-def test_a_folder_that_lacks_more_is_not_whole_as_before(converted, manifest, cache):
+@pytest.fixture
+def without_vae(converted) -> Path:
+    """A model of which the transformer alone was converted."""
     shutil.rmtree(converted / "vae")
-    with pytest.raises(UserError, match=r"is not a whole model; it lacks text_encoder/config\.json"):
+    return converted
+
+
+def change(folder: Path, part: str, **values) -> None:
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+
+def test_a_vae_is_borrowed_from_a_model_of_the_transformers_kind(without_vae, manifest, cache):
+    found = locate(without_vae, manifest, cache)
+    assert missing_files(found) == []
+    assert (found / "vae").resolve().is_relative_to(cache.resolve())
+    assert (found / "transformer").resolve() == (without_vae / "transformer").resolve()
+    pipeline = CogVideoXPipeline.from_pretrained(found, local_files_only=True)
+    lent = load_file(next(cache.rglob("vae/*.safetensors")))
+    assert all(torch.equal(tensor, lent[name]) for name, tensor in pipeline.vae.state_dict().items())
+    assert not (without_vae / "vae").exists()
+
+
+def test_text_encoder_and_vae_may_come_from_different_models(without_vae, manifest, cache):
+    with manifest.open("a") as file:
+        file.write('[other]\nrepository = "us/other"\n')
+    other = cache / Source(name="other", repository="us/other").key
+    shutil.copytree(TINY, other)
+    released = cache / Source(name="released", repository="us/released").key
+    change(released, "transformer", use_rotary_positional_embeddings=False)
+    change(other, "text_encoder", d_model=24)
+    found = locate(without_vae, manifest, cache)
+    assert (found / "text_encoder").resolve() == (released / "text_encoder").resolve()
+    assert (found / "vae").resolve() == (other / "vae").resolve()
+
+
+@pytest.mark.parametrize(
+    ("lent", "wanted", "family"),
+    [
+        ({"use_rotary_positional_embeddings": False}, {}, "cogvideox-5b"),
+        ({}, {"use_rotary_positional_embeddings": False}, "cogvideox-2b"),
+        ({}, {"patch_size_t": 2}, "cogvideox1.5-5b"),
+        ({}, {"out_channels": 16}, "cogvideox-5b"),
+    ],
+)
+def test_a_vae_of_another_kind_is_not_borrowed(without_vae, manifest, cache, lent, wanted, family):
+    change(cache / Source(name="released", repository="us/released").key, "transformer", **lent)
+    change(without_vae, "transformer", **wanted)
+    with pytest.raises(UserError) as caught:
+        locate(without_vae, manifest, cache)
+    assert str(caught.value) == (
+        f"{without_vae} has no vae, and no downloaded model has what fits its transformer "
+        f"(a VAE of {family}'s kind). Start once with a released model, for example "
+        f"COGVIDEOX_MODEL={family}, which downloads one, or convert it with its VAE included."
+    )
+
+
+def test_without_a_downloaded_model_all_that_is_missing_is_named(without_vae, manifest, tmp_path):
+    with pytest.raises(UserError) as caught:
+        locate(without_vae, manifest, tmp_path / "empty")
+    assert str(caught.value) == (
+        f"{without_vae} has no text_encoder and no tokenizer and no vae, and no downloaded model has what "
+        "fits its transformer (a text encoder of width 64, a VAE of cogvideox-5b's kind). Start once with a "
+        "released model, for example COGVIDEOX_MODEL=cogvideox-5b, which downloads one, or convert it with "
+        "the text encoder and its VAE included."
+    )
+
+
+def test_image_to_video_of_the_second_kind_has_a_vae_of_its_own(without_vae, manifest, cache):
+    change(without_vae, "transformer", patch_size_t=2)
+    change(cache / Source(name="released", repository="us/released").key, "transformer", patch_size_t=2)
+    index = without_vae / "model_index.json"
+    index.write_text(index.read_text().replace("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"))
+    with pytest.raises(UserError, match=r"a VAE of cogvideox1\.5-5b-i2v's kind"):
+        locate(without_vae, manifest, cache)
+
+
+def test_a_folder_that_lacks_more_is_not_whole_as_before(converted, manifest, cache):
+    shutil.rmtree(converted / "scheduler")
+    with pytest.raises(UserError, match=r"is not a whole model; it lacks scheduler/scheduler_config\.json"):
         locate(converted, manifest, cache)
 
 
