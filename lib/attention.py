@@ -1,9 +1,8 @@
 """CogVideoX's attention through diffusers' dispatcher, and blocks that keep text and video in one sequence.
 
 The attention processor that diffusers ships calls one kernel directly, so that choosing a backend or sharing
-the sequence among GPUs silently does nothing. `install` gives a transformer the processor here, which does the
-same arithmetic in the same order and goes through `dispatch_attention_fn`; in float32 on a CPU the result is
-equal bit for bit.
+the sequence among GPUs silently does nothing. `install` gives a transformer the processor below: the same
+arithmetic in the same order, through `dispatch_attention_fn`, and in float32 on a CPU equal bit for bit.
 
     install(pipeline.transformer)
     pipeline.transformer.set_attention_backend("native")   # now heard
@@ -126,9 +125,7 @@ def install(transformer: "CogVideoXTransformer3DModel") -> None:
     The result is the same; LoRAs, caches, offloading and regional compilation see the modules they know. For
     inference: blocks change intermediate tensors in place, which would upset a backward pass.
     """
-    transformer.set_attn_processor(
-        {name: CogVideoXAttention() for name in transformer.attn_processors}
-    )
+    transformer.set_attn_processor({name: CogVideoXAttention() for name in transformer.attn_processors})
     for block in transformer.transformer_blocks:
         block.forward = MethodType(_block_forward, block)
 
