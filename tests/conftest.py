@@ -1,6 +1,7 @@
-"""The suite behaves the same whatever the user's environment is set to."""
+"""The suite behaves the same whatever the user's environment is set to, and wherever it is started."""
 
 import os
+import signal
 from collections.abc import MutableMapping
 
 SETTINGS = ("COGVIDEOX_", "HF_", "TRANSFORMERS_")
@@ -14,6 +15,9 @@ def pytest_configure() -> None:
     """
     forget_settings(os.environ)
     os.environ["OMP_NUM_THREADS"] = "1"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So a shell starts what it sends to the background, and every process of the tests would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def forget_settings(environment: MutableMapping[str, str]) -> None:
