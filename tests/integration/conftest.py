@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,16 +63,17 @@ def serve() -> Iterator[Serve]:
     Calls with equal arguments share one server, so a test must leave it ready.
     """
     running: dict[str, Server] = {}
-    with ExitStack() as stack:
 
-        def start(name: str | PredictorConfig, **options) -> Server:
-            key = repr((name, sorted(options.items())))
-            if key not in running:
-                options.setdefault("local_sources", True)
-                running[key] = stack.enter_context(Server(name, timeout=300, **options))
-            return running[key]
+    def start(name: str | PredictorConfig, **options) -> Server:
+        key = repr((name, sorted(options.items())))
+        if key not in running:
+            options.setdefault("local_sources", True)
+            running[key] = Server(name, timeout=300, **options).__enter__()
+        return running[key]
 
-        yield start
+    yield start
+    with ThreadPoolExecutor() as pool:  # at once, as each takes a second to end
+        list(pool.map(Server.stop, running.values()))
 
 
 @pytest.fixture(scope="session")
