@@ -23,7 +23,7 @@ COUNT = 6
 COMMAND = (sys.executable, "-P", "-m", "lib.caption")
 SCRIPT = (str(PROJECT / "script" / "caption"),)
 SETTINGS = ("max_new_tokens=12", "trigger_word=TOK")
-SLOW = ("max_new_tokens=400", "batch_size=1")
+SLOW = ("max_new_tokens=250", "batch_size=1")
 
 # Imported by every Python that starts: notes each clip that the model is asked about, and kills the process
 # before it is asked about the batch called FATAL; makes the second process fail, or kills it, when asked to.
