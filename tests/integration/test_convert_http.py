@@ -20,7 +20,17 @@ from lib.scratch import PREFIX
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
 from tests.clips_factory import data_uri
-from tests.convert_factory import VAE_FILE, expected, expected_config, options, same_states, source, stored
+from tests.convert_factory import (
+    VAE_FILE,
+    expected,
+    expected_config,
+    options,
+    same_states,
+    sat_transformer,
+    save_sat,
+    source,
+    stored,
+)
 from tests.http_host import Host, Served
 from tests.integration.conftest import wait_for
 from tests.webhook_host import WebhookHost
@@ -276,6 +286,33 @@ def test_a_cancelled_download_leaves_nothing_that_counts_and_the_server_works_on
     wait_for(lambda: not left(server, cache))
     assert list((server.scratch / "tmp").glob(f"{PREFIX}*/*")) == []
     assert content(send(server, "after", transformer=upload(source(NAME)), overrides=OVERRIDES)[1])
+
+
+def test_a_cancel_in_the_middle_of_writing_leaves_nothing_and_the_server_works_on(server, cache, tmp_path):
+    large = save_sat(tmp_path / "given" / "large.pt", sat_transformer(heads=16, head_dim=64, layers=8))
+    replies: list[dict] = []
+    inputs = {"transformer_url": str(large), "overrides": "sample_frames=9", "dtype": "float32"}
+    thread = threading.Thread(target=lambda: replies.append(send(server, "halfway", **inputs)[1]))
+    thread.start()
+    deadline, enough = time.monotonic() + 60, large.stat().st_size / 10
+    while written(server) < enough:
+        assert time.monotonic() < deadline and not replies, replies
+        time.sleep(0.002)
+    assert http("POST", server, "/predictions/halfway/cancel")[0] == 200
+    thread.join(30)
+    assert [(reply["status"], reply.get("output")) for reply in replies] == [("canceled", None)]
+    wait_until_idle(server.url)
+    wait_for(lambda: not left(server, cache))
+    assert list((server.scratch / "tmp").glob(f"{PREFIX}*/*")) == []
+    assert [path.name for path in large.parent.iterdir()] == ["large.pt"]
+    large.unlink()
+    assert content(send(server, "resumed", transformer=upload(source(NAME)), overrides=OVERRIDES)[1])
+
+
+def written(server: Server) -> int:
+    """Bytes of weights that the running request has written."""
+    files = (server.scratch / "tmp").glob(f"{PREFIX}*/**/*.partial/transformer/*.safetensors")
+    return sum(path.stat().st_size for path in files)
 
 
 def test_the_result_is_uploaded_too(server, hub):
