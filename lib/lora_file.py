@@ -80,7 +80,12 @@ def read_header(path: Path, *, name: str) -> Header:
     """Return a safetensors file's header. Raises UserError unless it is whole and agrees with the length."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        start = file.read(8)
+        (length,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
+        if length > MAX_HEADER_BYTES and start.lstrip()[:1] == b"<":
+            raise UserError(
+                f"{name} is a web page and not the file itself; copy the address of the download."
+            )
         if length > MAX_HEADER_BYTES:
             raise _damaged(
                 name,

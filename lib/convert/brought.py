@@ -101,7 +101,13 @@ def _local(address: str, slot: str) -> Path:
             f"{slot}_url={address[:200]!r} is no address; give one that begins with https://, or upload "
             "the file."
         )
-    return _readable(path.expanduser())
+    path = path.expanduser()
+    if not path.is_absolute():
+        raise UserError(
+            f"{slot}_url={address[:200]!r} is not the whole path, and the server stands in a folder of "
+            "its own."
+        )
+    return _readable(path)
 
 
 def _readable(path: Path) -> Path:

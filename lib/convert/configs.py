@@ -136,7 +136,7 @@ def vae_config(sizes: VaeSizes, family: ModelSpec, options: Options) -> dict[str
     if odd := [width for width in sizes.channels if width % groups]:
         raise UserError(
             f"norm_num_groups={groups} does not divide the VAE's {odd[0]} channels; give the one that it was "
-            "trained with."
+            "trained with, overrides=norm_num_groups=NUMBER."
         )
     return config
 

@@ -103,9 +103,11 @@ def _in_folder(folder: Path, name: str) -> Located:
             return Located(name=name, files=(whole[0],), config=config if config.is_file() else None)
     if (folder / INDEX).is_file():
         raise UserError(
-            f"{name} is a whole model in the layout of diffusers; give one of its parts, its folder "
-            "transformer or vae."
+            f"{name} is a whole model in the layout of diffusers already; direction=to_sat converts it back. "
+            "What is read here is one part: a file or a folder of weights."
         )
+    if (folder / "vae").is_dir():
+        raise UserError(f"{name} holds a VAE, in its folder vae, and no transformer; give it as vae alone.")
     raise UserError(
         f"{name} holds no weights: neither {LATEST} beside a folder with {STATES}, nor a .pt or "
         ".safetensors file."

@@ -10,7 +10,7 @@ from lib.models import ModelSpec
 
 REPORT, README = "report.json", "README.md"
 SHOWN = 12
-"""How many dropped tensors the README lists."""
+"""How many dropped entries the log names, and the README for each reason."""
 BORROWED = (
     "The text encoder and the tokenizer are not in this folder: all released CogVideoX models have the same "
     "ones, 9.5 GB in 16 bits."
@@ -38,6 +38,13 @@ class Part:
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files.values())
+
+    def dropped_by_reason(self) -> list[tuple[str, list[str]]]:
+        """The fewest first: two dozen states of a training do not hide the one tensor of the model."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.dropped.items():
+            reasons.setdefault(reason, []).append(name)
+        return sorted(reasons.items(), key=lambda item: len(item[1]))
 
 
 @dataclass(kw_only=True)
@@ -67,9 +74,9 @@ class Report:
                 f"{size_text(part.bytes)} in {files}; {part.checked}"
             )
             if part.dropped:
+                names = [name for _, names in part.dropped_by_reason() for name in names]
                 lines.append(
-                    f"{part.name}: dropped {', '.join(list(part.dropped)[:SHOWN])}"
-                    + " ..." * (len(part.dropped) > SHOWN)
+                    f"{part.name}: dropped {', '.join(names[:SHOWN])}" + " ..." * (len(names) > SHOWN)
                 )
         return lines + self.notes
 
@@ -136,7 +143,9 @@ def _readme(report: Report, usage: str) -> str:
 
 
 def _dropped(part: Part) -> str:
-    lines = [f"- {part.name}: `{name}`: {reason}" for name, reason in list(part.dropped.items())[:SHOWN]]
-    if len(part.dropped) > SHOWN:
-        lines.append(f"- {part.name}: {len(part.dropped) - SHOWN} more; all are in {REPORT}")
+    lines = []
+    for reason, names in part.dropped_by_reason():
+        shown = ", ".join(f"`{name}`" for name in names[:SHOWN])
+        more = f" and {len(names) - SHOWN} more, which are in {REPORT}" * (len(names) > SHOWN)
+        lines.append(f"- {part.name}: {shown}{more}: {reason}")
     return "\n".join(lines)

@@ -22,6 +22,8 @@ CANCEL_SECONDS = 20.0
 QUICK_SECONDS = 10.0
 # coglet frees its slot a moment after it has replied: a refusal so soon after a result is tried again.
 BUSY_SECONDS = 1.0
+# UserError and those made of it: their messages are written for the caller and need no name before them.
+OURS = ("UserError", "FetchError", "NoSpaceError", "NoRepositoryError")
 
 
 class PredictionError(RuntimeError):
@@ -182,7 +184,8 @@ def _detail(item: dict[str, Any]) -> str:
 
 
 def _plain_error(text: str) -> str:
-    """The predictor's own sentence, without coglet's prefixes and the name of our error class."""
+    """The predictor's own sentence, without coglet's prefixes and the names of our error classes."""
     while text.startswith("Prediction failed: ") or text.startswith("Training failed: "):
         text = text.partition(": ")[2]
-    return text.removeprefix("UserError: ")
+    name, _, sentence = text.partition(": ")
+    return sentence if name in OURS else text

@@ -286,6 +286,7 @@ def test_the_servers_words_are_shown_plainly():
         _plain_error("Prediction failed: Prediction failed: UserError: width 7: use 720")
         == "width 7: use 720"
     )
+    assert _plain_error("Prediction failed: FetchError: nothing at a: b") == "nothing at a: b"
     assert _plain_error("Prediction failed: ValueError: boom") == "ValueError: boom"
 
 

@@ -147,7 +147,7 @@ def test_a_file_beyond_the_bound_is_refused_before_it_is_fetched(monkeypatch, tm
         told = pytest.raises(FetchError, match=r"larger than the 1\.0 kB that are allowed")
         with told, fetched(host.url("/a.pt"), tmp_path):
             pass
-        assert host.sent["/a.pt"] == 1  # the probe
+        assert [asked for _, asked, _ in host.requests] == ["bytes=0-0"]  # the probe
     assert names(cache) == []
 
 
@@ -200,6 +200,9 @@ def test_a_path_of_this_machine_is_taken_as_it_is_where_that_is_allowed(tmp_path
         assert path == tmp_path / "a.pt"
     told = pytest.raises(UserError, match=r"^There is no file or folder .*none\.pt\.$")
     with told, brought(at(f"file://{tmp_path}/none.pt"), work=tmp_path / "work"):
+        pass
+    told = pytest.raises(UserError, match=r"_url='a\.pt' is not the whole path, and the server stands in a")
+    with told, brought(at("a.pt"), work=tmp_path / "work"):
         pass
     assert not (tmp_path / "work").exists()
 

@@ -156,8 +156,8 @@ def test_a_converted_folder_is_not_converted_again(tmp_path):
         "read here is the layout of SAT; to go the other way, choose the other direction."
     )
     assert refusal(transformer=tmp_path / "model", target=tmp_path / "out") == (
-        "model is a whole model in the layout of diffusers; give one of its parts, its folder transformer "
-        "or vae."
+        "model is a whole model in the layout of diffusers already; direction=to_sat converts it back. "
+        "What is read here is one part: a file or a folder of weights."
     )
     with pytest.raises(UserError, match=r"^t2v-2b.pt is a .* of SAT: it is in the layout of SAT already"):
         to_sat(transformer=factory.source("t2v-2b"), target=tmp_path / "sat", report=silent)
@@ -264,7 +264,8 @@ def test_settings_that_tensors_decide_are_refused(tmp_path):
         "width in latents, which are 8 pixels)."
     )
     assert refusal(vae=factory.VAE_FILE, family="cogvideox-5b", target=tmp_path / "out") == (
-        "norm_num_groups=32 does not divide the VAE's 4 channels; give the one that it was trained with."
+        "norm_num_groups=32 does not divide the VAE's 4 channels; give the one that it was trained with, "
+        "overrides=norm_num_groups=NUMBER."
     )
 
 

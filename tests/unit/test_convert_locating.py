@@ -119,6 +119,10 @@ def test_a_folder_without_weights_or_with_several_says_so(tmp_path):
         f"model holds no weights: neither latest beside a folder with {STATES}, nor a .pt or .safetensors "
         "file."
     )
+    (folder / "vae").mkdir()
+    assert refusal(folder, tmp_path) == (
+        "model holds a VAE, in its folder vae, and no transformer; give it as vae alone."
+    )
     save(folder / "a.pt", {"a": torch.ones(2)})
     assert names(folder, tmp_path) == ["a"]
     save(folder / "b.pt", {"a": torch.ones(2)})

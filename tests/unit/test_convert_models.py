@@ -158,3 +158,20 @@ def test_a_fine_tuned_file_brings_its_own_vae(tmp_path):
     assert torch.equal(found[key], wanted[f"first_stage_model.{key}"])
     assert result.parts[0].dropped["conditioner.*"].startswith("4 tensors: the text encoder")
     assert "mixins.pos_embed.pos_embedding" in result.parts[0].dropped
+
+
+def test_what_was_left_out_is_told_by_its_reason_and_a_trainings_states_last(tmp_path):
+    result = to_diffusers(
+        transformer=factory.source("t2v-2b-finetuned"), target=tmp_path / "model",
+        options=factory.options("t2v-2b-finetuned"), report=silent,
+    )  # fmt: skip
+    line = next(line for line in result.lines() if line.startswith("transformer: dropped"))
+    assert line.startswith(
+        "transformer: dropped conditioner.*, mixins.pos_embed.pos_embedding, buffer_names, "
+    )
+    assert line.endswith(" ...")
+    told = (tmp_path / "model" / "README.md").read_text()
+    assert "- transformer: `conditioner.*`: 4 tensors: the text encoder; the released T5 is the same" in told
+    states = next(line for line in told.splitlines() if "of the training, not a weight" in line)
+    assert states.startswith("- transformer: `buffer_names`, `optimizer`, ")
+    assert states.endswith(" and 11 more, which are in report.json: of the training, not a weight")

@@ -130,3 +130,9 @@ def test_a_header_that_is_damaged_or_contradicts_the_file_is_refused(tmp_path, c
     with pytest.raises(UserError, match="it is no whole safetensors file") as caught:
         read_header(tmp_path / "a", name="it")
     assert message in str(caught.value)
+
+
+def test_a_web_page_under_the_name_of_safetensors_is_called_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"<!DOCTYPE html><html>")
+    with pytest.raises(UserError, match=r"^it is a web page and not the file itself; copy the address"):
+        read_header(tmp_path / "a", name="it")
