@@ -4,14 +4,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lib.compute import Stopped
+from lib.decoding import Collected, FrameSink, decode_latents
 from lib.errors import UserError
 from lib.models import ModelSpec
 from lib.pipelines import build_scheduler
+from lib.prompts import PromptEncoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 Report = Callable[[str], None]
+Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
+"""Of prompt and negative prompt, [1, tokens, width] each."""
+Together = "Callable[[Request, Embeddings, threading.Event | None], AbstractContextManager[Callable[[], None]]]"
+"""Inside its block several processes denoise the same request; yields what raises Stopped in all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,9 +131,11 @@ class Generator:
     """Seconds of the last request by stage."""
     _scheduler: object = field(init=False)
     """The checkpoint's own; a request's choice never outlives it."""
+    _prompts: PromptEncoder = field(init=False)
 
     def __post_init__(self) -> None:
         self._scheduler = self.pipeline.scheduler
+        self._prompts = PromptEncoder(spec=self.spec, pipeline=self.pipeline, report=self.report)
 
     def frames(
         self,
@@ -135,12 +143,27 @@ class Generator:
         *,
         stop: threading.Event | None = None,
         embeddings: "tuple[torch.Tensor, torch.Tensor | None] | None" = None,
+        together: "Together | None" = None,
     ) -> "np.ndarray":
-        """Generate one clip: uint8 [frames, height, width, 3].
+        """Generate one clip: uint8 [frames, height, width, 3]. As `stream`, which takes the same settings."""
+        clip = Collected()
+        self.stream(request, clip, stop=stop, embeddings=embeddings, together=together)
+        return clip.whole()
+
+    def stream(
+        self,
+        request: Request,
+        sink: FrameSink,
+        *,
+        stop: threading.Event | None = None,
+        embeddings: "tuple[torch.Tensor, torch.Tensor | None] | None" = None,
+        together: "Together | None" = None,
+    ) -> None:
+        """Generate one clip into the sink, frames as soon as they are decoded.
 
         `embeddings` of prompt and negative prompt, [1, tokens, width] each, spare the text encoder, which the
-        pipeline then need not have. The same request gives the same noise on every machine: it is drawn on
-        the CPU. Reports progress as lines "progress: denoising 3/50". Raises Stopped when `stop` is set:
+        pipeline then need not have. With `together` other processes denoise too, each by `latents`. The same
+        request gives the same noise on every machine: it is drawn on the CPU. Reports progress as lines "progress: denoising 3/50". Raises Stopped when `stop` is set:
         within one step of denoising, one group of frames (or tile) of decoding.
         """
         import torch
@@ -156,14 +179,33 @@ class Generator:
         try:
             with torch.inference_mode():
                 with self.timed("text_encoding"):
-                    prompt, negative = embeddings or self._encode(request)
-                with self.timed("denoising"):
-                    latents = self._denoise(request, prompt, negative, check)
+                    prompt, negative = embeddings or self._prompts.encode(
+                        request.prompt, request.negative_prompt if request.guidance_scale > 1 else None
+                    )
+                shared = together(request, (prompt, negative), stop) if together else nullcontext(check)
+                with self.timed("denoising"), shared as check_step:
+                    latents = self._denoise(request, prompt, negative, check_step)
                 with self.timed("decoding"):
-                    return self._decode(latents, request.num_frames)
+                    self._decode(latents, request.num_frames, sink)
         finally:
             decoder_hook.remove()
             # Also after a failure: a component left on the GPU would meet the next request's.
+            self.pipeline.maybe_free_model_hooks()
+
+    def latents(
+        self, request: Request, embeddings: "Embeddings", *, check: Callable[[], None]
+    ) -> "torch.Tensor":
+        """Denoise without encoding and decoding: [1, f, C, h, w], for a process whose clip another decodes.
+
+        `check` is called before the first step and after each, and may raise.
+        """
+        import torch
+
+        self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
+        try:
+            with torch.inference_mode():
+                return self._denoise(request, *embeddings, check)
+        finally:
             self.pipeline.maybe_free_model_hooks()
 
     @contextmanager
@@ -173,19 +215,6 @@ class Generator:
         yield
         self._synchronize()
         self.timings[stage] = round(time.perf_counter() - started, 3)
-
-    def _encode(self, request: Request) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        tokens = len(self.pipeline.tokenizer(request.prompt).input_ids)
-        if tokens > self.spec.text_tokens:
-            self.report(
-                f"The prompt has {tokens} tokens; {self.spec.name} reads the first {self.spec.text_tokens}."
-            )
-        return self.pipeline.encode_prompt(
-            request.prompt,
-            negative_prompt=request.negative_prompt,
-            do_classifier_free_guidance=request.guidance_scale > 1,
-            max_sequence_length=self.spec.text_tokens,
-        )
 
     def _denoise(
         self,
@@ -220,9 +249,8 @@ class Generator:
             output_type="latent",
         ).frames
 
-    def _decode(self, latents: "torch.Tensor", num_frames: int) -> "np.ndarray":
+    def _decode(self, latents: "torch.Tensor", num_frames: int, sink: FrameSink) -> None:
         """Latents [1, f, C, h, w] -> frames. 1.5 pads f to a multiple of its temporal patch, in front."""
-        import numpy as np
         import torch
 
         kept = (num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
@@ -232,25 +260,7 @@ class Generator:
                 f"Denoising gave values that are no numbers in {latents.dtype}; this GPU may lack the type "
                 f"that {self.spec.name} was trained in ({self.spec.dtype})."
             )
-        try:
-            video = self.pipeline.decode_latents(latents)
-        except torch.cuda.OutOfMemoryError:
-            video = None  # tried again below, where the error no longer holds what the first try had made
-        if video is None:
-            torch.cuda.empty_cache()
-            self.report("Decoding did not fit into GPU memory; decoding in tiles.")
-            video = self._decode_tiled(latents)
-        pixels = self.pipeline.video_processor.postprocess_video(video, output_type="np")[0]
-        return (pixels * 255).round().astype(np.uint8)
-
-    def _decode_tiled(self, latents: "torch.Tensor") -> "torch.Tensor":
-        vae = self.pipeline.vae
-        was_tiling = vae.use_tiling
-        vae.enable_tiling()
-        try:
-            return self.pipeline.decode_latents(latents)
-        finally:
-            vae.use_tiling = was_tiling
+        decode_latents(self.pipeline, latents, sink, report=self.report)
 
     def _synchronize(self) -> None:
         import torch

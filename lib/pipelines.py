@@ -102,23 +102,35 @@ def component_bytes(folder: Path, dtype: str) -> dict[str, int]:
     }
 
 
-def load_pipeline(spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryPlan) -> "DiffusionPipeline":
-    """Load a folder without touching the network and place it as planned."""
+def load_pipeline(
+    spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryPlan, *, text_encoder: bool = True
+) -> "DiffusionPipeline":
+    """Load a folder without touching the network and place it as planned.
+
+    Without its text encoder the pipeline takes embeddings only.
+    """
     import diffusers
     import torch
 
+    from lib import attention, convolution
+
     silence_libraries()
+    left_out = {} if text_encoder else {"text_encoder": None, "tokenizer": None}
     pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
-        folder, dtype=getattr(torch, machine.dtype), local_files_only=True, use_safetensors=True
+        folder, dtype=getattr(torch, machine.dtype), local_files_only=True, use_safetensors=True, **left_out
     )
     pipeline.set_progress_bar_config(disable=True)
     _widen_grid(pipeline)
+    attention.install(pipeline.transformer)
+    if machine.device == "cpu":
+        convolution.install(pipeline.vae)
     if plan.slicing:
         pipeline.vae.enable_slicing()
     if plan.tiling:
         pipeline.vae.enable_tiling()
     if plan.offload == "resident":
         pipeline.to(machine.device)
+        attention.fuse_projections(pipeline.transformer)
     elif plan.offload == "model":
         pipeline.enable_model_cpu_offload()
     else:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib import lora_cache, lora_source
-from lib.compute import ComputeThread
+from lib.compute import ComputeThread, keep_memory
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
 from lib.serving import guard
 from lib.setup import MetricSink, settle_model
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from lib.generation import Generator, Request
     from lib.lora import Applied, Choice, Loras
 
@@ -59,6 +57,8 @@ class VideoPredictor:
         from lib.pipelines import inspect_machine, load_pipeline, plan_memory
 
         machine = inspect_machine(spec)
+        if machine.device == "cpu":
+            keep_memory()
         plan = plan_memory(spec, folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
         compute = ComputeThread()
         pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan))
@@ -104,7 +104,6 @@ class VideoPredictor:
         **inputs: object,
     ) -> Path:
         """Make one video and return its path, which stays until the next request or shutdown."""
-        from lib.encode import write_video
         from lib.generation import build_request
         from lib.images import read_image
         from lib.lora import choices
@@ -123,25 +122,11 @@ class VideoPredictor:
             inputs["image"] = read_image(guard.check_file(image), name="the given image")
         request = build_request(self.spec, any_size=self.any_size, **inputs)
         with self.scratch.request() as folder:
-            stop = threading.Event()
-            frames, lora_facts = self.compute.run(lambda: self._generate(request, chosen, stop), stop=stop)
-            with self.generator.timed("writing"):
-                path = write_video(
-                    frames,
-                    folder / f"output.{output_format}",
-                    fps=request.fps,
-                    format=output_format,
-                    metadata={
-                        "model": self.setup_facts["model"],
-                        "prompt": request.prompt,
-                        "negative_prompt": request.negative_prompt,
-                        **request.settings(),
-                        **{name: str(value) for name, value in lora_facts.items()},
-                    },
-                )
+            path, stop = folder / f"output.{output_format}", threading.Event()
+            lora_facts = self.compute.run(lambda: self._generate(request, chosen, path, stop), stop=stop)
         facts = self.setup_facts | {
             "seed": request.seed,
-            "frames": len(frames),
+            "frames": request.num_frames,
             "width": request.width,
             "height": request.height,
             "fps": request.fps,
@@ -153,16 +138,30 @@ class VideoPredictor:
         return path
 
     def _generate(
-        self, request: "Request", chosen: "list[Choice]", stop: threading.Event
-    ) -> "tuple[np.ndarray, dict[str, object]]":
-        """The frames, and what is to be known of the LoRAs they were made with."""
+        self, request: "Request", chosen: "list[Choice]", path: Path, stop: threading.Event
+    ) -> dict[str, object]:
+        """Write the video to `path`, each frame once it is decoded; what is to be known of its LoRAs."""
+        from lib.streamed import StreamedVideo
+
         started = time.perf_counter()
         with self.loras.applied(chosen, stop=stop) as applied:
             seconds = time.perf_counter() - started
-            frames = self.generator.frames(request, stop=stop)
+            facts = _lora_facts(chosen, applied)
+            metadata = {
+                "model": self.setup_facts["model"],
+                "prompt": request.prompt,
+                "negative_prompt": request.negative_prompt,
+                **request.settings(),
+                **{name: str(value) for name, value in facts.items()},
+            }
+            format = path.suffix.removeprefix(".")
+            with StreamedVideo(path, fps=request.fps, format=format, metadata=metadata) as video:
+                self.generator.stream(request, video, stop=stop)
+                with self.generator.timed("writing"):
+                    video.finish()
         if applied:
             self.generator.timings["lora"] = round(seconds, 3)
-        return frames, _lora_facts(chosen, applied)
+        return facts
 
 
 def _lora_facts(chosen: "list[Choice]", applied: "list[Applied]") -> dict[str, object]:
