@@ -62,6 +62,11 @@ class Runner(BaseRunner):
             choices=["default", "ddim", "dpm"],
             default="default",
         ),
+        speed: str = Input(
+            description="How much to compute. exact computes every step; balanced and fast forecast some of them from those before: about half and a third of the time, at a small loss.",
+            choices=["exact", "balanced", "fast"],
+            default="exact",
+        ),
         lora_weights: str = Input(
             description="A LoRA to apply: the https address of a .safetensors file or of a training's tar, a Hugging Face owner/name or owner/name/file.safetensors, or a data URI. Leave empty for none.",
             default="",
@@ -109,6 +114,7 @@ class Runner(BaseRunner):
             seed=seed,
             use_dynamic_cfg=use_dynamic_cfg,
             scheduler=scheduler,
+            speed=speed,
             lora_weights=lora_weights,
             lora_scale=lora_scale,
             lora_alpha=lora_alpha,

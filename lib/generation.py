@@ -14,6 +14,7 @@ from lib.errors import UserError
 from lib.models import ModelSpec
 from lib.pipelines import build_scheduler
 from lib.prompts import PromptEncoder
+from lib.step_cache import Speed, applied, check_speed, steps_to_forecast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,9 @@ MAX_SEED = 2**63 - 1
 Report = Callable[[str], None]
 Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
 """Of prompt and negative prompt, [1, tokens, width] each."""
-Together = "Callable[[Request, Embeddings, threading.Event | None], AbstractContextManager[Callable[[], None]]]"
+Together = (
+    "Callable[[Request, Embeddings, threading.Event | None], AbstractContextManager[Callable[[], None]]]"
+)
 """Inside its block several processes denoise the same request; yields what raises Stopped in all of them."""
 
 
@@ -44,6 +47,7 @@ class Request:
     seed: int
     use_dynamic_cfg: bool
     scheduler: Literal["default", "ddim", "dpm"]
+    speed: Speed = "exact"
     image: "Image.Image | None" = None
     """First frame, already of width x height; image-to-video only."""
     image_fit: Literal["crop", "pad", "stretch"] | None = None
@@ -52,7 +56,8 @@ class Request:
     def settings(self) -> dict[str, str]:
         """Everything but the prompts and the image, for the file's metadata."""
         names = (
-            "num_inference_steps guidance_scale num_frames width height fps seed use_dynamic_cfg scheduler"
+            "num_inference_steps guidance_scale num_frames width height fps seed use_dynamic_cfg scheduler "
+            "speed"
         )
         settings = {name: str(getattr(self, name)) for name in names.split()}
         return settings | ({"image_fit": self.image_fit} if self.image_fit else {})
@@ -72,6 +77,7 @@ def build_request(
     seed: int | None,
     use_dynamic_cfg: bool,
     scheduler: Literal["default", "ddim", "dpm"],
+    speed: Speed = "exact",
     image: "Image.Image | None" = None,
     image_fit: Literal["crop", "pad", "stretch"] = "crop",
     any_size: bool = False,
@@ -110,6 +116,7 @@ def build_request(
         seed=seed,
         use_dynamic_cfg=use_dynamic_cfg,
         scheduler=scheduler,
+        speed=check_speed(speed),
         image=image,
         image_fit=image_fit if image is not None else None,
     )
@@ -233,21 +240,23 @@ class Generator:
             return tensors
 
         image = {} if request.image is None else {"image": request.image}
-        return self.pipeline(
-            **image,
-            prompt_embeds=prompt,
-            negative_prompt_embeds=negative,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            use_dynamic_cfg=request.use_dynamic_cfg,
-            num_frames=request.num_frames,
-            width=request.width,
-            height=request.height,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            callback_on_step_end=on_step,
-            max_sequence_length=self.spec.text_tokens,
-            output_type="latent",
-        ).frames
+        forecast = steps_to_forecast(self.spec, request.speed, request.num_inference_steps)
+        with applied(self.pipeline, forecast):
+            return self.pipeline(
+                **image,
+                prompt_embeds=prompt,
+                negative_prompt_embeds=negative,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                use_dynamic_cfg=request.use_dynamic_cfg,
+                num_frames=request.num_frames,
+                width=request.width,
+                height=request.height,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                callback_on_step_end=on_step,
+                max_sequence_length=self.spec.text_tokens,
+                output_type="latent",
+            ).frames
 
     def _decode(self, latents: "torch.Tensor", num_frames: int, sink: FrameSink) -> None:
         """Latents [1, f, C, h, w] -> frames. 1.5 pads f to a multiple of its temporal patch, in front."""

@@ -107,6 +107,7 @@ class VideoPredictor:
         from lib.generation import build_request
         from lib.images import read_image
         from lib.lora import choices
+        from lib.step_cache import steps_to_forecast
 
         self.scratch.clear()
         chosen = choices(
@@ -121,6 +122,7 @@ class VideoPredictor:
         if self.spec.task == "i2v":
             inputs["image"] = read_image(guard.check_file(image), name="the given image")
         request = build_request(self.spec, any_size=self.any_size, **inputs)
+        forecast = steps_to_forecast(self.spec, request.speed, request.num_inference_steps)
         with self.scratch.request() as folder:
             path, stop = folder / f"output.{output_format}", threading.Event()
             lora_facts = self.compute.run(lambda: self._generate(request, chosen, path, stop), stop=stop)
@@ -130,6 +132,8 @@ class VideoPredictor:
             "width": request.width,
             "height": request.height,
             "fps": request.fps,
+            "speed": request.speed,
+            "computed_steps": request.num_inference_steps - len(forecast),
             **lora_facts,
         }
         facts |= {f"{stage}_seconds": seconds for stage, seconds in self.generator.timings.items()}
