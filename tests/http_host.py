@@ -24,6 +24,7 @@ class Served:
     drop_first_at: int | None = None  # the first body ends here, then all is well
     stall_at: int | None = None  # silence after so many bytes of a body
     pause: float = 0.0  # between pieces
+    permits: threading.Semaphore | None = None  # each piece of a body takes one, and waits for it
     piece: int = 1 << 16
 
 
@@ -125,6 +126,8 @@ class Host:
             if served.stall_at is not None and at >= served.stall_at:
                 self.released.wait(30)
                 break
+            if served.permits is not None and len(content) > 1:  # a probe is no body
+                served.permits.acquire(timeout=30)
             block = content[at : at + served.piece]
             if limit is not None and at + len(block) > limit:
                 block = block[: max(limit - at, 0)]

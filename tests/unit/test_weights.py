@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -428,36 +429,37 @@ def wait_until(condition) -> None:
 
 
 def test_two_processes_at_once_download_once(tmp_path):
-    archive = tar_of(model_files())
-    with Host({"/model.tar": Served(archive, pause=0.15, piece=25_000)}) as host:
+    archive, permits = tar_of(model_files()), threading.Semaphore(0)
+    with Host({"/model.tar": Served(archive, piece=CHUNK, permits=permits)}) as host:
         manifest = tar_manifest(tmp_path, host)
         first = child(manifest, tmp_path / "cache")
         wait_until(lambda: host.bodies("/model.tar"))
         second = child(manifest, tmp_path / "cache")
+        assert "another process is downloading it" in second.stdout.readline()
+        permits.release(1000)
         said = [first.communicate(timeout=30)[0], second.communicate(timeout=30)[0]]
         ranges = host.bodies("/model.tar")
     assert [first.returncode, second.returncode] == [0, 0]
     assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
-    assert "another process is downloading it" in said[1]
     assert len(ranges) == len(set(ranges)) == -(-len(archive) // CHUNK)
     assert names(tmp_path / "cache") == [Path(said[0].splitlines()[-1].split()[1]).name]
 
 
 def test_a_killed_download_is_taken_over_and_continued_by_the_one_that_waited(tmp_path):
-    archive = tar_of(model_files())
-    with Host({"/model.tar": Served(archive, pause=0.15, piece=25_000)}) as host:
+    archive, permits = tar_of(model_files()), threading.Semaphore(0)
+    with Host({"/model.tar": Served(archive, piece=CHUNK, permits=permits)}) as host:
         manifest, cache = tar_manifest(tmp_path, host), tmp_path / "cache"
         first = child(manifest, cache)
         wait_until(lambda: host.bodies("/model.tar"))
         second = child(manifest, cache)
         assert "waiting" in second.stdout.readline()
-        journals = lambda: [p for p in cache.rglob("*.journal") if p.read_text().count("\n") > 2]  # noqa: E731
-        wait_until(journals)
+        permits.release(4)  # so many chunks, a line of the journal each
+        wait_until(lambda: any(p.read_text().count("\n") == 5 for p in cache.rglob("*.journal")))
         first.send_signal(signal.SIGKILL)
         assert first.wait() == -signal.SIGKILL
         first.stdout.close()
         before = len(host.bodies("/model.tar"))
-        host.files["/model.tar"].pause = 0
+        permits.release(1000)
         said = second.communicate(timeout=30)[0]
         again = len(host.bodies("/model.tar")) - before
     assert second.returncode == 0 and "continuing at" in said
