@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-EXCHANGE_SECONDS = 900
+EXCHANGE_SECONDS = 300
 """How long a process waits for the others in the middle of a clip; the first step may have to compile."""
+ABORT_ONLY = "2"
+"""What NCCL does when another process is gone: end what waits for it, and not also this process."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,9 +40,10 @@ class Group:
         """Wait for the others. They meet at a file of this machine, or where torchrun's variables say."""
         import torch.distributed as dist
 
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", ABORT_ONLY)
         store = None
         if meeting is not None:
-            # All on this machine: gloo would otherwise look up the host's name, which a container may not have.
+            # All on this machine: gloo would else look up the host's name, which a container may lack.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             store = dist.FileStore(str(meeting), count)
         dist.init_process_group(

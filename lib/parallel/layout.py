@@ -60,7 +60,7 @@ def choose_team(asked: str, *, gpus: int, heads: int) -> Team:
     none of these, and for what the machine or the model does not allow.
     """
     asked = asked.strip().lower()
-    if asked in ("", "off", "0", "1") or (asked == "auto"):
+    if asked in ("", "off", "0", "1"):
         wanted = 1 if asked in ("off", "0", "1") else max(1, gpus)
         return Team(processes=_largest_useful(wanted, heads=heads), heads=heads)
     forced = None if asked.isdigit() else _parse(asked)
@@ -70,8 +70,8 @@ def choose_team(asked: str, *, gpus: int, heads: int) -> Team:
         useful = _largest_useful(processes, heads=heads)
         if useful != processes:
             raise UserError(
-                f"{VARIABLE}={asked}: {processes} processes cannot share a model with {heads} attention heads; "
-                f"the nearest number that can is {useful}."
+                f"{VARIABLE}={asked}: {processes} processes cannot share a model with {heads} attention "
+                f"heads; the nearest number that can is {useful}."
             )
     elif not heads_divide(heads, forced.sequence):
         allowed = [n for n in range(1, forced.sequence) if heads_divide(heads, n)]
@@ -83,7 +83,7 @@ def choose_team(asked: str, *, gpus: int, heads: int) -> Team:
 
 
 def best_layout(processes: int, *, heads: int, guided: bool) -> Layout:
-    """The default: branches first, since they speak once a step, then the sequence as finely as heads allow."""
+    """The default: branches first, which speak once a step, then the sequence as finely as heads allow."""
     branches = 2 if guided and processes % 2 == 0 else 1
     each = processes // branches
     sequence = next(n for n in range(each, 0, -1) if each % n == 0 and heads_divide(heads, n))
@@ -100,7 +100,7 @@ def heads_divide(heads: int, processes: int) -> bool:
 
 
 def divides_evenly(processes: int, *, heads: int, text_tokens: int, video_tokens: int) -> bool:
-    """Whether plain Ulysses will do: heads, text and video all divide. Otherwise it takes Ulysses Anything."""
+    """Whether plain Ulysses will do: heads, text and video all divide. If not, it takes Ulysses Anything."""
     return not any(count % processes for count in (heads, text_tokens, video_tokens))
 
 
@@ -113,8 +113,8 @@ def _parse(asked: str) -> Layout:
     match = re.fullmatch(r"(?:cfg(?P<cfg>2))?(?:(?(cfg)x)ulysses(?P<ulysses>[2-9]|[1-9]\d))?", asked)
     if not match or not asked:
         raise UserError(
-            f"{VARIABLE}={asked} is unknown; allowed are off, a number of processes, cfg2, ulysses2 and more, "
-            "cfg2xulysses2 and more."
+            f"{VARIABLE}={asked} is unknown; allowed are off, a number of processes, cfg2, ulysses2 and "
+            "more, cfg2xulysses2 and more."
         )
     return Layout(branches=int(match["cfg"] or 1), sequence=int(match["ulysses"] or 1))
 

@@ -96,7 +96,7 @@ def _share_sequence(transformer: nn.Module, mesh: "DeviceMesh", layout: Layout) 
 
 
 def _gather(part: Tensor, tokens: int, mesh: "DeviceMesh") -> Tensor:
-    """All parts of [B, tokens, width], dealt out by tensor_split. gloo gathers equal parts only: pad and cut."""
+    """All parts of [B, tokens, width] as tensor_split dealt them. gloo gathers equal ones only: pad, cut."""
     parts = mesh.size()
     longest = -(-tokens // parts)
     padded = nn.functional.pad(part, (0, 0, 0, longest - part.size(1))).contiguous()

@@ -1,0 +1,96 @@
+"""What the processes of a clip tell each other, and what each but the first does for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.parallel.group import Group
+from lib.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.generation import Generator, Request
+    from lib.lora import Choice, Loras
+    from lib.models import ModelSpec
+    from lib.pipelines import Machine, MemoryPlan
+
+Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loading:
+    """The first message: which model, and how the first process loads it."""
+
+    spec: "ModelSpec"
+    folder: Path
+    machine: "Machine"
+    plan: "MemoryPlan"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joining:
+    """Once all have loaded: where they meet."""
+
+    rank: int
+    count: int
+    meeting: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One clip to take part in."""
+
+    request: "Request"
+    embeddings: "Embeddings"
+    """Of prompt and negative prompt: the text encoder is the first process's alone."""
+    loras: "tuple[Choice, ...]"
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """The answer to Loading."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """The last answer of a process that cannot go on."""
+
+    error: str
+
+
+def load(loading: Loading) -> "tuple[Generator, Loras]":
+    """The model without its text encoder, as the first process has it, saying nothing about its progress."""
+    from lib.compute import keep_memory
+    from lib.generation import Generator
+    from lib.lora import Loras
+    from lib.pipelines import load_pipeline
+
+    if loading.machine.device == "cpu":
+        keep_memory()
+    pipeline = load_pipeline(loading.spec, loading.folder, loading.machine, loading.plan, text_encoder=False)
+    generator = Generator(spec=loading.spec, pipeline=pipeline, report=_silent)
+    return generator, Loras(
+        pipeline=pipeline, spec=loading.spec, offload=loading.plan.offload, report=_silent
+    )
+
+
+def take_part(part: Part, *, generator: "Generator", loras: "Loras", group: Group) -> None:
+    """Compute this process's share of a clip. Raises Stopped with the others."""
+    device = generator.pipeline._execution_device
+    embeddings = tuple(each if each is None else each.to(device) for each in part.embeddings)
+    with (
+        loras.applied(part.loras),
+        group.sharing(generator.pipeline.transformer, part.layout),
+    ):
+        generator.latents(part.request, embeddings, check=lambda: group.check(None))
+
+
+def on_cpu(embeddings: "Embeddings") -> "Embeddings":
+    """To be sent: every process has a GPU of its own."""
+    return tuple(each if each is None else each.detach().cpu() for each in embeddings)
+
+
+def _silent(line: str) -> None:
+    """The first process reports."""

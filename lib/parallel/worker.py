@@ -1,0 +1,42 @@
+"""The process on a further GPU: `python -m lib.parallel.worker DESCRIPTOR`, started by lib/parallel/crew.py."""
+
+import os
+import sys
+
+from lib.compute import Stopped, limit_spinning
+from lib.parallel.group import Group
+from lib.parallel.part import Failed, Joining, Loading, Part, Ready, load, take_part
+from lib.parallel.process import messages, send
+
+
+def main(descriptor: int) -> int:
+    """Load, join and take part in clips until the first process is gone or something fails."""
+    limit_spinning()
+    connection, told = messages(descriptor)
+    try:
+        loading: Loading = told.get()
+        generator, loras = load(loading)
+        send(connection, Ready())
+        joining: Joining = told.get()
+        group = Group.join(
+            rank=joining.rank,
+            count=joining.count,
+            device=loading.machine.device,
+            meeting=joining.meeting,
+        )
+        while True:
+            part: Part = told.get()
+            try:
+                take_part(part, generator=generator, loras=loras, group=group)
+            except Stopped:
+                pass
+            del part
+    except Exception as error:
+        send(connection, Failed(error=f"{type(error).__name__}: {error}"))
+        return 1
+
+
+if __name__ == "__main__":
+    status = main(int(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(status)  # not through the end of a process group that others have left
