@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from lib.serving import guard
 from lib.setup import MetricSink, settle_model
 
 if TYPE_CHECKING:
-    from lib.generation import Generator, Request
+    from lib.generation import Generator, Request, Together
     from lib.lora import Applied, Choice, Loras
+    from lib.parallel.crew import Crew
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +31,8 @@ class VideoPredictor:
     default_lora: lora_source.Address | None
     """What COG_WEIGHTS names: used by every request that names no other."""
     compute: ComputeThread
+    crew: "Crew | None"
+    """The processes on further GPUs."""
     scratch: Scratch
     any_size: bool
     setup_facts: dict[str, object]
@@ -38,7 +42,8 @@ class VideoPredictor:
         """Settle model, device, dtype and memory plan, load, and print it all in one line.
 
         COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one),
-        COGVIDEOX_OFFLOAD forces a memory plan and COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
+        COGVIDEOX_OFFLOAD forces a memory plan, COGVIDEOX_PARALLEL says how many GPUs share a clip (empty: all)
+        and COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
         `weights_url`, or COG_WEIGHTS, is a LoRA for every request, as a training's output; it may be any
         address or path, since it comes from the server's owner. Raises UserError when they ask for what
         cannot be.
@@ -54,24 +59,33 @@ class VideoPredictor:
 
         from lib.generation import Generator
         from lib.lora import Choice, Loras
+        from lib.parallel.crew import Crew
+        from lib.parallel.part import Loading
         from lib.pipelines import inspect_machine, load_pipeline, plan_memory
 
         machine = inspect_machine(spec)
         if machine.device == "cpu":
             keep_memory()
         plan = plan_memory(spec, folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
+        crew = Crew.for_server(Loading(spec=spec, folder=folder, machine=machine, plan=plan))
+        if crew:
+            crew.start()
         compute = ComputeThread()
         pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan))
         loras = Loras(pipeline=pipeline, spec=spec, offload=plan.offload, report=_print_now)
         if default_lora is not None:
             compute.run(lambda: loras.load(Choice(address=default_lora, scale=1.0)))
+        if crew:
+            compute.run(crew.assemble)
         seconds = time.perf_counter() - started
         advice = ""
         if spec.recommended_scheduler != "default":
             guidance = " with use_dynamic_cfg" if spec.use_dynamic_cfg else ""
             advice = f"; its authors advise scheduler={spec.recommended_scheduler}{guidance}"
+        shared = f", {crew.team.processes} processes" if crew else ""
         print(
-            f"{model.title} on {machine.device} in {machine.dtype}: {plan}; ready in {seconds:.1f} s{advice}"
+            f"{model.title} on {machine.device} in {machine.dtype}{shared}: {plan}; "
+            f"ready in {seconds:.1f} s{advice}"
         )
         return cls(
             spec=spec,
@@ -79,6 +93,7 @@ class VideoPredictor:
             loras=loras,
             default_lora=default_lora,
             compute=compute,
+            crew=crew,
             scratch=Scratch(),
             any_size=os.environ.get("COGVIDEOX_ANY_SIZE") == "1",
             setup_facts={
@@ -136,6 +151,8 @@ class VideoPredictor:
             "computed_steps": request.num_inference_steps - len(forecast),
             **lora_facts,
         }
+        if self.crew:
+            facts |= self.crew.facts(guided=request.guidance_scale > 1)
         facts |= {f"{stage}_seconds": seconds for stage, seconds in self.generator.timings.items()}
         for name, value in facts.items():
             metrics.record_metric(name, value)
@@ -160,12 +177,18 @@ class VideoPredictor:
             }
             format = path.suffix.removeprefix(".")
             with StreamedVideo(path, fps=request.fps, format=format, metadata=metadata) as video:
-                self.generator.stream(request, video, stop=stop)
+                self.generator.stream(request, video, stop=stop, together=self._together(chosen))
                 with self.generator.timed("writing"):
                     video.finish()
         if applied:
             self.generator.timings["lora"] = round(seconds, 3)
         return facts
+
+    def _together(self, chosen: "list[Choice]") -> "Together | None":
+        """How other processes take part, if there are any."""
+        if self.crew is None:
+            return None
+        return partial(self.crew.together, transformer=self.generator.pipeline.transformer, loras=chosen)
 
 
 def _lora_facts(chosen: "list[Choice]", applied: "list[Applied]") -> dict[str, object]:

@@ -1,6 +1,7 @@
-"""A server's processes on its further GPUs: started in setup, told of each clip, and started again if lost."""
+"""A server's processes on its further GPUs: started in setup, told of each clip, started again when lost."""
 
 import atexit
+import os
 import tempfile
 import threading
 import time
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from lib.compute import Stopped, check_stop
 from lib.parallel.group import Group
-from lib.parallel.layout import Team
-from lib.parallel.part import Embeddings, Failed, Joining, Loading, Part, Ready, on_cpu
+from lib.parallel.layout import VARIABLE, Team, choose_team, heads_of
+from lib.parallel.part import Failed, Joining, Loading, Part, Ready, on_cpu
 from lib.parallel.process import Ended, Process, own_gpu
 
 if TYPE_CHECKING:
     import torch
 
-    from lib.generation import Request
+    from lib.generation import Embeddings, Request
     from lib.lora import Choice
 
 MODULE = "lib.parallel.worker"
@@ -81,7 +82,7 @@ class Crew:
     def together(
         self,
         request: "Request",
-        embeddings: Embeddings,
+        embeddings: "Embeddings",
         stop: threading.Event | None,
         *,
         transformer: "torch.nn.Module",
@@ -109,6 +110,16 @@ class Crew:
             raise LostProcessError(
                 f"{lost} while it was making the clip. It is started again; send the request again."
             ) from error
+
+    @classmethod
+    def for_server(cls, loading: Loading) -> "Crew | None":
+        """As COGVIDEOX_PARALLEL says; None where one process does it all. Raises UserError."""
+        import torch
+
+        gpus = torch.cuda.device_count() if loading.machine.device == "cuda" else 0
+        heads = heads_of(loading.folder)
+        team = choose_team(os.environ.get(VARIABLE, ""), gpus=gpus, heads=heads)
+        return cls(team=team, loading=loading, gpus=gpus) if team.processes > 1 else None
 
     def facts(self, *, guided: bool) -> dict[str, object]:
         """For a request's metrics."""

@@ -4,8 +4,10 @@ The defaults: two processes take one branch of the guidance each; of four or mor
 share its sequence (Ulysses); without guidance all of them share the one sequence.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from lib.errors import UserError
 
@@ -80,6 +82,12 @@ def choose_team(asked: str, *, gpus: int, heads: int) -> Team:
             f"heads; the nearest number that can is {allowed[-1]}."
         )
     return Team(processes=processes, heads=heads, forced=forced)
+
+
+def heads_of(folder: Path) -> int:
+    """Attention heads of the transformer in a diffusers folder."""
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    return config["num_attention_heads"]
 
 
 def best_layout(processes: int, *, heads: int, guided: bool) -> Layout:

@@ -8,14 +8,10 @@ from lib.parallel.group import Group
 from lib.parallel.layout import Layout
 
 if TYPE_CHECKING:
-    import torch
-
-    from lib.generation import Generator, Request
+    from lib.generation import Embeddings, Generator, Request
     from lib.lora import Choice, Loras
     from lib.models import ModelSpec
     from lib.pipelines import Machine, MemoryPlan
-
-Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

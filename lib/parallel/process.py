@@ -1,7 +1,7 @@
 """A process of ours beside this one: started on a GPU of its own, spoken with through a pair of sockets.
 
-It ends when this process does, however that ends: its end of the sockets closes then. Only it and this process
-hold them, so that messages can be pickled objects.
+It ends when this process does, however that ends: its end of the sockets closes then. Nobody else holds them,
+so that messages can be pickled objects.
 """
 
 import contextlib

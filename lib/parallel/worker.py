@@ -1,5 +1,6 @@
-"""The process on a further GPU: `python -m lib.parallel.worker DESCRIPTOR`, started by lib/parallel/crew.py."""
+"""A process on a further GPU: `python -m lib.parallel.worker DESCRIPTOR`, started by lib/parallel/crew.py."""
 
+import contextlib
 import os
 import sys
 
@@ -26,10 +27,8 @@ def main(descriptor: int) -> int:
         )
         while True:
             part: Part = told.get()
-            try:
+            with contextlib.suppress(Stopped):
                 take_part(part, generator=generator, loras=loras, group=group)
-            except Stopped:
-                pass
             del part
     except Exception as error:
         send(connection, Failed(error=f"{type(error).__name__}: {error}"))
