@@ -42,8 +42,8 @@ class VideoPredictor:
         """Settle model, device, dtype and memory plan, load, and print it all in one line.
 
         COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one),
-        COGVIDEOX_OFFLOAD forces a memory plan, COGVIDEOX_PARALLEL says how many GPUs share a clip (empty: all)
-        and COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
+        COGVIDEOX_OFFLOAD forces a memory plan, COGVIDEOX_PARALLEL the sharing of clips among GPUs, and
+        COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
         `weights_url`, or COG_WEIGHTS, is a LoRA for every request, as a training's output; it may be any
         address or path, since it comes from the server's owner. Raises UserError when they ask for what
         cannot be.
