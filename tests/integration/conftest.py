@@ -1,11 +1,13 @@
 """Local servers for the tests: real coglet processes on 127.0.0.1, started once per session and setting."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lib.serving.client import health, request
@@ -107,3 +109,15 @@ def start_slowly(url: str, identifier: str, **inputs) -> threading.Thread:
     thread.start()
     wait_for(lambda: health(url)["status"] == "BUSY")
     return thread
+
+
+def group_members(group: int) -> list[int]:
+    """Processes that still run in a process group."""
+    return [pid for pid in psutil.pids() if _runs_in(pid, group)]
+
+
+def _runs_in(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False  # it ended while we looked

@@ -18,7 +18,7 @@ from lib.serving.client import request, wait_until_idle
 from lib.serving.server import Server
 from tests.caption_factory import write_captioner
 from tests.clips_factory import data_uri, write_clips, zip_of, zip_with
-from tests.integration.conftest import wait_for
+from tests.integration.conftest import group_members, wait_for
 
 COUNT = 6
 SLOW = {"max_new_tokens": 150, "batch_size": 1}
@@ -146,6 +146,7 @@ def test_a_killed_server_loses_no_clip_and_does_none_twice(server, folder, envir
         thread = in_background(doomed, "doomed", **inputs)
         os.killpg(doomed.process.pid, signal.SIGKILL)  # with the process that computes
         thread.join(30)
+        wait_for(lambda: not group_members(doomed.process.pid))  # until then it holds the record's lock
     [record] = (folder / "cache" / "captions").glob("*.jsonl")
     done = [json.loads(line)["file_name"] for line in record.read_text().splitlines()]
     reply = put(server, "after", **inputs)

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from lib.scratch import PREFIX
 from lib.serving.client import health, predict, request, wait_until_idle
 from lib.serving.configs import PROJECT
 from lib.serving.server import Server
-from tests.integration.conftest import sample_config, start_slowly, wait_for
+from tests.integration.conftest import group_members, sample_config, start_slowly, wait_for
 
 # A predictor that keeps its results as the video predictors do.
 KEEPER = """
@@ -100,18 +99,6 @@ def test_a_server_dies_with_its_parent(sample):
         wait_for(lambda: health(url) == {})
         wait_for(lambda: not Path(scratch).exists())
         wait_for(lambda: not group_members(int(pid)))
-
-
-def group_members(group: int) -> list[int]:
-    """Processes that still run in a process group."""
-    return [pid for pid in psutil.pids() if _runs_in(pid, group)]
-
-
-def _runs_in(pid: int, group: int) -> bool:
-    try:
-        return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return False  # it ended while we looked
 
 
 # A client with a server of its own; a signal reaches it in the middle of the prediction.
