@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_SEED = 2**63 - 1
+REPORT_SECONDS = 0.1
+"""Between two lines of progress at least: each crosses two processes."""
 Report = Callable[[str], None]
 Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
 """Of prompt and negative prompt, [1, tokens, width] each."""
@@ -233,10 +235,14 @@ class Generator:
         import torch
 
         check()
+        steps, reported = request.num_inference_steps, 0.0
 
         def on_step(pipeline, step: int, timestep: int, tensors: dict) -> dict:
+            nonlocal reported
             check()
-            self.report(f"progress: denoising {step + 1}/{request.num_inference_steps}")
+            if step + 1 == steps or time.perf_counter() - reported >= REPORT_SECONDS:
+                self.report(f"progress: denoising {step + 1}/{steps}")
+                reported = time.perf_counter()
             return tensors
 
         image = {} if request.image is None else {"image": request.image}
