@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lib.generation import Generator, Request, Together
     from lib.lora import Applied, Choice, Loras
     from lib.parallel.crew import Crew
+    from lib.parallel.part import Loading
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,15 +40,21 @@ class VideoPredictor:
     setup_facts: dict[str, object]
 
     @classmethod
-    def start(cls, task: Task, weights_url: str | None = None) -> "VideoPredictor":
+    def start(
+        cls,
+        task: Task,
+        weights_url: str | None = None,
+        *,
+        crew_for: "Callable[[Loading], Crew | None] | None" = None,
+    ) -> "VideoPredictor":
         """Settle model, device, dtype and memory plan, load, and print it all in one line.
 
         COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one),
         COGVIDEOX_OFFLOAD forces a memory plan, COGVIDEOX_PARALLEL the sharing of clips among GPUs, and
         COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
         `weights_url`, or COG_WEIGHTS, is a LoRA for every request, as a training's output; it may be any
-        address or path, since it comes from the server's owner. Raises UserError when they ask for what
-        cannot be.
+        address or path, since it comes from the server's owner. `crew_for` finds the processes on further GPUs
+        where they are there already. Raises UserError when they ask for what cannot be.
         """
         started = time.perf_counter()
         model = settle_model(task)
@@ -67,7 +75,7 @@ class VideoPredictor:
         if machine.device == "cpu":
             keep_memory()
         plan = plan_memory(spec, folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
-        crew = Crew.for_server(Loading(spec=spec, folder=folder, machine=machine, plan=plan))
+        crew = (crew_for or Crew.for_server)(Loading(spec=spec, folder=folder, machine=machine, plan=plan))
         if crew:
             crew.start()
         compute = ComputeThread()
