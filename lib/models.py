@@ -75,6 +75,8 @@ class ModelSpec:
     """Of the schedule of the noise."""
     rotary_positions: bool = True
     """Otherwise positions are sines and cosines, added once."""
+    temporal_patch: int | None = None
+    """Latent frames that a token of a released transformer spans; None for 1, without a dimension for it."""
     repository: str | None = None
     """Home on the Hugging Face Hub; weights/manifest.toml has the licence and where the files come from."""
 
@@ -146,13 +148,24 @@ _FIRST = {
 }  # fmt: skip
 _SECOND = {
     "height": 768, "width": 1360, "frames": 81, "frame_step": 16, "max_frames": 161, "fps": 16,
-    "scaling_factor": 0.7,
+    "scaling_factor": 0.7, "temporal_patch": 2,
 }  # fmt: skip
 _TINY = {"height": 48, "width": 64, "frames": 9, "frame_step": 8, "max_frames": 49, "fps": 8}
-_TINY |= {"balanced": Pace(computed=26, first=4, last=1), "fast": Pace(computed=16, first=4, last=1)}
+_TINY |= {"balanced": Pace(computed=26, first=4, last=1), "fast": Pace(computed=12, first=4, last=1)}
 _CAPTION = {
     "frames": 24, "frame_step": 1, "max_frames": 24, "fps": 1, "text_tokens": 2048, "size_rule": "fixed"
 }  # fmt: skip
+
+RELEASED_TEXT_ENCODER = {
+    "d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10240, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+"""Sizes of the encoder of T5 v1.1 XXL, which all released video models have, as its configuration has them."""
+RELEASED_VAE = {
+    "block_out_channels": (128, 256, 256, 512), "latent_channels": 16, "layers_per_block": 3,
+    "temporal_compression_ratio": 4, "sample_height": 480, "sample_width": 720,
+}  # fmt: skip
+"""The same of the VAE."""
 
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec

@@ -1,0 +1,150 @@
+"""How much memory a request takes under each plan: weights that are on the device at a stage, and what the
+stage needs beside them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lib.memory.live import Kernels
+from lib.memory.machine import Dtype, Machine
+from lib.memory.shapes import ModelShape, Parts
+from lib.memory.stages import Clip, Stage, stage_bytes
+from lib.models import SPECS, ModelSpec
+
+Offload = Literal["resident", "text", "model", "group", "sequential"]
+OFFLOADS: tuple[Offload, ...] = ("resident", "text", "model", "group", "sequential")
+"""Fastest first. text: the text encoder is on the GPU while it encodes. model: so is each part while it is
+used. group: the blocks of the transformer come one by one, the next while one computes. sequential: so does
+each layer, when it is used."""
+Quantization = Literal["none", "int8", "fp8"]
+ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+SCALE_BYTES = 4
+"""Of each output of a quantised product, at most."""
+STREAMED_BLOCKS = 3
+"""Of group offloading: the one that computes, the next, and the last, which the GPU may not be done with."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryModel:
+    """A model on a kind of device."""
+
+    name: str
+    shape: ModelShape
+    device: Literal["cpu", "cuda"]
+    dtype: Dtype
+    image: bool
+    """Whether its clips begin with an image."""
+    transformer_weights: Quantization = "none"
+    text_encoder_weights: Quantization = "none"
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        folder: Path | None,
+        machine: Machine,
+        *,
+        transformer_weights: Quantization = "none",
+        text_encoder_weights: Quantization = "none",
+    ) -> "MemoryModel":
+        """From the folder's configurations, or without a folder from what the spec says."""
+        return cls(
+            name=spec.name,
+            shape=ModelShape.from_folder(folder) if folder else ModelShape.from_spec(spec),
+            device=machine.device,
+            dtype=machine.dtype,
+            image=spec.task == "i2v",
+            transformer_weights=transformer_weights,
+            text_encoder_weights=text_encoder_weights,
+        )
+
+    def part_bytes(self) -> dict[str, int]:
+        """Bytes of the weights of transformer, text encoder and VAE."""
+        transformer, encoder = self.shape.transformer, self.shape.text_encoder
+        return {
+            "transformer": transformer.layers * self._bytes(transformer.block, self.transformer_weights)
+            + self._bytes(transformer.outside, self.transformer_weights),
+            "text_encoder": encoder.layers * self._bytes(encoder.block, self.text_encoder_weights)
+            + self._bytes(encoder.outside, self.text_encoder_weights),
+            "vae": self.shape.vae.weights * ITEMSIZE[self.dtype],
+        }
+
+    def peaks(self, clip: Clip, offload: Offload, *, tiled: bool, lora_bytes: int = 0) -> dict[Stage, int]:
+        """Peak bytes on the device at each stage, weights and all."""
+        needs = stage_bytes(
+            self.shape,
+            Kernels(device=self.device, itemsize=ITEMSIZE[self.dtype]),
+            clip,
+            image=self.image,
+            tiled=tiled,
+            fused=offload == "resident" and self.transformer_weights == "none" and clip.adapted == "none",
+        )
+        weights = self.weights_on_device(offload, lora_bytes)
+        return {stage: weights[stage] + need for stage, need in needs.items()}
+
+    def waiting_bytes(self, offload: Offload) -> int:
+        """Weights that wait in system memory beside a GPU."""
+        parts = self.part_bytes()
+        waiting = {
+            "resident": (),
+            "text": ("text_encoder",),
+            "model": tuple(parts),
+            "group": ("transformer", "text_encoder"),
+            "sequential": tuple(parts),
+        }
+        return sum(parts[name] for name in waiting[offload])
+
+    def weights_on_device(self, offload: Offload, lora_bytes: int = 0) -> dict[Stage, int]:
+        """Bytes of weights that are on the device at each stage."""
+        parts, item = self.part_bytes(), ITEMSIZE[self.dtype]
+        transformer, encoder = self.shape.transformer, self.shape.text_encoder
+        block = self._bytes(transformer.block, self.transformer_weights)
+        outside = self._bytes(transformer.outside, self.transformer_weights)
+        embedding = encoder.words * encoder.width * item
+        all_parts, vae = sum(parts.values()) + lora_bytes, parts["vae"]
+        without_text = all_parts - parts["text_encoder"]
+        text, image, denoising, decoding = {
+            "resident": (all_parts, all_parts, all_parts, all_parts),
+            "text": (all_parts, without_text, without_text, without_text),
+            # A VAE that has encoded the image stays until the clip is done.
+            "model": (parts["text_encoder"], vae, without_text if self.image else without_text - vae, vae),
+            "group": (  # the VAE stays; of the text encoder single layers come
+                vae + embedding + STREAMED_BLOCKS * encoder.width * encoder.feed_forward * item,
+                vae,
+                vae + outside + STREAMED_BLOCKS * block + lora_bytes,
+                vae,
+            ),
+            "sequential": (
+                embedding,
+                self._largest_of_vae(),
+                4 * transformer.width**2 * item + lora_bytes,
+                self._largest_of_vae(),
+            ),
+        }[offload]
+        return {
+            "text_encoding": text,
+            "image_encoding": image,
+            "denoising": denoising,
+            "decoding": decoding,
+        }
+
+    def _largest_of_vae(self) -> int:
+        return 27 * max(self.shape.vae.channels) ** 2 * ITEMSIZE[self.dtype]
+
+    def _bytes(self, parts: Parts, weights: Quantization) -> int:
+        item = ITEMSIZE[self.dtype]
+        if weights == "none":
+            return (parts["linear"] + parts["other"]) * item
+        return parts["linear"] + parts["rows"] * SCALE_BYTES + parts["other"] * item
+
+
+def usual_clip(spec: ModelSpec, *, frames: int | None = None) -> Clip:
+    """What a request gets that asks for nothing special, or for another length alone."""
+    return Clip(width=spec.width, height=spec.height, frames=frames or spec.frames)
+
+
+def released(task: str) -> list[ModelSpec]:
+    """The published checkpoints that do it, the largest first."""
+    specs = [spec for spec in SPECS.values() if spec.task == task and spec.repository]
+    return sorted(specs, key=lambda spec: -(spec.layers or 0) * spec.frames * spec.height)
