@@ -16,7 +16,8 @@ OFFLOADS: tuple[Offload, ...] = ("resident", "text", "model", "group", "sequenti
 """Fastest first. text: the text encoder is on the GPU while it encodes. model: so is each part while it is
 used. group: the blocks of the transformer come one by one, the next while one computes. sequential: so does
 each layer, when it is used."""
-Quantization = Literal["none", "int8", "fp8"]
+Weights = Literal["none", "int8", "fp8"]
+"""How the products inside the blocks of transformer and text encoder are stored; all else is as it was."""
 ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 4
 """Of each output of a quantised product, at most."""
@@ -35,8 +36,7 @@ class MemoryModel:
     dtype: Dtype
     image: bool
     """Whether its clips begin with an image."""
-    transformer_weights: Quantization = "none"
-    text_encoder_weights: Quantization = "none"
+    weights: Weights = "none"
 
     @classmethod
     def of(
@@ -45,8 +45,7 @@ class MemoryModel:
         folder: Path | None,
         machine: Machine,
         *,
-        transformer_weights: Quantization = "none",
-        text_encoder_weights: Quantization = "none",
+        weights: Weights = "none",
     ) -> "MemoryModel":
         """From the folder's configurations, or without a folder from what the spec says."""
         return cls(
@@ -55,19 +54,19 @@ class MemoryModel:
             device=machine.device,
             dtype=machine.dtype,
             image=spec.task == "i2v",
-            transformer_weights=transformer_weights,
-            text_encoder_weights=text_encoder_weights,
+            weights=weights,
         )
 
     def part_bytes(self) -> dict[str, int]:
         """Bytes of the weights of transformer, text encoder and VAE."""
         transformer, encoder = self.shape.transformer, self.shape.text_encoder
+        item = ITEMSIZE[self.dtype]
         return {
-            "transformer": transformer.layers * self._bytes(transformer.block, self.transformer_weights)
-            + self._bytes(transformer.outside, self.transformer_weights),
-            "text_encoder": encoder.layers * self._bytes(encoder.block, self.text_encoder_weights)
-            + self._bytes(encoder.outside, self.text_encoder_weights),
-            "vae": self.shape.vae.weights * ITEMSIZE[self.dtype],
+            "transformer": transformer.layers * self._block_bytes(transformer.block)
+            + _exact_bytes(transformer.outside, item),
+            "text_encoder": encoder.layers * (self._block_bytes(encoder.block) + self._widened())
+            + _exact_bytes(encoder.outside, item),
+            "vae": self.shape.vae.weights * item,
         }
 
     def peaks(self, clip: Clip, offload: Offload, *, tiled: bool, lora_bytes: int = 0) -> dict[Stage, int]:
@@ -78,7 +77,7 @@ class MemoryModel:
             clip,
             image=self.image,
             tiled=tiled,
-            fused=offload == "resident" and self.transformer_weights == "none" and clip.adapted == "none",
+            fused=offload == "resident" and self.weights == "none" and clip.adapted == "none",
         )
         weights = self.weights_on_device(offload, lora_bytes)
         return {stage: weights[stage] + need for stage, need in needs.items()}
@@ -99,8 +98,7 @@ class MemoryModel:
         """Bytes of weights that are on the device at each stage."""
         parts, item = self.part_bytes(), ITEMSIZE[self.dtype]
         transformer, encoder = self.shape.transformer, self.shape.text_encoder
-        block = self._bytes(transformer.block, self.transformer_weights)
-        outside = self._bytes(transformer.outside, self.transformer_weights)
+        block, outside = self._block_bytes(transformer.block), _exact_bytes(transformer.outside, item)
         embedding = encoder.words * encoder.width * item
         all_parts, vae = sum(parts.values()) + lora_bytes, parts["vae"]
         without_text = all_parts - parts["text_encoder"]
@@ -132,11 +130,22 @@ class MemoryModel:
     def _largest_of_vae(self) -> int:
         return 27 * max(self.shape.vae.channels) ** 2 * ITEMSIZE[self.dtype]
 
-    def _bytes(self, parts: Parts, weights: Quantization) -> int:
+    def _block_bytes(self, parts: Parts) -> int:
         item = ITEMSIZE[self.dtype]
-        if weights == "none":
-            return (parts["linear"] + parts["other"]) * item
+        if self.weights == "none":
+            return _exact_bytes(parts, item)
         return parts["linear"] + parts["rows"] * SCALE_BYTES + parts["other"] * item
+
+    def _widened(self) -> int:
+        """Of each block of the text encoder: the last product stays in float32 where others are in float16
+        (lib/text_encoder.py)."""
+        if self.dtype != "float16" or self.weights != "none":
+            return 0
+        return 2 * self.shape.text_encoder.width * self.shape.text_encoder.feed_forward
+
+
+def _exact_bytes(parts: Parts, item: int) -> int:
+    return (parts["linear"] + parts["other"]) * item
 
 
 def usual_clip(spec: ModelSpec, *, frames: int | None = None) -> Clip:

@@ -141,10 +141,10 @@ def _refusal(plan: MemoryPlan, clip: Clip, lora_bytes: int) -> str:
         advice.append(f"At this size up to num_frames={fitting} fits.")
     if clip.guided and _fits(needed(memory, replace(clip, guided=False), plan.offload, tiled=True), room):
         advice.append("guidance_scale=1 fits.")
-    if memory.transformer_weights == "none" and memory.device == "cuda":
-        smaller = replace(memory, transformer_weights="int8", text_encoder_weights="int8")
+    if memory.weights == "none" and memory.device == "cuda":
+        smaller = replace(memory, weights="int8")
         if _fits(needed(smaller, clip, plan.offload, tiled=True, lora_bytes=lora_bytes), room):
-            advice.append("With weights in int8 it would fit.")
+            advice.append("COGVIDEOX_QUANTIZATION=int8 makes it fit.")
     if others := _models_that_fit(plan):
         advice.append(f"COGVIDEOX_MODEL={' or '.join(others)} fits.")
     return " ".join([text, *(advice or ["No released model fits either; more memory is needed."])])

@@ -237,24 +237,28 @@ class ModelShape:
     @classmethod
     def from_spec(cls, spec: ModelSpec) -> "ModelShape":
         """Of a released checkpoint, without any of its files."""
-        image = spec.task == "i2v"
-        config = {
-            "num_attention_heads": spec.attention_width // 64,
-            "num_layers": spec.layers,
-            "in_channels": RELEASED_VAE["latent_channels"] * (2 if image else 1),
-            "text_embed_dim": RELEASED_TEXT_ENCODER["d_model"],
-            "max_text_seq_length": spec.text_tokens,
-            "patch_size_t": spec.temporal_patch,
-            "patch_bias": spec.temporal_patch is None,
-            "ofs_embed_dim": 512 if image and spec.temporal_patch else None,
-            "use_rotary_positional_embeddings": spec.rotary_positions,
-            "use_learned_positional_embeddings": image and spec.size_rule == "fixed",
-            "sample_frames": spec.frames,
-            "sample_height": spec.height // 8,
-            "sample_width": spec.width // 8,
-        }
         return cls(
-            transformer=TransformerShape.from_config(config),
+            transformer=TransformerShape.from_config(released_transformer(spec)),
             text_encoder=TextEncoderShape.from_config(RELEASED_TEXT_ENCODER),
             vae=VaeShape.from_config(RELEASED_VAE),
         )
+
+
+def released_transformer(spec: ModelSpec) -> dict[str, Any]:
+    """What a released checkpoint's transformer/config.json says beside diffusers' defaults."""
+    image = spec.task == "i2v"
+    return {
+        "num_attention_heads": spec.attention_width // 64,
+        "num_layers": spec.layers,
+        "in_channels": RELEASED_VAE["latent_channels"] * (2 if image else 1),
+        "text_embed_dim": RELEASED_TEXT_ENCODER["d_model"],
+        "max_text_seq_length": spec.text_tokens,
+        "patch_size_t": spec.temporal_patch,
+        "patch_bias": spec.temporal_patch is None,
+        "ofs_embed_dim": 512 if image and spec.temporal_patch else None,
+        "use_rotary_positional_embeddings": spec.rotary_positions,
+        "use_learned_positional_embeddings": image and spec.size_rule == "fixed",
+        "sample_frames": spec.frames,
+        "sample_height": spec.height // 8,
+        "sample_width": spec.width // 8,
+    }

@@ -1,7 +1,7 @@
 """What each stage of a request needs beside the weights, from the shapes of the tensors that live at once.
 
-The counts below are read off the code that runs: transformers' T5 encoder, lib/attention.py's block,
-lib/memory/vae.py for the VAE. tests/unit/test_memory_stages.py holds them to that code.
+The counts below are read off the code that runs: lib/text_encoder.py, lib/attention.py's block, for the VAE
+lib/memory/vae.py. tests/unit/test_memory_stages.py holds them to that code.
 """
 
 from dataclasses import dataclass
@@ -44,11 +44,11 @@ def stage_bytes(
 
 
 def text_encoding(shape: ModelShape, kernels: Kernels) -> int:
-    """One prompt after the other. The most is alive in the activation of the feed-forward (a tanh written out
-    in five steps): 4 tensors of its width and 4 of the model's, beside the bias of all pairs of tokens."""
+    """One prompt after the other. The most is alive in the activation of the feed-forward, which is written
+    out: 5 tensors of its width and 4 of the model's, beside the bias of all pairs of tokens."""
     encoder, tokens = shape.text_encoder, shape.transformer.text_tokens
     bias = encoder.heads * tokens**2
-    return (bias + 4 * tokens * (encoder.feed_forward + encoder.width)) * kernels.itemsize
+    return (bias + tokens * (5 * encoder.feed_forward + 4 * encoder.width)) * kernels.itemsize
 
 
 def denoising(shape: ModelShape, kernels: Kernels, clip: Clip, *, fused: bool = False) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lib.errors import UserError
 from lib.memory.machine import Machine
-from lib.memory.model import GIB, MemoryModel, Quantization, released
+from lib.memory.model import GIB, MemoryModel, Weights, released
 from lib.memory.plan import MemoryPlan, choose_plan
 
 CARDS = (6, 8, 12, 16, 24, 40, 48, 80, 141)
@@ -13,19 +13,19 @@ DRIVER_GIB = 0.7
 """Taken on every card before the first tensor: CUDA's context and what the driver keeps."""
 
 
-def plan_on_card(name: str, gigabytes: float, weights: Quantization = "none") -> MemoryPlan | None:
+def plan_on_card(name: str, gigabytes: float, weights: Weights = "none") -> MemoryPlan | None:
     """What the service does with a released checkpoint on an empty card; None when no clip fits."""
     spec = next(spec for task in ("t2v", "i2v") for spec in released(task) if spec.name == name)
     free = int((gigabytes - DRIVER_GIB) * GIB)
     machine = Machine(device="cuda", free_bytes=free, dtype=spec.dtype)
-    memory = MemoryModel.of(spec, None, machine, transformer_weights=weights, text_encoder_weights=weights)
+    memory = MemoryModel.of(spec, None, machine, weights=weights)
     try:
         return choose_plan(spec, memory, machine)
     except UserError:
         return None
 
 
-def rows(weights: Sequence[Quantization] = ("none", "int8")) -> list[dict[str, object]]:
+def rows(weights: Sequence[Weights] = ("none", "int8")) -> list[dict[str, object]]:
     """One for each checkpoint, kind of weights and card."""
     found = []
     for spec in (*reversed(released("t2v")), *reversed(released("i2v"))):
