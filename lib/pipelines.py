@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lib import acceleration
+from lib.acceleration import PLAIN, Acceleration
 from lib.derived import weights_dtype
 from lib.errors import UserError
 from lib.models import ModelSpec
@@ -103,12 +105,19 @@ def component_bytes(folder: Path, dtype: str) -> dict[str, int]:
 
 
 def load_pipeline(
-    spec: ModelSpec, folder: Path, machine: Machine, plan: MemoryPlan, *, text_encoder: bool = True
+    spec: ModelSpec,
+    folder: Path,
+    machine: Machine,
+    plan: MemoryPlan,
+    *,
+    text_encoder: bool = True,
+    settings: Acceleration = PLAIN,
 ) -> "DiffusionPipeline":
-    """Load a folder without touching the network and place it as planned.
+    """Load a folder without touching the network and place it as planned, computing as `settings` say.
 
     Without its text encoder the pipeline takes embeddings only.
     """
+    acceleration.prepare(settings)
     import diffusers
     import torch
 
@@ -124,6 +133,8 @@ def load_pipeline(
     attention.install(pipeline.transformer)
     if machine.device == "cpu":
         convolution.install(pipeline.vae)
+    resident = plan.offload == "resident"
+    acceleration.shrink(pipeline, settings, device=machine.device if resident else "cpu")
     if plan.slicing:
         pipeline.vae.enable_slicing()
     if plan.tiling:
@@ -135,6 +146,7 @@ def load_pipeline(
         pipeline.enable_model_cpu_offload()
     else:
         pipeline.enable_sequential_cpu_offload()
+    acceleration.hasten(pipeline.transformer, settings)
     return pipeline
 
 

@@ -50,11 +50,12 @@ class VideoPredictor:
         """Settle model, device, dtype and memory plan, load, and print it all in one line.
 
         COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one),
-        COGVIDEOX_OFFLOAD forces a memory plan, COGVIDEOX_PARALLEL the sharing of clips among GPUs, and
-        COGVIDEOX_ANY_SIZE=1 lets untrained sizes through.
+        COGVIDEOX_OFFLOAD forces a memory plan, COGVIDEOX_PARALLEL the sharing of clips among GPUs,
+        lib/acceleration.py reads what makes it faster or smaller, and COGVIDEOX_ANY_SIZE=1 lets untrained
+        sizes through.
         `weights_url`, or COG_WEIGHTS, is a LoRA for every request, as a training's output; it may be any
-        address or path, since it comes from the server's owner. `crew_for` finds the processes on further GPUs
-        where they are there already. Raises UserError when they ask for what cannot be.
+        address or path, since it comes from the server's owner. `crew_for` finds the processes on further
+        GPUs where they are there already. Raises UserError when they ask for what cannot be.
         """
         started = time.perf_counter()
         model = settle_model(task)
@@ -65,6 +66,8 @@ class VideoPredictor:
             lora_source.parse(weights_url, trusted=True, max_bytes=largest) if weights_url else None
         )
 
+        from lib.acceleration import settle
+        from lib.compilation import warm_up
         from lib.generation import Generator
         from lib.lora import Choice, Loras
         from lib.parallel.crew import Crew
@@ -74,12 +77,17 @@ class VideoPredictor:
         machine = inspect_machine(spec)
         if machine.device == "cpu":
             keep_memory()
+        settings = settle(machine)
         plan = plan_memory(spec, folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
-        crew = (crew_for or Crew.for_server)(Loading(spec=spec, folder=folder, machine=machine, plan=plan))
+        loading = Loading(spec=spec, folder=folder, machine=machine, plan=plan, settings=settings)
+        crew = (crew_for or Crew.for_server)(loading)
         if crew:
             crew.start()
         compute = ComputeThread()
-        pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan))
+        pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan, settings=settings))
+        generator = Generator(spec=spec, pipeline=pipeline, report=_print_now)
+        if settings.compiled:
+            compute.run(lambda: warm_up(generator))
         loras = Loras(pipeline=pipeline, spec=spec, offload=plan.offload, report=_print_now)
         if default_lora is not None:
             compute.run(lambda: loras.load(Choice(address=default_lora, scale=1.0)))
@@ -92,12 +100,12 @@ class VideoPredictor:
             advice = f"; its authors advise scheduler={spec.recommended_scheduler}{guidance}"
         shared = f", {crew.team.processes} processes" if crew else ""
         print(
-            f"{model.title} on {machine.device} in {machine.dtype}{shared}: {plan}; "
+            f"{model.title} on {machine.device} in {machine.dtype}{shared}: {plan}; {settings}; "
             f"ready in {seconds:.1f} s{advice}"
         )
         return cls(
             spec=spec,
-            generator=Generator(spec=spec, pipeline=pipeline, report=_print_now),
+            generator=generator,
             loras=loras,
             default_lora=default_lora,
             compute=compute,
@@ -109,6 +117,7 @@ class VideoPredictor:
                 "device": machine.device,
                 "dtype": machine.dtype,
                 "plan": plan.offload,
+                **settings.facts(),
             },
         )
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib.acceleration import PLAIN, Acceleration
 from lib.parallel.group import Group
 from lib.parallel.layout import Layout
 
@@ -22,6 +23,7 @@ class Loading:
     folder: Path
     machine: "Machine"
     plan: "MemoryPlan"
+    settings: Acceleration = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,14 @@ def load(loading: Loading) -> "tuple[Generator, Loras]":
 
     if loading.machine.device == "cpu":
         keep_memory()
-    pipeline = load_pipeline(loading.spec, loading.folder, loading.machine, loading.plan, text_encoder=False)
+    pipeline = load_pipeline(
+        loading.spec,
+        loading.folder,
+        loading.machine,
+        loading.plan,
+        text_encoder=False,
+        settings=loading.settings,
+    )
     generator = Generator(spec=loading.spec, pipeline=pipeline, report=_silent)
     return generator, Loras(
         pipeline=pipeline, spec=loading.spec, offload=loading.plan.offload, report=_silent
