@@ -66,6 +66,9 @@ class Process:
                 hear(_receive(self._connection))
         except (EOFError, OSError):
             pass
+        except Exception:  # a fault of ours; whoever waits for an answer is to hear of it
+            traceback.print_exc()
+            self._process.kill()
         hear(Ended(how=_how(self._process.wait())))
         self._connection.close()
 

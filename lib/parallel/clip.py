@@ -1,0 +1,191 @@
+"""A process of one clip that torchrun began: the first is the predictor, the others take part."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.archive import disk_error
+from lib.errors import UserError
+from lib.parallel.group import Group
+from lib.parallel.layout import VARIABLE, Team, choose_team, heads_of
+from lib.parallel.part import Loading, Part, load, on_cpu, take_part
+from lib.parallel.process import own_gpu
+from lib.serving.progress import LogView
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.generation import Embeddings, Request
+    from lib.lora import Choice
+
+
+@dataclass(kw_only=True, slots=True)
+class Launched:
+    """To the first process's predictor what a Crew is to a server's: the others of one run."""
+
+    team: Team
+    group: Group | None = None
+    device: str
+    told: bool = False
+
+    def start(self) -> None:
+        """They are there."""
+
+    def assemble(self) -> None:
+        """Wait until all have loaded."""
+        self.group = _join(self.team, self.device)
+
+    @contextmanager
+    def together(
+        self,
+        request: "Request",
+        embeddings: "Embeddings",
+        stop: threading.Event | None,
+        *,
+        transformer: "torch.nn.Module",
+        loras: "Sequence[Choice]",
+    ) -> "Iterator[Callable[[], None]]":
+        """As Crew.together."""
+        layout = self.team.layout(guided=request.guidance_scale > 1)
+        part = Part(request=request, embeddings=on_cpu(embeddings), loras=tuple(loras), layout=layout)
+        self.told = True
+        self.group.tell(part)
+        with self.group.sharing(transformer, layout):
+            yield lambda: self.group.check(stop)
+
+    def facts(self, *, guided: bool) -> dict[str, object]:
+        """As Crew.facts."""
+        return {"processes": self.team.processes, "parallel": str(self.team.layout(guided=guided))}
+
+    def dismiss(self) -> None:
+        """Let the others end, where there will be no clip to take part in."""
+        if self.group is not None and not self.told:
+            self.group.tell(None)
+
+
+class Metrics(dict):
+    """What a predictor reports to."""
+
+    def record_metric(self, name: str, value: object) -> None:
+        self[name] = value
+
+
+def take_rank(task: str, inputs: dict[str, Any], output: Path) -> int:
+    """This process's part; the exit status. Raises UserError in the first process."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        os.environ |= own_gpu(local, processes=count, gpus=count)
+    if rank == 0:
+        return _lead(task, inputs, output, count=count)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, and tells the others
+    return _follow(task, count=count)
+
+
+def _lead(task: str, inputs: dict[str, Any], output: Path, *, count: int) -> int:
+    from lib.predictor import VideoPredictor
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    view, metrics, launched = LogView(), Metrics(), []
+
+    def others(loading: Loading) -> Launched | None:
+        team = _team(loading, count=count)
+        if team.processes > 1:
+            launched.append(Launched(team=team, device=loading.machine.device))
+        return launched[0] if launched else None
+
+    try:
+        with redirect_stdout(_Lines(view)):
+            predictor = VideoPredictor.start(task, crew_for=others)
+            path = predictor(metrics, **inputs)
+            move_to(path, output)
+    except UserError:
+        for each in launched:
+            each.dismiss()
+        raise
+    finally:
+        view.close()
+    print(output)
+    shown = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in metrics.items()}
+    print(", ".join(f"{name} {value}" for name, value in sorted(shown.items())), file=sys.stderr)
+    return 0
+
+
+def _follow(task: str, *, count: int) -> int:
+    from lib.pipelines import inspect_machine, plan_memory
+    from lib.setup import settle_model
+
+    model = settle_model(task)
+    machine = inspect_machine(model.spec)
+    plan = plan_memory(model.spec, model.folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
+    loading = Loading(spec=model.spec, folder=model.folder, machine=machine, plan=plan)
+    team = _team(loading, count=count)
+    generator, loras = load(loading)
+    group = _join(team, machine.device)
+    part: Part | None = group.tell()
+    if part is not None:
+        take_part(part, generator=generator, loras=loras, group=group)
+    return 0
+
+
+def _team(loading: Loading, *, count: int) -> Team:
+    """In the layout that COGVIDEOX_PARALLEL may name. Raises UserError where the processes do not fit it."""
+    asked = os.environ.get(VARIABLE, "")
+    named = asked if "cfg" in asked or "ulysses" in asked else str(count)
+    team = choose_team(named, gpus=count, heads=heads_of(loading.folder))
+    if team.processes != count:
+        raise UserError(f"{VARIABLE}={asked} takes {team.processes} processes, not {count}.")
+    return team
+
+
+def _join(team: Team, device: str) -> Group:
+    rank = int(os.environ["RANK"])
+    return Group.join(rank=rank, count=team.processes, device=device, meeting=None)
+
+
+def move_to(path: Path, output: Path) -> None:
+    """Give a finished file its place, whole or not at all. Raises UserError when the disk refuses."""
+    partial = partial_of(output)
+    try:
+        shutil.copyfile(path, partial)
+        os.replace(partial, output)
+    except OSError as error:
+        raise disk_error(error, output) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+class _Lines:
+    """A standard output whose lines go to a LogView."""
+
+    def __init__(self, view: LogView) -> None:
+        self.view, self.rest = view, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.view.line(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Lines are shown when they end."""
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

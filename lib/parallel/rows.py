@@ -1,0 +1,123 @@
+"""A list of clips to make, a row each: read from .txt, .csv or .jsonl and checked before anything starts."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.serving.inputs import input_properties, parse_inputs
+
+ENDINGS = (".txt", ".csv", ".jsonl")
+TEXT_PATHS = ("lora_weights", "extra_lora")
+"""Text inputs that may be paths of this machine."""
+MAX_LIST_BYTES = 64 * 2**20
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One clip of a list."""
+
+    number: int
+    """From 1, in the list's order."""
+    inputs: dict[str, Any]
+    """All of the predictor's inputs."""
+    given: dict[str, Any]
+    """Those that the list and the command line name."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.number:05d}.{self.inputs['output_format']}"
+
+    def fingerprint(self, model: str) -> str:
+        """Tells whether an earlier result is of this row: the same number, inputs and model."""
+        facts = json.dumps([self.number, self.inputs, model], sort_keys=True)
+        return hashlib.sha256(facts.encode(errors="replace")).hexdigest()[:16]
+
+
+def read_rows(path: Path, *, settings: list[str], document: Document) -> list[Row]:
+    """The rows of a list; `settings` (input=value) hold for those that do not say otherwise.
+
+    A .txt has a prompt on each line, a .csv a column and a .jsonl a key for each input; empty lines and cells
+    and null count as not given. Paths in a list are relative to its folder. Raises UserError naming the row.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"prompts={path} is no list that is known; give {', '.join(ENDINGS)}.")
+    common = dict(pair.split("=", 1) for pair in settings)
+    rows = []
+    for number, found in enumerate(_entries(path), start=1):
+        try:
+            own = {name: _from_list(name, text, path.parent, document) for name, text in found.items()}
+            rows.append(settled_row(common | own, number=number, document=document))
+        except UserError as error:
+            raise UserError(f"{path.name}, row {number}: {error}") from error
+    if not rows:
+        raise UserError(f"{path} holds no prompts.")
+    return rows
+
+
+def settled_row(texts: dict[str, str], *, number: int, document: Document) -> Row:
+    """A row with every input of the predictor, the default where none is given. Raises UserError."""
+    given = parse_inputs([f"{name}={text}" for name, text in texts.items()], document, send_files=False)
+    properties = input_properties(document)
+    for name, shape in properties.items():
+        if shape.get("format") == "uri" and name in given:
+            given[name] = str(_local_file(name, given[name]))
+    defaults = {name: shape.get("default") for name, shape in properties.items()}
+    return Row(number=number, inputs=defaults | given, given=given)
+
+
+def _entries(path: Path) -> Iterator[dict[str, str]]:
+    """Input name -> text as on a command line."""
+    try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise UserError(f"{path} is larger than a list of prompts can be.")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"prompts={path} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    if path.suffix.lower() == ".txt":
+        yield from ({"prompt": line.strip()} for line in text.splitlines() if line.strip())
+    elif path.suffix.lower() == ".csv":
+        for record in csv.DictReader(text.splitlines(keepends=True)):
+            if None in record:
+                raise UserError(f"{path.name}: a row has more cells than there are columns.")
+            yield {name.strip(): cell for name, cell in record.items() if cell}
+    else:
+        for number, line in enumerate((line for line in text.split("\n") if line.strip()), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path.name}, row {number} is no JSON: {error}.") from error
+            if not isinstance(record, dict):
+                raise UserError(f"{path.name}, row {number} is no JSON object.")
+            yield {name: _as_text(value) for name, value in record.items() if value is not None}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _from_list(name: str, text: str, folder: Path, document: Document) -> str:
+    """Paths are the list's, not the caller's."""
+    shape = input_properties(document).get(name, {})
+    if shape.get("format") != "uri" and name not in TEXT_PATHS:
+        return text
+    path = folder / text.removeprefix("@")
+    return str(path.resolve()) if "://" not in text and path.exists() else text
+
+
+def _local_file(name: str, text: str) -> Path:
+    if "://" in text or text.startswith("data:"):
+        raise UserError(f"{name}: give a file of this machine, not an address.")
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UserError(f"{name}: there is no file {text}.")
+    return path.resolve()
