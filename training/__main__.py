@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from lib.command import FAILED, INTERRUPTED, begin, help_status
+from lib.command import FAILED, INTERRUPTED, MISUSED, begin, help_status
 from lib.compute import Stopped
 from lib.errors import UserError
 from lib.serving.configs import PROJECT
@@ -38,9 +38,15 @@ def main(arguments: list[str]) -> int:
     try:
         pairs, run = _split(arguments)
         values = parse_inputs(pairs, document, send_files=False)
-        from training.entry import run_locally  # torch comes in only for a command that can be run
+        from training.entry import config_from, run_locally  # not needed for the help
 
-        result = run_locally(values, run, stop=stop, report=view.line)
+        config = config_from(values)
+    except UserError as error:
+        if first:  # the others are told the same
+            print(error, file=sys.stderr)
+        return MISUSED
+    try:
+        result = run_locally(config, run, stop=stop, report=view.line)
     except UserError as error:
         view.close()
         # One alone of several may fail, whose GPU has too little memory for example.

@@ -60,9 +60,9 @@ class CogTrainer:
         return path
 
 
-def run_locally(values: Mapping[str, Any], run: Path, *, stop: threading.Event, report: Report) -> Path:
+def run_locally(config: TrainingConfig, run: Path, *, stop: threading.Event, report: Report) -> Path:
     """Train in this process with the run's folder given; the folder of results."""
-    return _train(config_from(values), run, stop=stop, report=report)
+    return _train(config, run, stop=stop, report=report)
 
 
 def config_from(inputs: Mapping[str, Any]) -> TrainingConfig:

@@ -8,11 +8,11 @@ begins again, with what a download has brought so far.
 """
 
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.command import FAILED, INTERRUPTED, MISUSED, begin, help_status
 from lib.compute import Stopped
@@ -21,6 +21,9 @@ from lib.serving.configs import PROJECT
 from lib.serving.inputs import parse_inputs
 from lib.serving.progress import LogView
 from lib.serving.schema import training_inputs
+
+if TYPE_CHECKING:
+    from lib.convert.brought import Given
 
 OUTPUT = "output"
 ENDINGS = {"to_diffusers": "-diffusers", "to_sat": "-sat"}
@@ -58,13 +61,12 @@ def main(arguments: list[str]) -> int:
     try:
         pairs, output = _split(arguments, command)
         values = _defaults(document) | parse_inputs(pairs, document, send_files=False)
-        for name in command.sources:
-            _separate_address(values, name)
+        run = _prepared(command, values, output)
     except UserError as error:
         print(error, file=sys.stderr)
         return MISUSED
     try:
-        result = _run(command, values, output, stop, view.line)
+        result = run(report=view.line, stop=stop)
     except UserError as error:
         view.close()
         print(error, file=sys.stderr)
@@ -78,27 +80,27 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _run(
-    command: Command,
-    values: dict[str, Any],
-    output: Path | None,
-    stop: threading.Event,
-    report: Callable[[str], None],
-) -> Path:
-    """Convert into the folder; what the command prints: the folder, or the LoRA's file in it."""
-    # torch comes in only for a command that can be run
+def _prepared(command: Command, values: dict[str, Any], output: Path | None) -> Callable[..., Path]:
+    """What converts, once everything that is given was checked; it returns what the command prints.
+
+    That is the folder, or the LoRA's file in it.
+    """
+    # For the help they are not needed.
     from lib import offline
-    from lib.convert.brought import Given
     from lib.convert.local import convert_lora, convert_model
+    from lib.convert.request import lora_request, model_request
 
     offline.go_offline()
-    given = [
-        Given(slot=name, upload=values.pop(name), address=values.pop(f"{name}_url"))
-        for name in command.sources
-    ]
+    given = [_given(values, name) for name in command.sources]
+    if not any(given):
+        raise UserError(f"no file, folder or address is given; usage: {command.usage}")
     target = _target(given, values["direction"], output)
-    convert = convert_model if command.predictor == COMMANDS["model"].predictor else convert_lora
-    return convert(*given, values, target=target, report=report, stop=stop)
+    if command.predictor == COMMANDS["lora"].predictor:
+        request = lora_request(values, has_lora=True)
+        return partial(convert_lora, *given, request, target=target)
+    transformer, vae = given
+    request = model_request(values, has_transformer=bool(transformer), has_vae=bool(vae))
+    return partial(convert_model, transformer, vae, request, target=target)
 
 
 def _split(arguments: list[str], command: Command) -> tuple[list[str], Path | None]:
@@ -124,26 +126,25 @@ def _defaults(document: dict[str, Any]) -> dict[str, Any]:
     return {name: shape.get("default") for name, shape in properties.items()}
 
 
-def _separate_address(values: dict[str, Any], name: str) -> None:
-    """A path, or an address, whichever input it was given as."""
-    text = values[name]
+def _given(values: dict[str, Any], name: str) -> "Given":
+    """A path, or an address, whichever input it was given as; the others stay in `values`."""
+    from lib.convert.brought import Given
+
+    text, address = values.pop(name), values.pop(f"{name}_url")
     if text is None:
-        return
-    if "://" in text:
-        if values[f"{name}_url"]:
-            raise UserError(f"Give {name} or {name}_url, not both.")
-        values[name], values[f"{name}_url"] = None, text
-    else:
-        values[name] = Path(text).expanduser()
+        return Given(slot=name, address=address)
+    if "://" not in text:
+        return Given(slot=name, upload=Path(text).expanduser(), address=address)
+    if address:
+        raise UserError(f"Give {name} or {name}_url, not both.")
+    return Given(slot=name, address=text)
 
 
-def _target(given: list[Any], direction: str, output: Path | None) -> Path:
+def _target(given: "list[Given]", direction: str, output: Path | None) -> Path:
     """Where the result goes: beside the first checkpoint, or where the caller stands for an address."""
     if output is not None:
         return output.absolute()
-    first = next((each for each in given if each), None)
-    if first is None:
-        return Path("converted").absolute()  # the request is refused before anything is made
+    first = next(each for each in given if each)
     text = str(first.upload.absolute()) if first.upload else first.address
     path = Path(text.partition("?")[0].rstrip("/"))
     stem = path.name if path.is_dir() else path.name.removesuffix(path.suffix)

@@ -5,11 +5,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from lib.archive import disk_error
 from lib.convert.brought import Given, brought
-from lib.convert.request import lora_request, model_request
+from lib.convert.request import LoraRequest, ModelRequest
 from lib.errors import UserError
 from lib.lock import lock
 
@@ -19,7 +18,7 @@ Report = Callable[[str], None]
 def convert_model(
     transformer: Given,
     vae: Given,
-    values: dict[str, Any],
+    request: ModelRequest,
     *,
     target: Path,
     report: Report,
@@ -27,10 +26,9 @@ def convert_model(
 ) -> Path:
     """Convert a transformer, a VAE or both into the new folder `target` and return it.
 
-    `values` are the other inputs of predict_convert. Raises UserError and Stopped; a failed upload to the Hub
-    is an error, after which the folder is there all the same.
+    Raises UserError and Stopped; a failed upload to the Hub is an error, after which the folder is there all
+    the same.
     """
-    request = model_request(values, has_transformer=bool(transformer), has_vae=bool(vae))
     with _alone(target) as work:
         repository = request.repository()
         with ExitStack() as opened:
@@ -44,10 +42,9 @@ def convert_model(
 
 
 def convert_lora(
-    given: Given, values: dict[str, Any], *, target: Path, report: Report, stop: threading.Event
+    given: Given, request: LoraRequest, *, target: Path, report: Report, stop: threading.Event
 ) -> Path:
     """Convert a LoRA into the new folder `target` and return its file there. Raises as convert_model."""
-    request = lora_request(values, has_lora=bool(given))
     with _alone(target) as work, brought(given, work=work, report=report, stop=stop) as source:
         _, path = request.convert(source, target, report=report, stop=stop)
     return path

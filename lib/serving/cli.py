@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lib.command import FAILED, INTERRUPTED, MISUSED
 from lib.errors import UserError
 from lib.serving.client import Canceled, PredictionError, fetch_schema, predict
 from lib.serving.configs import PredictorConfig, find_predictor, predictors
@@ -31,18 +32,25 @@ PATH_INPUTS = frozenset({"lora_weights", "extra_lora", "transformer_url", "vae_u
 PREDICT_USAGE = "script/predict NAME [-i input=value ...] [-o PATH] [--url http://host:port]"
 
 
+class MisusedError(UserError):
+    """A wrong command line."""
+
+
 def main(arguments: list[str]) -> int:
-    """Runs one command; the exit status. Errors that the caller can mend are one line, not a traceback."""
+    """Runs one command; the exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C.
+
+    Errors that the caller can mend are one line, not a traceback.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     commands = {"predict": predict_command, "serve": serve_command, "schema": schema_command}
     try:
         return commands[arguments[0]](arguments[1:])
     except (UserError, PredictionError, ServerError, SignatureError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return MISUSED if isinstance(error, MisusedError) else FAILED
     except (KeyboardInterrupt, Canceled):
         print("cancelled", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -59,20 +67,19 @@ def predict_command(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.name is None:
         print(predict_help())
-        return 0 if given.help else 2
-    config = find_predictor(given.name)
+        return 0 if given.help else MISUSED
+    with _command_line():
+        config = find_predictor(given.name)
     document = fetch_schema(given.url) if given.url else schema_of(config)
     if given.help:
         print(predictor_help(config, document))
         return 0
-    if given.output and not given.output.absolute().parent.is_dir():
-        raise UserError(f"--output {given.output}: the folder {given.output.parent} does not exist")
-    if given.output and given.output.is_dir():
-        raise UserError(f"--output {given.output} is a folder; give a file's path")
-    inputs = parse_inputs(given.input, document)
+    with _command_line():
+        _check_output(given.output)
+        inputs = parse_inputs(given.input, document)
+        _match_format(inputs, given.output, document)
     if not given.url:
         _name_files_absolutely(inputs)
-    _match_format(inputs, given.output, document)
     view = LogView()
     try:
         with _server(config, given.url, view) as url:
@@ -95,11 +102,12 @@ def serve_command(arguments: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     parser.add_argument("--train", action="store_true", help="serve POST /trainings in place of predictions")
     given = parser.parse_args(arguments)
-    if not 0 < given.port < 65536:
-        raise UserError(f"--port {given.port} is out of range: 1 to 65535")
-    config = find_predictor(given.name)
-    if given.train and config.train is None:
-        raise UserError(f"{config.name} has no training; those that have: {', '.join(_trainable())}")
+    with _command_line():
+        if not 0 < given.port < 65536:
+            raise UserError(f"--port {given.port} is out of range: 1 to 65535")
+        config = find_predictor(given.name)
+        if given.train and config.train is None:
+            raise UserError(f"{config.name} has no training; those that have: {', '.join(_trainable())}")
     options = {"mode": "train"} if given.train else {}
     try:
         with Server(config, host=given.host, port=given.port, prediction_logs=True, **options) as server:
@@ -128,7 +136,9 @@ def schema_command(arguments: list[str]) -> int:
     if given.name is None:
         print("\n".join(predictors()))
         return 0
-    document = schema_of(find_predictor(given.name))
+    with _command_line():
+        config = find_predictor(given.name)
+    document = schema_of(config)
     if given.output:
         write_schema(given.output, document)
     else:
@@ -186,6 +196,22 @@ def curl_example(url: str, document: dict[str, Any]) -> str:
     template = body.replace("\\", "\\\\").replace("%", "%%").replace(_FILE, "%s")
     contents = " ".join(f'"$(base64 -w0 {name})"' for name in files)
     return f"printf {shlex.quote(template)} {contents} | {curl} @-"
+
+
+@contextmanager
+def _command_line() -> Iterator[None]:
+    """Where a UserError says what is wrong with the arguments alone."""
+    try:
+        yield
+    except UserError as error:
+        raise MisusedError(str(error)) from error
+
+
+def _check_output(output: Path | None) -> None:
+    if output and not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: the folder {output.parent} does not exist")
+    if output and output.is_dir():
+        raise UserError(f"--output {output} is a folder; give a file's path")
 
 
 @contextmanager

@@ -131,6 +131,10 @@ def test_help_wrong_command_lines_and_refusals(folder):
         ("a.pt", "dtyp=float16"): (2, "there is no input 'dtyp'. Did you mean dtype?"),
         ("a.pt", "b.pt"): (2, "'b.pt' is not setting=value; usage: script/convert FILE"),
         ("a.pt", "dtype=int8"): (2, "dtype: 'int8' is not one of auto, float16"),
+        ("output=y",): (2, "no file, folder or address is given; usage: script/convert FILE"),
+        ("a.pt", "overrides=layers=3"): (2, "layers=3 cannot be given; what no tensor says is sample_height"),
+        ("a.pt", "transformer_url=https://example.com/a.pt"): (2, "Give transformer or transformer_url, not"),
+        ("vae=vae.pt", "text_encoder=true"): (2, "text_encoder=true needs a transformer"),
         ("none.pt",): (1, "There is no file or folder none.pt."),
         ("vae.pt", f"vae={NAME}.pt"): (1, "The two files are swapped: vae.pt, given as the transformer, is"),
         ("vae=vae.pt",): (1, "family is needed for a VAE alone"),
@@ -138,12 +142,18 @@ def test_help_wrong_command_lines_and_refusals(folder):
         (f"{NAME}.pt", "output=busy"): (1, "Another process is converting into"),
     }
     with lock(folder / "busy", print):
-        helped, none, lora, *outcomes = several(
-            folder, ("model", "--help"), ("model",), ("lora", "-h"), *(("model", *each) for each in refused)
+        helped, none, lora, alpha, *outcomes = several(
+            folder,
+            ("model", "--help"),
+            ("model",),
+            ("lora", "-h"),
+            ("lora", "a.pt", "alpha=0"),
+            *(("model", *each) for each in refused),
         )
     assert helped[0] == 0 and "usage: script/convert FILE" in helped[1] and "\n  overrides  (" in helped[1]
     assert none == (2, helped[1], "")
     assert lora[0] == 0 and "\n  alpha  (" in lora[1]
+    assert alpha == (2, "", "alpha=0.0 is not possible; it is a number above 0, 1 unless it was changed.\n")
     for (status, said), outcome in zip(refused.values(), outcomes, strict=True):
         assert (outcome[0], outcome[1], said in outcome[2]) == (status, "", True), outcome
     assert sorted(path.name for path in folder.iterdir() if path.name != "cache") == [

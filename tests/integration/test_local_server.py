@@ -271,7 +271,7 @@ def test_the_command_fails_with_the_servers_message(url, tmp_path):
 
 def test_the_command_refuses_an_unknown_input_before_sending(url, tmp_path):
     done = run_cli("predict", "t2v", "--url", url, "-i", "txt=a", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "there is no input 'txt'. Did you mean text?" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -75,6 +75,10 @@ WRONG = {
     "out of range": ("rank=0", "rank: 0 is less than the minimum of 1"),
     "no number": ("rank=four", "rank: four is not a whole number"),
     "a wrong choice": ("optimizer=sgd", "optimizer: "),
+    "settings that exclude each other": (
+        "dataset_name=me/clips",
+        "give the clips with input_videos (an archive or folder) or dataset_name, one of the two",
+    ),
     "no setting at all": ("clips.zip", "'clips.zip' is not setting=value; usage: script/train input_videos="),
 }
 
@@ -83,7 +87,7 @@ WRONG = {
 def test_a_wrong_command_line_is_told_at_once(folder, environment, case):
     argument, message = WRONG[case]
     status, out, err = finished(folder, environment, "input_videos=clips", argument)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert message in err and "Traceback" not in err
     assert not (folder / "runs" / "lora").exists()
 
@@ -112,7 +116,6 @@ def test_what_cannot_be_is_told_and_leaves_the_earlier_result(folder, environmen
         "has 3 steps already and this run ends at 3": [*again, "max_train_steps=3"],
         "does not fit: rank (it has 4, this run 8)": [*again, "rank=8"],
         "missing.zip does not exist": ["input_videos=missing.zip", "output_dir=runs/none"],
-        "give the clips with input_videos": ["output_dir=runs/none"],
         "taken could not be written": ["input_videos=clips", "output_dir=taken"],
         "clips holds neither a training state nor lora.safetensors": [
             "input_videos=clips", "output_dir=runs/none", "resume_from=clips",

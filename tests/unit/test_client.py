@@ -18,6 +18,7 @@ from lib.serving.inputs import describe_inputs, parse_inputs
 from lib.serving.outputs import save_output
 from lib.serving.progress import LogView, bar
 from lib.serving.schema import openapi_schema
+from lib.serving.server import free_port
 
 PREDICTOR = """
 from typing import Optional
@@ -295,13 +296,26 @@ def test_the_servers_words_are_shown_plainly():
     [
         (["predict", "t2v", "-o", "clip.webm", "-i", "output_format=gif"], "does not fit output_format=gif"),
         (["predict", "t2v", "-o", "{folder}"], "is a folder; give a file's path"),
+        (["predict", "t2v", "-o", "none/a.mp4"], "--output none/a.mp4: the folder none does not exist"),
+        (["predict", "convert", "-i", "dtype=fp8"], "dtype: 'fp8' is not one of auto, float16"),
+        (["predict", "convert", "-i", "dtyp=auto"], "there is no input 'dtyp'. Did you mean dtype?"),
+        (["predict", "nothing"], "there is no predictor 'nothing'; there are: caption,"),
         (["serve", "t2v", "--port", "99999"], "--port 99999 is out of range: 1 to 65535"),
+        (["serve", "convert", "--train"], "convert has no training; those that have: i2v, t2v"),
+        (["schema", "nothing"], "there is no predictor 'nothing'; there are: caption,"),
     ],
 )
-def test_a_wrong_option_is_refused_before_a_server_starts(arguments, message, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_line_is_status_2_before_a_server_starts(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    assert cli.main([word.format(folder=tmp_path) for word in arguments]) == 1
+    assert cli.main([word.format(folder=tmp_path) for word in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_answer_is_status_1(capsys):
+    assert cli.main(["predict", "t2v", "--url", f"http://127.0.0.1:{free_port()}"]) == 1
+    assert "no server answers at http://127.0.0.1:" in capsys.readouterr().err
 
 
 def test_the_printed_request_sends_a_file_that_no_argument_could_hold(document, tmp_path):
