@@ -75,7 +75,7 @@ def write_random_base(folder: Path, shape: Shape, *, device: str) -> Path:
     scheduler are those of tiny-i2v.
     """
     torch.manual_seed(0)
-    with _bfloat16(), torch.device(device):
+    with bfloat16(), torch.device(device):
         width = shape.text_width
         transformer = CogVideoXTransformer3DModel(**shape.transformer, text_embed_dim=width)
         transformer.save_pretrained(folder / "transformer")
@@ -90,7 +90,8 @@ def write_random_base(folder: Path, shape: Shape, *, device: str) -> Path:
 
 
 @contextlib.contextmanager
-def _bfloat16() -> Iterator[None]:
+def bfloat16() -> Iterator[None]:
+    """New parameters are made in it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
