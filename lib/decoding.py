@@ -42,19 +42,25 @@ def decode_latents(
     latents: "torch.Tensor",
     sink: FrameSink,
     *,
+    tiled: bool = False,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Decode [1, f, C, h, w] into the sink, in tiles when a GPU has no room for whole frames."""
+    """Decode [1, f, C, h, w] into the sink, in tiles when asked for or when a GPU has no room for more."""
     import torch
 
+    if tiled:
+        return _decode_in_tiles(pipeline, latents, sink)
     try:
-        _decode(pipeline, latents, sink)
-        return
+        return _decode(pipeline, latents, sink)
     except torch.cuda.OutOfMemoryError:
         pass  # tried again below, where the error no longer holds what the first try had made
     torch.cuda.empty_cache()
     report("Decoding did not fit into GPU memory; decoding in tiles.")
     sink.restart()
+    _decode_in_tiles(pipeline, latents, sink)
+
+
+def _decode_in_tiles(pipeline: "DiffusionPipeline", latents: "torch.Tensor", sink: FrameSink) -> None:
     was_tiling = pipeline.vae.use_tiling
     pipeline.vae.enable_tiling()
     try:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 from lib.compute import Stopped
 from lib.decoding import Collected, FrameSink, decode_latents
 from lib.errors import UserError
+from lib.memory.request import clip_of, lora_bytes
 from lib.models import ModelSpec
 from lib.pipelines import build_scheduler
+from lib.placement import rest_text_encoder
 from lib.prompts import PromptEncoder
 from lib.step_cache import Speed, applied, check_speed, steps_to_forecast
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from PIL import Image
+
+    from lib.memory.plan import MemoryPlan
 
 MAX_SEED = 2**63 - 1
 REPORT_SECONDS = 0.1
@@ -135,6 +139,8 @@ class Generator:
 
     spec: ModelSpec
     pipeline: "DiffusionPipeline"
+    plan: "MemoryPlan | None" = None
+    """What there is room for; None where nobody asks."""
     report: Report = print
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds of the last request by stage."""
@@ -178,6 +184,7 @@ class Generator:
         import torch
 
         self.timings.clear()
+        tiled = self.decodes_in_tiles(request)
         self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
 
         def check(*_: object) -> None:
@@ -191,11 +198,12 @@ class Generator:
                     prompt, negative = embeddings or self._prompts.encode(
                         request.prompt, request.negative_prompt if request.guidance_scale > 1 else None
                     )
+                    rest_text_encoder(self.pipeline)
                 shared = together(request, (prompt, negative), stop) if together else nullcontext(check)
                 with self.timed("denoising"), shared as check_step:
                     latents = self._denoise(request, prompt, negative, check_step)
                 with self.timed("decoding"):
-                    self._decode(latents, request.num_frames, sink)
+                    self._decode(latents, request.num_frames, sink, tiled=tiled)
         finally:
             decoder_hook.remove()
             # Also after a failure: a component left on the GPU would meet the next request's.
@@ -216,6 +224,16 @@ class Generator:
                 return self._denoise(request, *embeddings, check)
         finally:
             self.pipeline.maybe_free_model_hooks()
+
+    def decodes_in_tiles(self, request: Request) -> bool:
+        """Whether there is no room to decode the request's frames whole, beside the LoRAs attached now.
+
+        Raises UserError when there is no room for it at all.
+        """
+        if self.plan is None:
+            return False
+        transformer = self.pipeline.transformer
+        return self.plan.tiled(clip_of(request, transformer), lora_bytes=lora_bytes(transformer))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -264,7 +282,7 @@ class Generator:
                 output_type="latent",
             ).frames
 
-    def _decode(self, latents: "torch.Tensor", num_frames: int, sink: FrameSink) -> None:
+    def _decode(self, latents: "torch.Tensor", num_frames: int, sink: FrameSink, *, tiled: bool) -> None:
         """Latents [1, f, C, h, w] -> frames. 1.5 pads f to a multiple of its temporal patch, in front."""
         import torch
 
@@ -275,7 +293,7 @@ class Generator:
                 f"Denoising gave values that are no numbers in {latents.dtype}; this GPU may lack the type "
                 f"that {self.spec.name} was trained in ({self.spec.dtype})."
             )
-        decode_latents(self.pipeline, latents, sink, report=self.report)
+        decode_latents(self.pipeline, latents, sink, tiled=tiled, report=self.report)
 
     def _synchronize(self) -> None:
         import torch

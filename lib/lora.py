@@ -9,6 +9,7 @@ Those used last stay attached, so that another strength, or going back and forth
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from lib.errors import UserError
 from lib.lora_cache import Found
 from lib.lora_layout import LoraFile, read_lora
 from lib.lora_source import Address
+from lib.memory.model import Offload
 from lib.models import ModelSpec
-from lib.pipelines import Offload
+from lib.placement import unhooked
 
 if TYPE_CHECKING:
     import torch
@@ -226,21 +228,15 @@ class Loras:
         from diffusers.utils.peft_utils import delete_adapter_layers
 
         transformer = self.pipeline.transformer
-        if self.offload != "resident":
-            # The hooks hold copies of what they move: without this a removed adapter would stay in memory.
-            self.pipeline.remove_all_hooks()
-        delete_adapter_layers(transformer, name)
-        getattr(transformer, "peft_config", {}).pop(name, None)
-        if self.offload == "model":
-            self.pipeline.enable_model_cpu_offload()
-        elif self.offload == "sequential":
-            self.pipeline.enable_sequential_cpu_offload()
+        with unhooked(self.pipeline, self.offload):
+            delete_adapter_layers(transformer, name)
+            getattr(transformer, "peft_config", {}).pop(name, None)
 
     def _activate(self, strengths: dict[str, float]) -> None:
         if strengths:
             self.pipeline.enable_lora()
             self.pipeline.set_adapters(list(strengths), list(strengths.values()))
-        else:
+        elif "peft" in sys.modules:  # otherwise nothing was ever attached, and it would be imported for that
             self.pipeline.disable_lora()
 
 

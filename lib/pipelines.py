@@ -1,107 +1,36 @@
 """A ready diffusers pipeline for a spec, a folder and this machine, with the memory plan it runs under."""
 
-from dataclasses import dataclass
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lib import acceleration
 from lib.acceleration import PLAIN, Acceleration
-from lib.derived import weights_dtype
-from lib.errors import UserError
+from lib.memory.machine import Machine
+from lib.memory.machine import inspect_machine as inspect_machine
+from lib.memory.model import MemoryModel, Weights
+from lib.memory.plan import MemoryPlan, choose_plan
 from lib.models import ModelSpec
+from lib.placement import place
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
-Offload = Literal["resident", "model", "sequential"]
-OFFLOADS: tuple[Offload, ...] = ("resident", "model", "sequential")
-GIB = 2**30
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-# VAE decoding in 16 bits takes at least 630 bytes per pixel of the whole clip (31.7 GB measured for 5B at
-# 49x480x720, less 21.1 GB of weights) and more for larger frames: 1.5 at 81x768x1360 fails on 80 GB.
-DECODE_BYTES_PER_PIXEL = 750
-TILED_SHARE = 0.25
-SEQUENTIAL_FLOOR = 5 * GIB  # stock sequential offload of 5B peaks there
+def plan_memory(
+    spec: ModelSpec,
+    folder: Path,
+    machine: Machine,
+    *,
+    forced: str | None = None,
+    weights: Weights = "none",
+) -> MemoryPlan:
+    """The plan of lib/memory/plan.py for the model in a folder, its weights stored as they will be.
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryPlan:
-    """Where weights live between uses, and how the VAE decodes."""
-
-    offload: Offload
-    slicing: bool
-    tiling: bool
-    reason: str
-
-    def __str__(self) -> str:
-        vae = [name for name in ("slicing", "tiling") if getattr(self, name)]
-        return f"{self.offload}, VAE {' and '.join(vae) or 'whole'} ({self.reason})"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """What setup found: device, free memory in bytes (0 on a CPU: system memory is not planned), dtype."""
-
-    device: str
-    free_bytes: int
-    dtype: Literal["float16", "bfloat16", "float32"]
-
-
-def inspect_machine(spec: ModelSpec) -> Machine:
-    """CUDA if there is a GPU, with the checkpoint's dtype; else the CPU in float32."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return Machine(device="cpu", free_bytes=0, dtype="float32")
-    free, _ = torch.cuda.mem_get_info()
-    dtype = spec.dtype
-    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype = "float16"
-    return Machine(device="cuda", free_bytes=free, dtype=dtype)
-
-
-def plan_memory(spec: ModelSpec, folder: Path, machine: Machine, *, forced: str | None = None) -> MemoryPlan:
-    """Choose the fastest plan that fits the default clip into free memory.
-
-    forced is COGVIDEOX_OFFLOAD; raises UserError when it is no plan's name.
+    forced is COGVIDEOX_OFFLOAD. Raises UserError when it is no plan's name, and when nothing fits.
     """
-    if forced and forced not in OFFLOADS:
-        raise UserError(f"COGVIDEOX_OFFLOAD={forced} is unknown; allowed are {', '.join(OFFLOADS)}.")
-    if machine.device == "cpu":
-        if forced and forced != "resident":
-            raise UserError(f"COGVIDEOX_OFFLOAD={forced} needs a GPU; on this CPU only resident is possible.")
-        return MemoryPlan(offload="resident", slicing=False, tiling=False, reason="CPU")
-    sizes = component_bytes(folder, machine.dtype)
-    decode = spec.frames * spec.height * spec.width * DECODE_BYTES_PER_PIXEL * BYTES[machine.dtype] // 2
-    needs = {
-        "resident": sum(sizes.values()),
-        "model": max(sizes.values()),
-        "sequential": min(SEQUENTIAL_FLOOR, max(sizes.values())),
-    }
-    room = 0.95 * machine.free_bytes
-    free = f"{machine.free_bytes / GIB:.1f} GiB free"
-    for offload in [forced] if forced else OFFLOADS:
-        for tiling in (False, True):
-            need = needs[offload] + decode * (TILED_SHARE if tiling else 1)
-            if need <= room:
-                reason = f"needs about {need / GIB:.1f} GiB, {free}"
-                return MemoryPlan(offload=offload, slicing=tiling, tiling=tiling, reason=reason)
-    reason = f"{free}, tight" + (", as COGVIDEOX_OFFLOAD asks" if forced else "")
-    return MemoryPlan(offload=forced or "sequential", slicing=True, tiling=True, reason=reason)
-
-
-def component_bytes(folder: Path, dtype: str) -> dict[str, int]:
-    """Bytes each component's weights take in memory in dtype, from the sizes of its files."""
-    return {
-        part.name: sum(
-            f.stat().st_size for f in part.glob("*.safetensors") if "." not in f.stem
-        )  # no variants
-        * BYTES[dtype]
-        // BYTES[weights_dtype(part)]
-        for part in sorted(folder.iterdir())
-        if part.is_dir() and any(part.glob("*.safetensors"))
-    }
+    return choose_plan(spec, MemoryModel.of(spec, folder, machine, weights=weights), machine, forced=forced)
 
 
 def load_pipeline(
@@ -117,17 +46,26 @@ def load_pipeline(
 
     Without its text encoder the pipeline takes embeddings only.
     """
-    acceleration.prepare(settings)
-    import diffusers
     import torch
+
+    from lib.components import load_components
+    from lib.lean_imports import import_diffusers
+
+    acceleration.prepare(settings)
+    diffusers = import_diffusers()  # before lib.attention, which imports more of it
 
     from lib import attention, convolution
 
     silence_libraries()
-    left_out = {} if text_encoder else {"text_encoder": None, "tokenizer": None}
-    pipeline = getattr(diffusers, spec.pipeline_class).from_pretrained(
-        folder, dtype=getattr(torch, machine.dtype), local_files_only=True, use_safetensors=True, **left_out
+    # What will be quantised may not fit on the device as it is.
+    straight = plan.offload == "resident" and settings.quantization == "none"
+    parts = load_components(
+        folder,
+        dtype=getattr(torch, machine.dtype),
+        device=machine.device if straight else "cpu",
+        text_encoder=text_encoder,
     )
+    pipeline = getattr(diffusers, spec.pipeline_class)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     _widen_grid(pipeline)
     attention.install(pipeline.transformer)
@@ -135,18 +73,10 @@ def load_pipeline(
         convolution.install(pipeline.vae)
     resident = plan.offload == "resident"
     acceleration.shrink(pipeline, settings, device=machine.device if resident else "cpu")
-    if plan.slicing:
-        pipeline.vae.enable_slicing()
-    if plan.tiling:
-        pipeline.vae.enable_tiling()
-    if plan.offload == "resident":
-        pipeline.to(machine.device)
+    acceleration.hasten(pipeline.transformer, settings)  # inside of what moves the weights
+    place(pipeline, plan.offload, device=machine.device)
+    if resident and not settings.compiled:  # compiled code would ask where in memory each weight is
         attention.fuse_projections(pipeline.transformer)
-    elif plan.offload == "model":
-        pipeline.enable_model_cpu_offload()
-    else:
-        pipeline.enable_sequential_cpu_offload()
-    acceleration.hasten(pipeline.transformer, settings)
     return pipeline
 
 
@@ -162,13 +92,22 @@ def _widen_grid(pipeline: "DiffusionPipeline") -> None:
 
 
 def silence_libraries() -> None:
-    """No bars and warnings of diffusers and transformers: what the caller should know is reported by us."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
+    """No bars and warnings of diffusers and transformers: what the caller should know is reported by us.
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+    transformers is not imported for that: where it is not there yet, it will start silent.
+    """
+    import diffusers.utils.logging
+    from huggingface_hub.utils import disable_progress_bars
+
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    disable_progress_bars()  # transformers takes after it
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    if "transformers" in sys.modules:
+        import transformers.utils.logging
+
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
 
 
 def build_scheduler(name: Literal["default", "ddim", "dpm"], original: "SchedulerMixin") -> "SchedulerMixin":

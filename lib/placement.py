@@ -37,10 +37,12 @@ def place(pipeline: "DiffusionPipeline", offload: Offload, *, device: str) -> No
 
 def rest_text_encoder(pipeline: "DiffusionPipeline") -> None:
     """Make room once prompts are encoded, where the plan brought the whole text encoder for it."""
+    hook = getattr(pipeline.text_encoder, "_hf_hook", None)
+    if hook is None:
+        return
     from accelerate.hooks import CpuOffload
 
-    hook = getattr(pipeline.text_encoder, "_hf_hook", None)
-    if isinstance(hook, CpuOffload) and pipeline.text_encoder.device.type != "cpu":
+    if isinstance(hook, CpuOffload):
         pipeline.text_encoder.to("cpu")
 
 
@@ -53,13 +55,15 @@ def unhooked(pipeline: "DiffusionPipeline", offload: Offload) -> Iterator[None]:
     """
     if offload in ("model", "sequential"):
         pipeline.remove_all_hooks()
-    yield
-    if offload in ("model", "sequential"):
-        place(pipeline, offload, device=str(pipeline._offload_device))
-    elif offload == "group":
-        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+    try:
+        yield
+    finally:
+        if offload in ("model", "sequential"):
+            place(pipeline, offload, device=str(pipeline._offload_device))
+        elif offload == "group":
+            from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
-        _maybe_remove_and_reapply_group_offloading(pipeline.transformer)
+            _maybe_remove_and_reapply_group_offloading(pipeline.transformer)
 
 
 def _bring_text_encoder(pipeline: "DiffusionPipeline", device: str) -> None:

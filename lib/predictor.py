@@ -70,6 +70,7 @@ class VideoPredictor:
         from lib.compilation import warm_up
         from lib.generation import Generator
         from lib.lora import Choice, Loras
+        from lib.memory.model import GIB
         from lib.parallel.crew import Crew
         from lib.parallel.part import Loading
         from lib.pipelines import inspect_machine, load_pipeline, plan_memory
@@ -78,14 +79,20 @@ class VideoPredictor:
         if machine.device == "cpu":
             keep_memory()
         settings = settle(machine)
-        plan = plan_memory(spec, folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
+        plan = plan_memory(
+            spec,
+            folder,
+            machine,
+            forced=os.environ.get("COGVIDEOX_OFFLOAD"),
+            weights=settings.weights,
+        )
         loading = Loading(spec=spec, folder=folder, machine=machine, plan=plan, settings=settings)
         crew = (crew_for or Crew.for_server)(loading)
         if crew:
             crew.start()
         compute = ComputeThread()
         pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan, settings=settings))
-        generator = Generator(spec=spec, pipeline=pipeline, report=_print_now)
+        generator = Generator(spec=spec, pipeline=pipeline, plan=plan, report=_print_now)
         if settings.compiled:
             compute.run(lambda: warm_up(generator))
         loras = Loras(pipeline=pipeline, spec=spec, offload=plan.offload, report=_print_now)
@@ -117,6 +124,7 @@ class VideoPredictor:
                 "device": machine.device,
                 "dtype": machine.dtype,
                 "plan": plan.offload,
+                "predicted_peak_gib": round(plan.need / GIB, 2),
                 **settings.facts(),
             },
         )
@@ -154,6 +162,7 @@ class VideoPredictor:
         if self.spec.task == "i2v":
             inputs["image"] = read_image(guard.check_file(image), name="the given image")
         request = build_request(self.spec, any_size=self.any_size, **inputs)
+        self.generator.decodes_in_tiles(request)  # what has no room is refused before any work is done
         forecast = steps_to_forecast(self.spec, request.speed, request.num_inference_steps)
         with self.scratch.request() as folder:
             path, stop = folder / f"output.{output_format}", threading.Event()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lib.caption.config import CaptionConfig
 from lib.caption.quantization import Quantization, available, check_quantization
 from lib.errors import UserError
-from lib.pipelines import BYTES, GIB, Machine
+from lib.memory.machine import Machine
+from lib.memory.model import GIB, ITEMSIZE
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ def weight_bytes(config: CaptionConfig, dtype: str, quantization: Quantization |
     total = 0.0
     for name, tensor in model.state_dict().items():
         shrinks = name in linear and is_quantized(name, quantization)
-        total += tensor.numel() * (small if shrinks else BYTES[dtype])
+        total += tensor.numel() * (small if shrinks else ITEMSIZE[dtype])
     return int(total)
 
 

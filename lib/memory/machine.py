@@ -13,7 +13,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What setup found; bytes are None where they are not known."""
+    """What setup found; bytes are None or 0 where they are not known."""
 
     device: Literal["cpu", "cuda"]
     free_bytes: int | None

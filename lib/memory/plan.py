@@ -81,7 +81,7 @@ def choose_plan(
     cpu = machine.device == "cpu"
     if cpu and forced not in (None, "", "resident"):
         raise UserError(f"COGVIDEOX_OFFLOAD={forced} needs a GPU; on this CPU only resident is possible.")
-    room = None if machine.free_bytes is None else int(USABLE * machine.free_bytes)
+    room = int(USABLE * machine.free_bytes) if machine.free_bytes else None
     offloads = [forced] if forced else OFFLOADS[:1] if cpu else _waiting_possible(memory, machine)
     free = "" if room is None else f", {machine.free_bytes / GIB:.1f} GiB free"
     usual = usual_clip(spec)

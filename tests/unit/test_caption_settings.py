@@ -7,7 +7,8 @@ from lib.caption.captioner import CaptionSettings
 from lib.caption.config import CaptionConfig
 from lib.caption.precision import choose_precision
 from lib.errors import UserError
-from lib.pipelines import GIB, Machine
+from lib.memory.machine import Machine
+from lib.memory.model import GIB
 
 
 @pytest.mark.parametrize(
