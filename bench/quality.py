@@ -3,6 +3,11 @@
 And what tiny-caption sees: 200 rendered clips, and 90 of tiny-t2v's beside what the judge sees in them.
 
 script/bench quality [--task t2v|i2v|caption] [--sheet FOLDER]
+
+With --speed, the levels side by side on the same clips: what each obeys, its distance to the exact clips, and
+its time; --fewer adds what exact makes of as many steps. These are the tables of docs/speed.md:
+
+script/bench quality --speed balanced --speed fast --fewer 26 --fewer 12 --docs docs/speed.md
 """
 
 import argparse
@@ -10,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench import _levels
+from lib.step_cache import SPEEDS
 from lib.video import write_video
 from tiny import evaluate_captions, world
 from tiny.evaluate import contact_sheet, evaluate, load_generator, summarise
@@ -26,7 +33,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--sheet", type=Path, help="folder for contact sheets of the results")
+    parser.add_argument("--speed", choices=SPEEDS, action="append", help="compare with exact; repeatable")
+    parser.add_argument("--fewer", type=int, action="append", default=[], help="exact with so many steps too")
+    parser.add_argument("--clips", type=int, help="of each task, a third of them held out; by default all")
+    parser.add_argument("--docs", type=Path, help="file whose tables of levels are to be replaced")
     options = parser.parse_args()
+    if options.speed:
+        for task in options.task or SAMPLES:
+            levels(task, options)
+        return
     for task in options.task or [*SAMPLES, "caption"]:
         if task == "caption":
             captions(options.weights)
@@ -60,6 +75,23 @@ def main() -> None:
             contact_sheet(results[::6], options.sheet / f"{task}.png")
             if wrong:
                 contact_sheet(wrong[:15], options.sheet / f"{task}-wrong.png")
+
+
+def levels(task: str, options: argparse.Namespace) -> None:
+    """The same clips at every speed asked for, as a table, printed and put into the docs."""
+    variants = [_levels.Variant(speed="exact", steps=options.steps)]
+    variants += [_levels.Variant(speed=s, steps=options.steps) for s in options.speed if s != "exact"]
+    variants += [_levels.Variant(speed="exact", steps=steps) for steps in options.fewer]
+    samples = SAMPLES[task]
+    if options.clips:
+        samples = {"trained": options.clips - options.clips // 3, "held_out": options.clips // 3}
+    generator = load_generator(options.weights / f"tiny-{task}")
+    rows = _levels.compare(generator, task, variants, **samples, guidance_scale=options.guidance)
+    found = [[str(v), *_levels.cells(generator, v, row).values()] for v, row in rows.items()]
+    table = _levels.markdown((f"`tiny-{task}`, {sum(samples.values())} clips", *_levels.COLUMNS), found)
+    print(table, flush=True)
+    if options.docs:
+        _levels.replace_table(options.docs, task, table)
 
 
 def captions(weights: Path) -> None:

@@ -1,0 +1,94 @@
+"""What each speed level obeys, how far its clips are from the exact ones, and what it saves: one table."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bench._distance import distances
+from lib.generation import Generator
+from lib.models import Task
+from lib.step_cache import Speed, steps_to_forecast
+from tiny.evaluate import Result, evaluate
+
+COLUMNS = ("computed", "all four right", "PSNR", "SSIM", "perceptual", "denoising time")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One row: a level, and the steps asked for."""
+
+    speed: Speed
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.speed}, {self.steps} steps"
+
+
+@dataclass(slots=True)
+class Row:
+    """What was found of a variant, clip by clip."""
+
+    results: list[Result] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """Of denoising, as a share of the reference's for the same clip."""
+    distances: list[dict[str, float]] = field(default_factory=list)
+
+
+def compare(
+    generator: Generator, task: Task, variants: list[Variant], **settings: object
+) -> dict[Variant, Row]:
+    """Make the same clips in all variants, in turn; the others are held to the first, which is exact."""
+    rows = {variant: Row() for variant in variants}
+    clips = [
+        _timed(
+            generator,
+            evaluate(generator, task, **settings, speed=v.speed, num_inference_steps=v.steps),
+        )
+        for v in variants
+    ]
+    for together in zip(*clips, strict=True):
+        reference, seconds = together[0]
+        for variant, (result, taken) in zip(variants, together, strict=True):
+            row = rows[variant]
+            row.results.append(result)
+            row.seconds.append(taken / seconds)
+            if variant != variants[0]:
+                row.distances.append(distances(result.frames, reference.frames, generator.pipeline.vae))
+    return rows
+
+
+def cells(generator: Generator, variant: Variant, row: Row) -> dict[str, str]:
+    """The row's figures by COLUMNS: means over clips, of the time the median."""
+    forecast = steps_to_forecast(generator.spec, variant.speed, variant.steps)
+    right = np.mean([all(result.agreement.values()) for result in row.results])
+    found = {"computed": str(variant.steps - len(forecast)), "all four right": f"{100 * right:.1f}%"}
+    if row.distances:
+        mean = {name: np.mean([each[name] for each in row.distances]) for name in row.distances[0]}
+        found |= {"PSNR": f"{mean['PSNR']:.1f} dB", "SSIM": f"{mean['SSIM']:.3f}"}
+        found |= {"perceptual": f"{mean['perceptual']:.4f}"}
+    else:
+        found |= dict.fromkeys(("PSNR", "SSIM", "perceptual"), "")
+    return found | {"denoising time": f"{statistics.median(row.seconds):.2f}"}
+
+
+def markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:
+    """A table for the docs."""
+    rows = [list(header), ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def replace_table(path: Path, name: str, table: str) -> None:
+    """Put a table between the lines `<!-- table NAME -->` and `<!-- end -->` of a page."""
+    before, begin, rest = path.read_text().partition(f"<!-- table {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"{path} has no table {name}")
+    path.write_text(before + begin + table + end + after)
+
+
+def _timed(generator: Generator, results: Iterator[Result]) -> Iterator[tuple[Result, float]]:
+    for result in results:
+        yield result, generator.timings["denoising"]
