@@ -14,7 +14,7 @@ from lib.compute import ComputeThread, keep_memory
 from lib.models import ModelSpec, Task
 from lib.scratch import Scratch
 from lib.serving import guard
-from lib.setup import MetricSink, settle_model
+from lib.setup import MetricSink, Model, settle_model
 
 if TYPE_CHECKING:
     from lib.generation import Generator, Request, Together
@@ -66,27 +66,17 @@ class VideoPredictor:
             lora_source.parse(weights_url, trusted=True, max_bytes=largest) if weights_url else None
         )
 
-        from lib.acceleration import settle
         from lib.compilation import warm_up
         from lib.generation import Generator
         from lib.lora import Choice, Loras
         from lib.memory.model import GIB
         from lib.parallel.crew import Crew
-        from lib.parallel.part import Loading
-        from lib.pipelines import inspect_machine, load_pipeline, plan_memory
+        from lib.pipelines import load_pipeline
 
-        machine = inspect_machine(spec)
+        loading = settled(model)
+        machine, plan, settings = loading.machine, loading.plan, loading.settings
         if machine.device == "cpu":
             keep_memory()
-        settings = settle(machine)
-        plan = plan_memory(
-            spec,
-            folder,
-            machine,
-            forced=os.environ.get("COGVIDEOX_OFFLOAD"),
-            weights=settings.weights,
-        )
-        loading = Loading(spec=spec, folder=folder, machine=machine, plan=plan, settings=settings)
         crew = (crew_for or Crew.for_server)(loading)
         if crew:
             crew.start()
@@ -215,6 +205,21 @@ class VideoPredictor:
         if self.crew is None:
             return None
         return partial(self.crew.together, transformer=self.generator.pipeline.transformer, loras=chosen)
+
+
+def settled(model: Model) -> "Loading":
+    """How this machine and its COGVIDEOX_ variables have a model loaded. Raises UserError."""
+    from lib.acceleration import check_plan, settle
+    from lib.parallel.part import Loading
+    from lib.pipelines import inspect_machine, plan_memory
+
+    spec, folder = model.spec, model.folder
+    machine = inspect_machine(spec)
+    settings = settle(machine)
+    forced = os.environ.get("COGVIDEOX_OFFLOAD")
+    plan = plan_memory(spec, folder, machine, forced=forced, weights=settings.weights)
+    check_plan(settings, plan)
+    return Loading(spec=spec, folder=folder, machine=machine, plan=plan, settings=settings)
 
 
 def _lora_facts(chosen: "list[Choice]", applied: "list[Applied]") -> dict[str, object]:

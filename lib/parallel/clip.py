@@ -121,16 +121,13 @@ def _lead(task: str, inputs: dict[str, Any], output: Path, *, count: int) -> int
 
 
 def _follow(task: str, *, count: int) -> int:
-    from lib.pipelines import inspect_machine, plan_memory
+    from lib.predictor import settled
     from lib.setup import settle_model
 
-    model = settle_model(task)
-    machine = inspect_machine(model.spec)
-    plan = plan_memory(model.spec, model.folder, machine, forced=os.environ.get("COGVIDEOX_OFFLOAD"))
-    loading = Loading(spec=model.spec, folder=model.folder, machine=machine, plan=plan)
+    loading = settled(settle_model(task))
     team = _team(loading, count=count)
     generator, loras = load(loading)
-    group = _join(team, machine.device)
+    group = _join(team, loading.machine.device)
     part: Part | None = group.tell()
     if part is not None:
         take_part(part, generator=generator, loras=loras, group=group)

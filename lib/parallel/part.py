@@ -9,6 +9,8 @@ from lib.parallel.group import Group
 from lib.parallel.layout import Layout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lib.generation import Embeddings, Generator, Request
     from lib.lora import Choice, Loras
     from lib.models import ModelSpec
@@ -75,21 +77,21 @@ def load(loading: Loading) -> "tuple[Generator, Loras]":
         text_encoder=False,
         settings=loading.settings,
     )
-    generator = Generator(spec=loading.spec, pipeline=pipeline, report=_silent)
+    generator = Generator(spec=loading.spec, pipeline=pipeline, plan=loading.plan, report=_silent)
     return generator, Loras(
         pipeline=pipeline, spec=loading.spec, offload=loading.plan.offload, report=_silent
     )
 
 
-def take_part(part: Part, *, generator: "Generator", loras: "Loras", group: Group) -> None:
-    """Compute this process's share of a clip. Raises Stopped with the others."""
+def take_part(part: Part, *, generator: "Generator", loras: "Loras", group: Group) -> "Tensor":
+    """Compute this process's share of a clip; the latents, which all have. Raises Stopped with the others."""
     device = generator.pipeline._execution_device
     embeddings = tuple(each if each is None else each.to(device) for each in part.embeddings)
     with (
         loras.applied(part.loras),
         group.sharing(generator.pipeline.transformer, part.layout),
     ):
-        generator.latents(part.request, embeddings, check=lambda: group.check(None))
+        return generator.latents(part.request, embeddings, check=lambda: group.check(None))
 
 
 def on_cpu(embeddings: "Embeddings") -> "Embeddings":

@@ -40,6 +40,7 @@ def shared(transformer: "CogVideoXTransformer3DModel", layout: Layout, mesh: "De
             for handle in hook:
                 undo.callback(handle.remove)
         if layout.sequence > 1:
+            undo.enter_context(_kernel_that_shares(transformer))
             undo.callback(_set_parallel, transformer, None)
         yield
 
@@ -116,6 +117,24 @@ def _parallel_config(mesh: "DeviceMesh", degree: int, *, anything: bool) -> "Par
     context._ring_mesh, context._ulysses_mesh = mesh["ring"], mesh["ulysses"]
     context._ring_local_rank, context._ulysses_local_rank = 0, mesh["ulysses"].get_local_rank()
     return ParallelConfig(context_parallel_config=context)
+
+
+@contextmanager
+def _kernel_that_shares(transformer: nn.Module) -> Iterator[None]:
+    """Another attention kernel where the chosen one cannot share a sequence, as FlashAttention 3's cannot."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    processors = list(transformer.attn_processors.values())
+    chosen = [processor._attention_backend for processor in processors]
+    instead = AttentionBackendName._NATIVE_CUDNN if torch.cuda.is_available() else AttentionBackendName.NATIVE
+    for processor, backend in zip(processors, chosen, strict=True):
+        if backend is not None and not _AttentionBackendRegistry._is_context_parallel_available(backend):
+            processor._attention_backend = instead
+    try:
+        yield
+    finally:
+        for processor, backend in zip(processors, chosen, strict=True):
+            processor._attention_backend = backend
 
 
 def _set_parallel(transformer: nn.Module, config: "ParallelConfig | None") -> None:
