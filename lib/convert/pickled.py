@@ -70,16 +70,17 @@ def write_pickle(path: Path, wrapper: str, planned: Sequence[Planned], progress:
         named[tensor.name] = _Tensor(storage, tensor.shape)
     content = io.BytesIO()
     _Pickler(content, PROTOCOL).dump({wrapper: named})
+    odd: dict[str, int] = {}
     with path.open("xb", buffering=0) as plain:
         file = HashingFile(plain)
         with zipfile.ZipFile(file, "w") as members:
             _add(members, file, "data.pkl", len(content.getvalue()), [content.getvalue()])
             _add(members, file, "byteorder", len(b"little"), [b"little"])
             for place, tensor in enumerate(planned):
-                _add(members, file, f"data/{place}", tensor.nbytes, blocks(tensor), progress)
+                _add(members, file, f"data/{place}", tensor.nbytes, blocks(tensor, odd), progress)
             _add(members, file, "version", len(VERSION), [VERSION])
     path.chmod(0o644)
-    return file.written()
+    return file.written(odd)
 
 
 def _add(

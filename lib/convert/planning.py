@@ -201,7 +201,7 @@ def planned(plan: Plan, tensors: "Mapping[str, Tensor]", dtype: str | None, *, n
             )
         _refuse_repeated(pieces, tensors, name)
         shape = shape_of(pieces, {piece.source: tuple(tensors[piece.source].shape) for piece in pieces})
-        done.append(Planned(name=key, pieces=views, shape=shape, dtype=kind))
+        done.append(Planned(name=key, pieces=views, shape=shape, dtype=kind, source=name))
     return done
 
 

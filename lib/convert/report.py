@@ -82,7 +82,11 @@ class Report:
 
 
 def write_report(report: Report, folder: Path, usage: str) -> None:
-    """Write report.json and README.md; `usage` is the README's part about how the result is used."""
+    """Write report.json and README.md; `usage` is the README's part about how the result is used.
+
+    What was seen of the values while they were written becomes a note of the report first.
+    """
+    report.notes += [note for part in report.parts if (note := _about_values(part))]
     text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
     for name, content in ((REPORT, text), (README, _readme(report, usage))):
         (folder / name).write_text(content, encoding="utf-8")
@@ -140,6 +144,18 @@ def _readme(report: Report, usage: str) -> str:
     ]
     sections.append("## Files\n\n| file | size | SHA-256 |\n|---|---|---|\n" + "\n".join(files))
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def _about_values(part: Part) -> str:
+    counts = {name: count for file in part.files.values() for name, count in file.not_finite.items()}
+    if not counts:
+        return ""
+    names = ", ".join(list(counts)[:SHOWN]) + " ..." * (len(counts) > SHOWN)
+    total = sum(counts.values())
+    return (
+        f"{part.source} has values that are no finite numbers (NaN or infinite), and so has the result: "
+        f"{total} in {names}. What is computed with them is of no use."
+    )
 
 
 def _dropped(part: Part) -> str:

@@ -48,6 +48,8 @@ class Planned:
     dtype: "torch.dtype"
     scale: float = 1.0
     """Every value is multiplied by it, in double precision."""
+    source: str = ""
+    """What messages call the file that it comes from."""
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +62,8 @@ class Written:
 
     bytes: int
     sha256: str
+    not_finite: dict[str, int] = field(default_factory=dict)
+    """How many values are NaN or infinite, by the tensor's name; what has none is left out."""
 
 
 @dataclass(kw_only=True)
@@ -190,12 +194,13 @@ def _write_shard(path: Path, shard: list[Planned], metadata: dict[str, str], pro
     with path.open("xb", buffering=0) as plain:
         file = HashingFile(plain)
         file.write(struct.pack("<Q", len(text)) + text)
+        odd: dict[str, int] = {}
         for tensor in shard:
-            for block in blocks(tensor):
+            for block in blocks(tensor, odd):
                 file.write(block)
                 progress.add(len(block))
     path.chmod(0o644)
-    return file.written()
+    return file.written(odd)
 
 
 class HashingFile:
@@ -219,19 +224,22 @@ class HashingFile:
     def flush(self) -> None:
         self._file.flush()
 
-    def written(self) -> Written:
+    def written(self, not_finite: dict[str, int]) -> Written:
         """What was written, once nothing more is."""
         self._hasher.shutdown()
-        return Written(bytes=self.size, sha256=self._sum.hexdigest())
+        return Written(bytes=self.size, sha256=self._sum.hexdigest(), not_finite=not_finite)
 
 
-def blocks(tensor: Planned) -> Iterator[memoryview]:
-    """A tensor's bytes in its type, a few MB at a time. Raises UserError for a value the type cannot hold."""
-    for values in converted(tensor):
+def blocks(tensor: Planned, odd: dict[str, int]) -> Iterator[memoryview]:
+    """A tensor's bytes in its type, a few MB at a time; values that are NaN or infinite are counted in `odd`.
+
+    Raises UserError for a value that the type cannot hold.
+    """
+    for values in _converted(tensor, odd):
         yield memoryview(_bytes(values))
 
 
-def converted(tensor: Planned) -> "Iterator[torch.Tensor]":
+def _converted(tensor: Planned, odd: dict[str, int]) -> "Iterator[torch.Tensor]":
     """A tensor's values in its type, in flat blocks; views of the source where nothing changes."""
     for piece in tensor.pieces:
         for block in piece.reshape(-1).split(BLOCK_ELEMENTS):
@@ -239,21 +247,28 @@ def converted(tensor: Planned) -> "Iterator[torch.Tensor]":
             if tensor.scale != 1:
                 values = values.double() * tensor.scale
             stored = values.to(tensor.dtype)
-            _check_range(values, stored, tensor)
+            if not _all_finite(stored):
+                _check_range(values, stored, tensor)
+                odd[tensor.name] = odd.get(tensor.name, 0) + int((~stored.isfinite()).sum())
             yield stored
+
+
+def _all_finite(values: "torch.Tensor") -> bool:
+    """By the least and the greatest value, which are NaN where one is: in a small part of isfinite's time."""
+    return not values.numel() or all(math.isfinite(end) for end in values.aminmax())
 
 
 def _check_range(before: "torch.Tensor", after: "torch.Tensor", tensor: Planned) -> None:
     """Of the types used, float16 alone ends early, at 65504."""
     import torch
 
-    if after.dtype != torch.float16 or before.dtype == torch.float16 or after.isfinite().all():
+    if after.dtype != torch.float16 or before.dtype == torch.float16:
         return
     lost = before[before.isfinite() & ~after.isfinite()]
     if lost.numel():
         raise UserError(
-            f"{tensor.name} holds {lost.abs().max().item():g}, and float16 ends at 65504. Choose dtype "
-            "bfloat16 or float32."
+            f"{tensor.source}: {tensor.name} holds {lost.abs().max().item():g}, and float16 ends at 65504. "
+            "Choose dtype bfloat16 or float32."
         )
 
 

@@ -234,8 +234,8 @@ def test_types_are_the_familys_unless_another_is_given(tmp_path):
 def test_a_value_beyond_float16_is_refused_not_made_infinite(tmp_path):
     path = tiny(tmp_path / "file.pt", lambda state: state["time_embed.0.bias"].fill_(70000))
     assert refusal(transformer=path, target=tmp_path / "out") == (
-        "time_embedding.linear_1.bias holds 70000, and float16 ends at 65504. Choose dtype bfloat16 or "
-        "float32."
+        "file.pt: time_embedding.linear_1.bias holds 70000, and float16 ends at 65504. Choose dtype "
+        "bfloat16 or float32."
     )
     to_diffusers(transformer=path, target=tmp_path / "out", dtype="bfloat16", report=silent)
 

@@ -85,6 +85,40 @@ def test_checksums_and_sizes_are_those_of_the_files(tmp_path):
         assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
+def test_values_that_are_no_numbers_are_counted_while_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "BLOCK_ELEMENTS", 5)
+    odd = torch.arange(12.0)
+    odd[[2, 3, 11]] = torch.tensor([torch.nan, -torch.inf, torch.inf])
+    state = {**STATE, "odd": odd, "none": torch.zeros(0), "more": odd.to(torch.bfloat16)}
+    written = write_safetensors(tmp_path, "m", plan(state), progress(), shard_bytes=100)
+    counted = [file.not_finite for file in written.values() if file.not_finite]
+    assert counted == [{"odd": 3}, {"more": 3}] or counted == [{"odd": 3, "more": 3}]
+    assert write_pickle(tmp_path / "m.pt", "module", plan(state), progress()).not_finite == {
+        "odd": 3, "more": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_values_that_are_no_numbers_are_told_in_log_and_report(tmp_path, dtype):
+    state = factory.sat_transformer()
+    state["time_embed.0.bias"][:3] = torch.tensor([torch.nan, 1.0, torch.inf])
+    path, lines = factory.save_sat(tmp_path / "broken.pt", state), []
+    result = to_diffusers(transformer=path, target=tmp_path / "out", dtype=dtype, report=lines.append)
+    note = (
+        "broken.pt has values that are no finite numbers (NaN or infinite), and so has the result: 2 in "
+        "time_embedding.linear_1.bias. What is computed with them is of no use."
+    )
+    assert result.notes == [note] and note in lines
+    assert note in (tmp_path / "out" / "README.md").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["notes"] == [note]
+    assert [file["not_finite"] for file in report["parts"][0]["files"].values()] == [
+        {"time_embedding.linear_1.bias": 2}
+    ]
+    back = to_sat(transformer=tmp_path / "out" / "transformer", target=tmp_path / "sat", report=silent)
+    assert "2 in model.diffusion_model.time_embed.0.bias." in back.notes[0]
+
+
 def test_progress_is_told_every_few_seconds_with_its_share(monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(writing, "REPORT_SECONDS", 0)
@@ -299,7 +333,8 @@ def test_the_report_says_what_was_found_dropped_written_and_checked(tmp_path):
     for part in report["parts"]:
         for name, file in part["files"].items():
             content = (tmp_path / "out" / name).read_bytes()
-            assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            checksum = hashlib.sha256(content).hexdigest()
+            assert file == {"bytes": len(content), "sha256": checksum, "not_finite": {}}
     assert report["settings"] == {
         "family": "cogvideox-5b", "scaling_factor": 0.7, "invert_scale_latents": False, "snr_shift_scale": 1.0
     }  # fmt: skip
