@@ -92,7 +92,7 @@ def in_processes(count: int, folder: Path, work: Callable[..., Any], *arguments:
         for rank in range(count)
     ]
     try:
-        assert [process.wait(timeout=120) for process in running] == [0] * count
+        assert [process.wait(timeout=300) for process in running] == [0] * count
     finally:
         for process in running:
             process.kill()

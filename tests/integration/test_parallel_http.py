@@ -1,0 +1,125 @@
+"""A server whose requests two processes share: the clips of one, processes that are lost, stops, its end."""
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import psutil
+import pytest
+
+from lib.serving.client import request, wait_until_idle
+from lib.serving.server import Server, ServerError
+from lib.video import decode
+from tests.integration.conftest import wait_for
+from tests.integration.test_video_http import saved
+
+QUICK = {"prompt": "a red circle moves right on a black background", "num_inference_steps": 3, "seed": 5}
+SLOW = QUICK | {"num_inference_steps": 500}
+lines: list[str] = []
+"""What the shared server printed."""
+TWO = {"COGVIDEOX_PARALLEL": "2", "OMP_NUM_THREADS": "1"}
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    found = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in found if "lib.parallel.worker" in _command(process)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server("t2v", environment=TWO, timeout=300, prediction_logs=True, on_log=lines.append) as server:
+        yield server
+
+
+def posted(server: Server, inputs: dict) -> dict:
+    wait_until_idle(server.url)
+    return json.loads(request(server.url, "POST", "/predictions", {"input": inputs})[1])
+
+
+def test_two_processes_make_the_video_of_one(server, serve, tmp_path):
+    for settings, layout in (({}, "cfg2"), ({"guidance_scale": 1}, "ulysses2"), ({"speed": "fast"}, "cfg2")):
+        together = posted(server, QUICK | settings)
+        alone = posted(serve("t2v"), QUICK | settings)
+        assert (together["metrics"]["processes"], together["metrics"]["parallel"]) == (2, layout)
+        assert "processes" not in alone["metrics"]
+        clips = [decode(saved(reply, tmp_path)).frames.astype(int) for reply in (together, alone)]
+        assert np.abs(clips[0] - clips[1]).max() <= 2  # encoders turn the last bit of a float into this
+
+
+def slowly(server: Server) -> tuple[threading.Thread, list[dict]]:
+    """A long request once it has made some steps, and where its reply will be."""
+    wait_until_idle(server.url)
+    seen = len(lines)
+
+    def run() -> None:
+        replies.append(json.loads(request(server.url, "PUT", "/predictions/slow", {"input": SLOW})[1]))
+
+    replies: list[dict] = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_for(lambda: any("denoising" in line for line in lines[seen:]), seconds=60)
+    return thread, replies
+
+
+def test_a_lost_process_fails_its_request_and_the_next_one_works(server):
+    thread, replies = slowly(server)
+    os.kill(workers(server)[0].pid, signal.SIGKILL)
+    thread.join(60)
+    assert replies[0]["status"] == "failed"
+    assert replies[0]["error"].endswith(
+        "Process 2 of 2 was killed by signal 9 (SIGKILL) while it was making the clip. It is started again; "
+        "send the request again."
+    )
+    assert posted(server, QUICK)["status"] == "succeeded"
+
+
+def test_a_process_that_is_lost_between_requests_is_not_noticed(server):
+    wait_until_idle(server.url)
+    lost = workers(server)[0]
+    lost.kill()
+    wait_for(lambda: not lost.is_running() or lost.status() == psutil.STATUS_ZOMBIE)
+    assert posted(server, QUICK)["status"] == "succeeded"
+
+
+def test_a_cancelled_request_leaves_the_processes_in_step(server):
+    before = [process.pid for process in workers(server)]
+    thread, replies = slowly(server)
+    request(server.url, "POST", "/predictions/slow/cancel")
+    thread.join(60)
+    assert replies[0]["status"] == "canceled"
+    assert posted(server, QUICK)["status"] == "succeeded"
+    assert [process.pid for process in workers(server)] == before
+
+
+def test_a_wrong_setting_ends_the_start():
+    wrong = Server("t2v", environment={"COGVIDEOX_PARALLEL": "cfg3"}, timeout=120)
+    with pytest.raises(ServerError, match="COGVIDEOX_PARALLEL=cfg3 is unknown"), wrong:
+        pass
+
+
+def test_no_process_outlives_a_server_that_is_killed():
+    with Server("t2v", environment=TWO, timeout=300, on_log=lambda line: None) as server:
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        others = workers(server)
+        assert len(others) == 1
+        for process in [psutil.Process(server.process.pid), *family]:
+            if process not in others:
+                process.kill()
+        psutil.wait_procs(others, timeout=20)
+        assert not any(process.is_running() for process in others)
+
+
+def test_no_process_outlives_a_server_that_is_stopped(server):
+    others = workers(server)
+    server.stop()
+    assert len(others) == 1
+    assert psutil.wait_procs(others, timeout=5)[1] == []
