@@ -2,8 +2,8 @@
 
     settings = settle(machine)                  # from COGVIDEOX_ATTENTION, _COMPILE and _QUANTIZATION
     prepare(settings)                           # before diffusers is imported
-    shrink(pipeline, settings, device="cpu")    # before the weights go where they stay
-    hasten(pipeline.transformer, settings)      # after
+    shrink(pipeline, settings, device="cpu")    # before the weights are placed, and so is this:
+    hasten(pipeline.transformer, settings)
     print(settings)                             # attention native, compiled, weights in int8
 
 Requests know nothing of it; LoRAs are attached to the result like to any other transformer.
@@ -21,7 +21,8 @@ from lib.quantization import QUANTIZATIONS, Quantization
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 
-    from lib.pipelines import Machine
+    from lib.memory.machine import Machine
+    from lib.memory.plan import MemoryPlan
 
 Attention = Literal["native", "cudnn", "flash", "flash3", "sage"]
 Capability = tuple[int, int]
@@ -167,13 +168,38 @@ def settle_quantization(asked: str, capability: Capability | None) -> Quantizati
 
 
 def prepare(settings: Acceleration) -> None:
-    """Import PyTorch's compiler if it will be used: diffusers is otherwise imported without it."""
+    """Import PyTorch's compiler if it will be used: diffusers is otherwise imported without it.
+
+    To be called before diffusers is imported, which imports torchao where it is installed.
+    """
     if settings.compiled:
         from lib.compilation import keep_compilations
 
         keep_compilations()  # the compiler settles on a folder when it is imported
     if settings.compiled or settings.quantization != "none":
         import torch._dynamo  # noqa: F401
+    if settings.quantization != "none":
+        from lib.quantization import silence_torchao
+
+        silence_torchao()
+
+
+def check_plan(settings: Acceleration, plan: "MemoryPlan") -> None:
+    """Raise UserError where the memory plan does not go with what was asked for."""
+    if plan.offload == "sequential":
+        for wanted, name, reason in (
+            (settings.compiled, "COGVIDEOX_COMPILE=1", "it brings the layers of a compiled block one by one"),
+            (
+                settings.weights != "none",
+                f"COGVIDEOX_QUANTIZATION={settings.quantization}",
+                "it cannot move them",
+            ),
+        ):
+            if wanted:
+                raise UserError(
+                    f"{name} does not go with the memory plan sequential ({plan.reason}): {reason}. Leave it "
+                    "out, or set COGVIDEOX_OFFLOAD=group."
+                )
 
 
 def shrink(pipeline: "DiffusionPipeline", settings: Acceleration, *, device: str) -> None:

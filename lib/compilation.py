@@ -46,8 +46,6 @@ def compile_blocks(transformer: "CogVideoXTransformer3DModel", *, backend: objec
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    for block in transformer.transformer_blocks:
-        block.attn1.processor.fused = None  # compiled code asks of each tensor where it is in memory
     compiled = torch.compile(transformer.transformer_blocks[0].forward.__func__, backend=backend)
     for block in transformer.transformer_blocks:
         block.forward = MethodType(compiled, block)

@@ -178,11 +178,10 @@ class Generator:
 
         `embeddings` of prompt and negative prompt, [1, tokens, width] each, spare the text encoder, which the
         pipeline then need not have. With `together` other processes denoise too, each by `latents`. The same
-        request gives the same noise on every machine: it is drawn on the CPU. Reports progress as lines "progress: denoising 3/50". Raises Stopped when `stop` is set:
-        within one step of denoising, one group of frames (or tile) of decoding.
+        request gives the same noise on every machine: it is drawn on the CPU. Reports progress as lines
+        "progress: denoising 3/50". Raises Stopped when `stop` is set: within one step of denoising, one group
+        of frames (or tile) of decoding.
         """
-        import torch
-
         self.timings.clear()
         tiled = self.decodes_in_tiles(request)
         self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
@@ -193,7 +192,7 @@ class Generator:
 
         decoder_hook = self.pipeline.vae.decoder.register_forward_pre_hook(check)
         try:
-            with torch.inference_mode():
+            with self._without_gradients():
                 with self.timed("text_encoding"):
                     prompt, negative = embeddings or self._prompts.encode(
                         request.prompt, request.negative_prompt if request.guidance_scale > 1 else None
@@ -216,11 +215,9 @@ class Generator:
 
         `check` is called before the first step and after each, and may raise.
         """
-        import torch
-
         self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
         try:
-            with torch.inference_mode():
+            with self._without_gradients():
                 return self._denoise(request, *embeddings, check)
         finally:
             self.pipeline.maybe_free_model_hooks()
@@ -294,6 +291,13 @@ class Generator:
                 f"that {self.spec.name} was trained in ({self.spec.dtype})."
             )
         decode_latents(self.pipeline, latents, sink, tiled=tiled, report=self.report)
+
+    def _without_gradients(self) -> "AbstractContextManager":
+        """inference_mode, or no_grad where weights move meanwhile: quantised ones cannot inside the other."""
+        import torch
+
+        moving = any(hasattr(part, "_hf_hook") for part in self.pipeline.components.values())
+        return torch.no_grad() if moving else torch.inference_mode()
 
     def _synchronize(self) -> None:
         import torch

@@ -7,6 +7,8 @@ this gains time: in the transformer, not in its modulations (one row per clip) a
 """
 
 import logging
+import os
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ def quantize_pipeline(pipeline: "DiffusionPipeline", kind: Quantization, *, devi
 
     Each layer is quantised on `device` and stays there. Lasts as long as the pipeline; not to be done twice.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for other machines
     from torchao.quantization import quantize_
 
     stored, computed = _configs(kind)
@@ -31,6 +32,14 @@ def quantize_pipeline(pipeline: "DiffusionPipeline", kind: Quantization, *, devi
     quantize_(blocks, computed, filter_fn=_is_product, device=device)
     if pipeline.text_encoder is not None:
         quantize_(pipeline.text_encoder.encoder.block, stored, filter_fn=_is_linear, device=device)
+
+
+def silence_torchao() -> None:
+    """No warnings about kernels for other machines, and about merging LoRAs, which is not done here."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")
 
 
 def _configs(kind: Quantization) -> tuple[Any, Any]:
