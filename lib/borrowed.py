@@ -18,6 +18,7 @@ from lib.layout import INDEX, missing_files
 from lib.models import ModelSpec
 
 TEXT, VAE = ("text_encoder", "tokenizer"), "vae"
+"""Components that no conversion of a transformer makes."""
 BORROWED = (*TEXT, VAE)
 PLACE = "completed"
 """In the cache."""
@@ -49,12 +50,18 @@ def completed(folder: Path, lenders: Iterable[Path], *, cache: Path) -> Path:
     return _linked({name: path.resolve() for name, path in parts.items()}, folder.resolve(), cache)
 
 
+def has_text_encoder(folder: Path, width: int | None) -> bool:
+    """Whether a model's folder has a text encoder of this width, and its tokenizer."""
+    found = _number(folder / "text_encoder" / "config.json", "d_model")
+    return found is not None and found == width and (folder / "tokenizer").is_dir()
+
+
 def _loans(folder: Path) -> Iterator[tuple[list[str], Callable[[Path], bool], str]]:
     """Components that come from one lender, who can lend them, and what that is in words."""
     config = folder / "transformer" / "config.json"
     if text := [part for part in TEXT if not (folder / part).exists()]:
         width = _number(config, "text_embed_dim")
-        yield text, lambda lender: _has_text_encoder(lender, width), f"a text encoder of width {width}"
+        yield text, lambda lender: has_text_encoder(lender, width), f"a text encoder of width {width}"
     if not (folder / VAE).exists():
         family, channels = family_of(folder), _number(config, "out_channels")
         yield [VAE], lambda lender: _has_vae(lender, family, channels), f"a VAE of {family.name}'s kind"
@@ -92,11 +99,6 @@ def _linked(parts: dict[str, Path], folder: Path, cache: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
-
-
-def _has_text_encoder(lender: Path, width: int | None) -> bool:
-    found = _number(lender / "text_encoder" / "config.json", "d_model")
-    return found is not None and found == width and (lender / "tokenizer").is_dir()
 
 
 def _has_vae(lender: Path, family: ModelSpec, channels: int | None) -> bool:

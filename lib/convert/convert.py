@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.archive import Stop
+from lib.borrowed import BORROWED
 from lib.convert import configs, detect
 from lib.convert.check import check_component, check_sat
 from lib.convert.configs import Options
@@ -239,8 +240,7 @@ def _finish_pipeline(
             folder / "scheduler" / "scheduler_config.json", "CogVideoXDDIMScheduler", scheduler
         )
         result.settings["snr_shift_scale"] = scheduler["snr_shift_scale"]
-        parts = ("vae", "text_encoder", "tokenizer")
-        result.missing = [part for part in parts if not (folder / part).is_dir()]
+        result.missing = [part for part in BORROWED if not (folder / part).is_dir()]
     dtype = there["transformer"].dtype if whole else "float32"
     usage = pipeline_usage(result, family, dtype) if whole else _vae_usage()
     write_report(result, folder, usage)

@@ -3,19 +3,18 @@
 All released CogVideoX models have the same T5-XXL; the rest of a released model is not downloaded for it.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from lib import hub, weights
 from lib.archive import Stop, require_free_space
+from lib.borrowed import TEXT, has_text_encoder
 from lib.cached import cache_folder
 from lib.compute import check_stop
 from lib.convert import detect
 from lib.convert.configs import family_named
 from lib.convert.lora import split_base
-from lib.convert.parts import PARTS
 from lib.convert.reading import open_checkpoint
 from lib.download import fetch
 from lib.errors import UserError
@@ -44,7 +43,7 @@ def encoder_for(
         shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
         sizes = detect.transformer_sizes(shapes, name=checkpoint.name)
         width, kind = sizes.text_embed_dim, detect.family_of(sizes, given=family)
-    found = next((folder for folder in weights.downloaded() if _fits(folder, width)), None)
+    found = next((folder for folder in weights.downloaded() if has_text_encoder(folder, width)), None)
     if found is not None:
         return found
     if width != WIDTH:
@@ -53,14 +52,6 @@ def encoder_for(
             f"{WIDTH}: text_encoder=true is not possible. Put its own into the result."
         )
     return _downloaded(family_named(kind).repository, report, stop)
-
-
-def _fits(folder: Path, width: int) -> bool:
-    try:
-        config = json.loads((folder / PARTS[0] / "config.json").read_bytes())
-        return config.get("d_model") == width and (folder / PARTS[1]).is_dir()
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _downloaded(repository: str, report: Report, stop: Stop) -> Path:
@@ -76,7 +67,7 @@ def _downloaded(repository: str, report: Report, stop: Stop) -> Path:
         if final.is_dir():  # another process was faster
             return final
         listed = hub.snapshot(repository, REVISION).files
-        files = [file for file in listed if file.path.partition("/")[0] in PARTS]
+        files = [file for file in listed if file.path.partition("/")[0] in TEXT]
         work = final.with_name(final.name + ".partial")
         require_free_space(work, sum(file.size or 0 for file in files if not (work / file.path).exists()))
         for file in files:

@@ -39,6 +39,8 @@ class LoraJob:
 
     source: str
     label: str
+    family: str | None = None
+    """Of the model in the same file, when there is one."""
     rank: int
     alpha: float
     """SAT's."""
@@ -49,6 +51,12 @@ class LoraJob:
     @property
     def keys(self) -> dict[str, tuple[int, ...]]:
         return {tensor.name: tensor.shape for tensor in self.planned}
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Raise UserError for what is no scale."""
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"alpha={alpha} is not possible; it is a number above 0, 1 unless it was changed.")
 
 
 def split_base(tensors: "Mapping[str, Tensor]") -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
@@ -78,13 +86,14 @@ def job_to_diffusers(checkpoint: Checkpoint, *, alpha: float | None, dtype: str 
             "those of attention, as CogVideo's own training makes them."
         )
     rank, layers = _check(plan.outputs, matrices, name)
-    used = _alpha(alpha) if alpha is not None else DEFAULT_ALPHA
+    used = DEFAULT_ALPHA if alpha is None else float(alpha)
     stored = str(next(iter(matrices.values())).dtype).removeprefix("torch.")
-    found, facts = _base(base, checkpoint)
+    found, family, facts = _base(base, checkpoint)
     label = f"a LoRA of rank {rank} on {layers} layers" + (f" of {found}" if found else "")
     return LoraJob(
         source=name,
         label=label,
+        family=family,
         rank=rank,
         alpha=used,
         planned=[
@@ -121,7 +130,7 @@ def job_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None
     rank, layers = _check(tensors, matrices, name)
     modules = {key.partition(".lora_")[0]: rank for key in tensors}
     scaling = declared_scaling(metadata, None, ranks=modules, alphas={}, name=name)
-    used = _alpha(alpha) if alpha is not None else _recorded_alpha(metadata) or DEFAULT_ALPHA
+    used = (_recorded_alpha(metadata) or DEFAULT_ALPHA) if alpha is None else float(alpha)
 
     def factor(target: str) -> float:
         module = plan.outputs[target][0].source.partition(".lora_")[0]
@@ -172,28 +181,22 @@ def _check(outputs: Mapping[str, object], matrices: "Mapping[str, Tensor]", name
     return rank, layers
 
 
-def _base(base: "Mapping[str, Tensor]", checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
-    """What the LoRA was trained on, when its file holds that too, and what to record of it."""
+def _base(base: "Mapping[str, Tensor]", checkpoint: Checkpoint) -> tuple[str, str | None, dict[str, str]]:
+    """What the LoRA was trained on, when its file holds that too: in words, its family, what to record."""
     if "mixins.patch_embed.proj.weight" not in base:
-        return "", {}
+        return "", None, {}
     shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
     sizes = detect.transformer_sizes(shapes, name=checkpoint.name)
     family = detect.family_of(sizes)
     label = detect.variant(sizes, family)
     facts = {"task": configs.FAMILIES[family].task}
-    return label, ({"base": label} if label == family else {}) | facts
+    return label, family, ({"base": label} if label == family else {}) | facts
 
 
 def _dropped(base: "Mapping[str, Tensor]") -> dict[str, str]:
     if not base:
         return {}
-    return {"*": f"{len(base)} tensors: of the model that the LoRA was trained on"}
-
-
-def _alpha(value: float) -> float:
-    if not 0 < value < math.inf:
-        raise UserError(f"alpha={value} is not possible; it is a number above 0, 1 unless it was changed.")
-    return float(value)
+    return {"the model's own weights": f"{len(base)} tensors: of the model that the LoRA was trained on"}
 
 
 def _recorded_alpha(metadata: Mapping[str, str]) -> float | None:

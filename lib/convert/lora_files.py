@@ -12,7 +12,7 @@ from lib.archive import Stop
 from lib.convert import detect
 from lib.convert.check import check_lora, check_sat
 from lib.convert.locating import STATES
-from lib.convert.lora import LoraJob, job_to_diffusers, job_to_sat
+from lib.convert.lora import LoraJob, check_alpha, job_to_diffusers, job_to_sat
 from lib.convert.planning import check_dtype
 from lib.convert.report import Part, Report, write_report
 from lib.convert.results import STEP, announce, open_source, progress_of, sat_usage, write_states
@@ -37,6 +37,7 @@ def lora_to_diffusers(
     for fine-tuning say 64 at rank 128). Raises UserError as to_diffusers does.
     """
     check_dtype(dtype)
+    check_alpha(alpha)
     with new_folder(target) as folder, ExitStack() as opened:
         checkpoint = open_source(opened, source, folder / "work", stop)
         detect.require(detect.identify(checkpoint.tensors), "lora", "sat", name=checkpoint.name)
@@ -74,6 +75,7 @@ def lora_to_sat(
     holds `latest` and 1/mp_rank_00_model_states.pt. Raises UserError as to_diffusers does.
     """
     check_dtype(dtype)
+    check_alpha(alpha)
     with new_folder(target) as folder, ExitStack() as opened:
         checkpoint = open_source(opened, source, folder / "work", stop)
         detect.require(detect.identify(checkpoint.tensors), "lora", "diffusers", name=checkpoint.name)
@@ -100,7 +102,7 @@ def _lora_report(job: LoraJob, direction: str, alpha: float | None) -> Report:
         dtype=", ".join(dtypes),
         dropped=job.dropped,
     )
-    result = Report(direction=direction, variant=job.label, parts=[part])
+    result = Report(direction=direction, variant=job.label, family=job.family, parts=[part])
     result.settings = {"rank": job.rank, "alpha": job.alpha}
     if alpha is None and direction == "to diffusers":
         result.notes.append(

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 from lib.archive import require_free_space
+from lib.borrowed import TEXT
 from lib.errors import UserError
-
-PARTS = ("text_encoder", "tokenizer")
 
 
 def include_text_encoder(source: Path, folder: Path) -> list[str]:
@@ -16,15 +15,15 @@ def include_text_encoder(source: Path, folder: Path) -> list[str]:
     Raises UserError when the source has not both.
     """
     source = Path(source)
-    if missing := [part for part in PARTS if not (source / part).is_dir()]:
+    if missing := [part for part in TEXT if not (source / part).is_dir()]:
         raise UserError(
             f"{source} has no {' and no '.join(missing)}; give a folder of CogVideoX for diffusers."
         )
-    for part in PARTS:
+    for part in TEXT:
         (folder / part).mkdir()
         for file in sorted(path for path in (source / part).iterdir() if path.is_file()):
             _take(file.resolve(), folder / part / file.name)
-    return list(PARTS)
+    return list(TEXT)
 
 
 def _take(file: Path, place: Path) -> None:

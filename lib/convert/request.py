@@ -11,6 +11,7 @@ from lib.convert.configs import OPTIONS, check_options
 from lib.convert.convert import to_diffusers, to_sat
 from lib.convert.encoder import encoder_for
 from lib.convert.locating import STATES
+from lib.convert.lora import check_alpha
 from lib.convert.lora_files import LORA_FILE, lora_to_diffusers, lora_to_sat
 from lib.convert.report import Report
 from lib.convert.results import STEP
@@ -124,10 +125,10 @@ def lora_request(inputs: Mapping[str, Any], *, has_lora: bool) -> LoraRequest:
     """Check the inputs of predict_export_lora. Raises UserError."""
     if not has_lora:
         raise UserError("Give a LoRA: upload it as lora, or give its address as lora_url.")
-    alpha = inputs["alpha"]
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"alpha={alpha} is not possible; it is a number above 0, 1 unless it was changed.")
-    return LoraRequest(direction=inputs["direction"], alpha=alpha, dtype=_unless_auto(inputs["dtype"]))
+    check_alpha(inputs["alpha"])
+    return LoraRequest(
+        direction=inputs["direction"], alpha=inputs["alpha"], dtype=_unless_auto(inputs["dtype"])
+    )
 
 
 def parse_overrides(text: str) -> dict[str, float | int | bool]:

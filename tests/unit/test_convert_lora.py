@@ -233,13 +233,16 @@ def test_a_lora_of_other_layers_cannot_become_sats(tmp_path):
 
 
 def test_the_report_names_rank_alpha_and_what_was_left_out(tmp_path):
-    lora_to_diffusers(factory.source("lora-t2v-2b"), target=tmp_path / "out", alpha=2, report=silent)
+    lines: list[str] = []
+    lora_to_diffusers(factory.source("lora-t2v-2b"), target=tmp_path / "out", alpha=2, report=lines.append)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"] == {"rank": 4, "alpha": 2.0}
     assert report["parts"][0]["dropped"] == {
         "conditioner.*": "1 tensor: the text encoder; the released T5 is the same",
-        "*": "52 tensors: of the model that the LoRA was trained on",
+        "the model's own weights": "52 tensors: of the model that the LoRA was trained on",
     }
+    assert "of the kind of cogvideox-2b" in report["variant"] and report["family"] == "cogvideox-2b"
+    assert "lora: dropped conditioner.*, the model's own weights" in lines
     readme = (tmp_path / "out" / "README.md").read_text()
     assert (
         "At strength 1 it does what it did in SAT with alpha 2: alpha / rank, 2 / 4, is multiplied" in readme
