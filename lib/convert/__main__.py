@@ -143,13 +143,19 @@ def _given(values: dict[str, Any], name: str) -> "Given":
 def _target(given: "list[Given]", direction: str, output: Path | None) -> Path:
     """Where the result goes: beside the first checkpoint, or where the caller stands for an address."""
     if output is not None:
-        return output.absolute()
+        return _plain(output)
     first = next(each for each in given if each)
-    text = str(first.upload.absolute()) if first.upload else first.address
+    text = str(_plain(first.upload)) if first.upload else first.address
     path = Path(text.partition("?")[0].rstrip("/"))
     stem = path.name if path.is_dir() else path.name.removesuffix(path.suffix)
     folder = path.parent if "://" not in text else Path()
-    return (folder / f"{stem}{ENDINGS[direction]}").absolute()
+    return _plain(folder / f"{stem}{ENDINGS[direction]}")
+
+
+def _plain(path: Path) -> Path:
+    """The whole path without any `..` in it; what is a link itself stays one."""
+    whole = path.absolute()
+    return whole.resolve() if whole.name == ".." else whole.parent.resolve() / whole.name
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_help_wrong_command_lines_and_refusals(folder):
         ("vae.pt", f"vae={NAME}.pt"): (1, "The two files are swapped: vae.pt, given as the transformer, is"),
         ("vae=vae.pt",): (1, "family is needed for a VAE alone"),
         ("lora-t2v-2b.pt", "direction=to_sat", "output=x"): (1, "lora-t2v-2b.pt is a SAT LoRA"),
-        (f"{NAME}.pt", "output=busy"): (1, "Another process is converting into"),
+        (f"{NAME}.pt", "output=none/../busy"): (1, f"Another process is converting into {folder}/busy; wait"),
     }
     with lock(folder / "busy", print):
         helped, none, lora, alpha, *outcomes = several(
