@@ -40,6 +40,8 @@ class Kernel:
     most: Capability | None = None
     package: str | None = None
     install: str | None = None
+    shares: bool = True
+    """Whether diffusers can share the sequence among GPUs with it."""
 
 
 KERNELS: dict[Attention, Kernel] = {
@@ -47,7 +49,9 @@ KERNELS: dict[Attention, Kernel] = {
     "cudnn": Kernel(backend="_native_cudnn", least=(8, 0)),
     "flash": Kernel(backend="flash", least=(8, 0), package="flash_attn", install="flash-attn"),
     # Its kernels are Hopper's own; what it is installed as has no place on PyPI.
-    "flash3": Kernel(backend="_flash_3", least=HOPPER, most=HOPPER, package="flash_attn_interface"),
+    "flash3": Kernel(
+        backend="_flash_3", least=HOPPER, most=HOPPER, package="flash_attn_interface", shares=False
+    ),
     # With query and key in 8 bits: the only one that computes less exactly.
     "sage": Kernel(backend="sage", least=(8, 0), package="sageattention"),
 }
@@ -91,9 +95,13 @@ def settle(machine: "Machine", environment: Mapping[str, str] = os.environ) -> A
     installed.
     """
     capability = device_capability(machine.device)
-    attention = settle_attention(environment.get("COGVIDEOX_ATTENTION", ""), capability, machine.dtype)
     return Acceleration(
-        attention=attention,
+        attention=settle_attention(
+            environment.get("COGVIDEOX_ATTENTION", ""),
+            capability,
+            machine.dtype,
+            shared=_shares_clips(capability, environment),
+        ),
         compiled=settle_compile(environment.get("COGVIDEOX_COMPILE", ""), machine.device),
         quantization=settle_quantization(environment.get("COGVIDEOX_QUANTIZATION", ""), capability),
     )
@@ -108,10 +116,15 @@ def device_capability(device: str) -> Capability | None:
     return torch.cuda.get_device_capability()
 
 
-def settle_attention(asked: str, capability: Capability | None, dtype: str) -> Attention:
-    """The kernel as asked for; for "" and "auto" the fastest of the exact ones that this GPU has."""
+def settle_attention(
+    asked: str, capability: Capability | None, dtype: str, *, shared: bool = False
+) -> Attention:
+    """The kernel as asked for; for "" and "auto" the fastest of the exact ones that this GPU has.
+
+    `shared`: whether GPUs share clips, which not every kernel can.
+    """
     if asked in ("", "auto"):
-        return _fastest(capability, dtype)
+        return _fastest(capability, dtype, shared=shared)
     if asked not in KERNELS:
         allowed = ", ".join(["auto", *KERNELS])
         raise UserError(f"COGVIDEOX_ATTENTION={asked} is unknown; allowed are {allowed}.")
@@ -126,6 +139,10 @@ def settle_attention(asked: str, capability: Capability | None, dtype: str) -> A
         )
     if dtype == "float32":
         raise UserError(f"{setting} computes in 16 bits only, and this model runs in float32.")
+    if shared and not kernel.shares:
+        raise UserError(
+            f"{setting} cannot share a clip among GPUs: choose cudnn, or set COGVIDEOX_PARALLEL=off."
+        )
     if kernel.package:
         if asked == "flash3" and not optional.available(kernel.package):
             raise UserError(
@@ -226,11 +243,22 @@ def hasten(transformer: "CogVideoXTransformer3DModel", settings: Acceleration) -
         compile_blocks(transformer)
 
 
-def _fastest(capability: Capability | None, dtype: str) -> Attention:
+def _shares_clips(capability: Capability | None, environment: Mapping[str, str]) -> bool:
+    """Whether this server, on a GPU, will start processes on further ones."""
+    if capability is None or environment.get("COGVIDEOX_PARALLEL", "").strip().lower() in ("off", "0", "1"):
+        return False
+    import torch
+
+    return torch.cuda.device_count() > 1
+
+
+def _fastest(capability: Capability | None, dtype: str, *, shared: bool) -> Attention:
     if capability is None or capability < HOPPER or dtype == "float32":
         return "native"
     for name in PREFERRED:
         kernel = KERNELS[name]
+        if shared and not kernel.shares:
+            continue
         if _runs_on(kernel, capability) and (kernel.package is None or optional.available(kernel.package)):
             return name
     return "native"
