@@ -16,14 +16,14 @@ from lib.borrowed import BORROWED
 from lib.convert import configs, detect
 from lib.convert.check import check_component, check_sat
 from lib.convert.configs import Options
-from lib.convert.locating import STATES
+from lib.convert.locating import SAT_VAE, STATES, vae_beside
 from lib.convert.lora import split_base
 from lib.convert.parts import include_text_encoder
 from lib.convert.pickled import write_pickle
 from lib.convert.planning import CLASSES, Job, check_dtype, sat_job, transformer_job, vae_job
 from lib.convert.reading import MODEL, Checkpoint
 from lib.convert.report import Part, Report, pipeline_usage, write_report
-from lib.convert.results import SAT_VAE, STEP, announce, open_source, progress_of, sat_usage, write_states
+from lib.convert.results import STEP, announce, open_source, progress_of, sat_usage, write_states
 from lib.convert.writing import SHARD_BYTES, new_folder, require_room, write_safetensors
 from lib.convert.writing import Report as Say
 from lib.errors import UserError
@@ -48,10 +48,11 @@ def to_diffusers(
 ) -> Report:
     """Convert a SAT transformer, a SAT VAE or both into the new folder `target`, which from_pretrained loads.
 
-    `transformer` may be a fine-tuned file that holds a VAE beside it; `vae` goes before that one. `family` is
-    needed for a VAE alone, whose scaling is in no tensor. `dtype` is the transformer's, by default what its
-    family is released in; the VAE's is float32. `text_encoder` is a diffusers folder whose text_encoder and
-    tokenizer are taken over. `options` are configuration values that no tensor says (configs.OPTIONS).
+    `transformer` may be a fine-tuned file that holds a VAE too, or a folder with 3d-vae.pt beside `latest`;
+    `vae` goes before both. `family` is needed for a VAE alone, whose scaling is in no tensor. `dtype` is the
+    transformer's, by default what its family is released in; the VAE's is float32. `text_encoder` is a
+    diffusers folder whose text_encoder and tokenizer are taken over. `options` are configuration values that
+    no tensor says (configs.OPTIONS).
 
     Raises UserError naming the file and the reason, before anything is written where possible; `target`
     appears when everything is written and checked, else not at all. Stopped when `stop` is set.
@@ -65,8 +66,8 @@ def to_diffusers(
     if family is not None:
         configs.family_named(family)
     with new_folder(target) as folder, ExitStack() as opened:
-        sources = _open_both(opened, transformer, vae, folder, stop)
         result = Report(direction="to diffusers", variant="")
+        sources = _open_both(opened, transformer, vae, folder, result, stop)
         jobs = _jobs(sources, result, family, dtype, vae_dtype, options)
         require_room(folder, [tensor for job in jobs for tensor in job.planned])
         for job in jobs:
@@ -131,13 +132,17 @@ def to_sat(
 
 
 def _open_both(
-    opened: ExitStack, transformer: Path | None, vae: Path | None, folder: Path, stop: Stop
+    opened: ExitStack, transformer: Path | None, vae: Path | None, folder: Path, result: Report, stop: Stop
 ) -> dict[str, Checkpoint]:
     """Both files by component, told to be what they should be; also when they were swapped."""
     given = {"transformer": transformer, "vae": vae}
     sources = {
         part: open_source(opened, path, folder / "work" / part, stop) for part, path in given.items() if path
     }
+    beside = vae_beside(Path(transformer)) if vae is None and transformer is not None else None
+    if beside is not None and not sources["transformer"].vae:
+        sources["vae"] = open_source(opened, beside, folder / "work" / "vae", stop)
+        result.notes.append(f"The VAE is {beside.name}, which is in the same folder.")
     found = {part: detect.identify(source.tensors) for part, source in sources.items()}
     kinds = {part: each.kind for part, each in found.items()}
     if kinds == {"transformer": "vae", "vae": "transformer"}:

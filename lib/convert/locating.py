@@ -13,6 +13,7 @@ from lib.layout import INDEX
 LATEST = "latest"
 """Beside the folder of the last step, whose name is in it, as SAT and DeepSpeed write."""
 STATES = "mp_rank_00_model_states.pt"
+SAT_VAE = "3d-vae.pt"
 OPTIMIZER_ENDING = "_optim_states.pt"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 INDEX_ENDING = ".safetensors.index.json"
@@ -57,6 +58,13 @@ def locate_weights(path: Path, *, work: Path, max_bytes: int | None = None, stop
     return Located(name=path.name, files=(path,), config=config if safe else None)
 
 
+def vae_beside(path: Path) -> Path | None:
+    """The VAE in a folder of SAT's, beside `latest`, where conversion to SAT puts it; None without one."""
+    latest = _latest(path) if path.is_dir() else None
+    vae = latest.with_name(SAT_VAE) if latest else None
+    return vae if vae and vae.is_file() else None
+
+
 def is_torch_zip(path: Path) -> bool:
     """Whether the file is a zip as torch.save writes it."""
     if not zipped.is_zip(path):
@@ -81,10 +89,8 @@ def _begins_as_safetensors(path: Path) -> bool:
 
 
 def _in_folder(folder: Path, name: str) -> Located:
-    latest = sorted(folder.rglob(LATEST), key=lambda found: (len(found.parts), found))
-    latest = [found for found in latest if found.is_file()]
-    if latest:
-        return _of_step(latest[0], name)
+    if latest := _latest(folder):
+        return _of_step(latest, name)
     indices = sorted(folder.glob(f"*{INDEX_ENDING}"))
     if indices:
         return _sharded(indices[0], name)
@@ -112,6 +118,12 @@ def _in_folder(folder: Path, name: str) -> Located:
         f"{name} holds no weights: neither {LATEST} beside a folder with {STATES}, nor a .pt or "
         ".safetensors file."
     )
+
+
+def _latest(folder: Path) -> Path | None:
+    """The file of that name, the nearest first: archives differ in how many folders they wrap around it."""
+    found = sorted(folder.rglob(LATEST), key=lambda path: (len(path.parts), path))
+    return next((path for path in found if path.is_file()), None)
 
 
 def _pickles(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lib.archive import Stop
-from lib.convert.locating import LATEST, STATES
+from lib.convert.locating import LATEST, SAT_VAE, STATES
 from lib.convert.pickled import write_pickle
 from lib.convert.reading import Checkpoint, open_checkpoint
 from lib.convert.report import Report
@@ -13,7 +13,6 @@ from lib.convert.writing import Planned, Progress, Written
 from lib.convert.writing import Report as Say
 
 STEP = "1"
-SAT_VAE = "3d-vae.pt"
 
 
 def write_states(folder: Path, planned: list[Planned], progress: Progress) -> dict[str, Written]:

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from lib.convert.convert import to_diffusers, to_sat
+from lib.errors import UserError
 from tests import convert_factory as factory
 from tests.convert_factory import VARIANTS, silent
 
@@ -135,14 +136,27 @@ def test_the_vae_comes_back_bit_equal_without_its_loss(converted, tmp_path):
 
 def test_what_came_back_converts_again_to_the_same(converted, tmp_path):
     to_sat(transformer=converted / "i2v-5b", target=tmp_path / "sat", report=silent)
-    to_diffusers(
+    result = to_diffusers(
         transformer=tmp_path / "sat", target=tmp_path / "again", dtype="float32",
         options=factory.options("i2v-5b"), report=silent,
     )  # fmt: skip
-    first, second = (
-        factory.stored(root / "transformer") for root in (converted / "i2v-5b", tmp_path / "again")
-    )
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert result.notes == ["The VAE is 3d-vae.pt, which is in the same folder."]
+    for part in ("transformer", "vae"):
+        first, again = (factory.stored(root / part) for root in (converted / "i2v-5b", tmp_path / "again"))
+        assert factory.same_states(again, first)
+
+
+def test_a_vae_that_is_given_goes_before_the_one_in_the_folder(converted, tmp_path):
+    to_sat(transformer=converted / "i2v-5b" / "transformer", target=tmp_path / "sat", report=silent)
+    (tmp_path / "sat" / "3d-vae.pt").write_bytes(b"of no use")
+    given = {"options": factory.options("i2v-5b"), "report": silent}
+    folder, file = tmp_path / "sat", tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt"
+    result = to_diffusers(transformer=folder, vae=factory.VAE_FILE, target=tmp_path / "both", **given)
+    assert [part.name for part in result.parts] == ["transformer", "vae"] and result.notes == []
+    result = to_diffusers(transformer=file, target=tmp_path / "alone", **given)
+    assert [part.name for part in result.parts] == ["transformer"]
+    with pytest.raises(UserError, match=r"^3d-vae\.pt "):
+        to_diffusers(transformer=folder, target=tmp_path / "neither", **given)
 
 
 def test_a_fine_tuned_file_brings_its_own_vae(tmp_path):
