@@ -61,7 +61,7 @@ class Crew:
 
         Raises LostProcessError where one cannot be loaded, and Stopped.
         """
-        if self._losses:
+        if self._losses or any(process.has_ended for process in self._processes):
             self._start_again()
         while len(self._ready) < len(self._processes):
             if self._losses:

@@ -14,7 +14,7 @@ SHUTDOWN_SECONDS = 10
 def launch(arguments: list[str], *, processes: int) -> int:
     """Run `python -m lib.parallel` with these arguments in so many processes; the exit status.
 
-    That of the first process, which says what is wrong with the request; 1 where another one was lost.
+    That of the first process, which says what is wrong with the request; 1 where one was lost.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -46,12 +46,16 @@ def launch(arguments: list[str], *, processes: int) -> int:
 
 
 def _status(failures: dict) -> int:
-    """What the first process ended with where it could tell; otherwise who was lost."""
+    """1 and who was killed, if anyone was; otherwise what the first process ended with."""
+    killed = {
+        rank: -failure.exitcode
+        for rank, failure in sorted(failures.items())
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM  # by which all are ended then
+    }
+    for rank, number in killed.items():
+        name = signal.Signals(number).name
+        print(f"process {rank + 1} was killed by signal {number} ({name})", file=sys.stderr)
     first = failures.get(0)
-    if first is not None and first.exitcode in (FAILED, MISUSED, INTERRUPTED):
+    if not killed and first is not None and first.exitcode in (MISUSED, INTERRUPTED):
         return first.exitcode
-    for rank, failure in sorted(failures.items()):
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(f"process {rank + 1} was killed by signal {-failure.exitcode} ({name})", file=sys.stderr)
     return FAILED

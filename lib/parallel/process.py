@@ -34,6 +34,7 @@ class Process:
     """`python -m module`, whose messages `hear` gets in a thread of their own, at last Ended."""
 
     def __init__(self, module: str, *, hear: Callable[[Any], None], environment: Mapping[str, str]) -> None:
+        self._silent = False
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -49,6 +50,11 @@ class Process:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is gone, even where Ended has not been heard yet."""
+        return self._silent or self._process.poll() is not None
 
     def tell(self, message: Any) -> None:
         """Send a message; one that is gone does not get it, and is heard of through `hear`."""
@@ -69,6 +75,7 @@ class Process:
         except Exception:  # a fault of ours; whoever waits for an answer is to hear of it
             traceback.print_exc()
             self._process.kill()
+        self._silent = True
         hear(Ended(how=_how(self._process.wait())))
         self._connection.close()
 
