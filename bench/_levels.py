@@ -9,8 +9,8 @@ import numpy as np
 
 from bench._distance import distances
 from lib.generation import Generator
-from lib.models import Task
-from lib.step_cache import Speed, steps_to_forecast
+from lib.models import SPECS, Task
+from lib.step_cache import SPEEDS, Speed, steps_to_forecast
 from tiny.evaluate import Result, evaluate
 
 COLUMNS = ("computed", "all four right", "PSNR", "SSIM", "perceptual", "denoising time")
@@ -72,6 +72,21 @@ def cells(generator: Generator, variant: Variant, row: Row) -> dict[str, str]:
     else:
         found |= dict.fromkeys(("PSNR", "SSIM", "perceptual"), "")
     return found | {"denoising time": f"{statistics.median(row.seconds):.2f}"}
+
+
+def paces() -> str:
+    """How many steps every video model computes at each level, as a table."""
+    lines = []
+    for spec in SPECS.values():
+        if spec.task != "caption":
+            own = spec.num_inference_steps
+            counts = [own - len(steps_to_forecast(spec, speed, own)) for speed in SPEEDS]
+            few = [
+                sum(not steps_to_forecast(spec, s, n) for n in range(1, own)) for s in ("balanced", "fast")
+            ]
+            lines.append([f"`{spec.name}`", *map(str, counts), *map(str, few)])
+    header = (f"model, {own} steps", *SPEEDS, "balanced is exact up to", "fast is exact up to")
+    return markdown(header, lines)
 
 
 def markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:

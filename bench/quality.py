@@ -8,6 +8,7 @@ With --speed, the levels side by side on the same clips: what each obeys, its di
 its time; --fewer adds what exact makes of as many steps. These are the tables of docs/speed.md:
 
 script/bench quality --speed balanced --speed fast --fewer 26 --fewer 12 --docs docs/speed.md
+script/bench quality --speed balanced --speed fast --fewer 12 --task t2v --scheduler dpm --docs docs/speed.md
 """
 
 import argparse
@@ -35,9 +36,12 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="folder for contact sheets of the results")
     parser.add_argument("--speed", choices=SPEEDS, action="append", help="compare with exact; repeatable")
     parser.add_argument("--fewer", type=int, action="append", default=[], help="exact with so many steps too")
+    parser.add_argument("--scheduler", choices=["default", "ddim", "dpm"], default="default")
     parser.add_argument("--clips", type=int, help="of each task, a third of them held out; by default all")
     parser.add_argument("--docs", type=Path, help="file whose tables of levels are to be replaced")
     options = parser.parse_args()
+    if options.docs:
+        _levels.replace_table(options.docs, "paces", _levels.paces())
     if options.speed:
         for task in options.task or SAMPLES:
             levels(task, options)
@@ -86,12 +90,17 @@ def levels(task: str, options: argparse.Namespace) -> None:
     if options.clips:
         samples = {"trained": options.clips - options.clips // 3, "held_out": options.clips // 3}
     generator = load_generator(options.weights / f"tiny-{task}")
-    rows = _levels.compare(generator, task, variants, **samples, guidance_scale=options.guidance)
+    settings = {"guidance_scale": options.guidance, "scheduler": options.scheduler}
+    rows = _levels.compare(generator, task, variants, **samples, **settings)
     found = [[str(v), *_levels.cells(generator, v, row).values()] for v, row in rows.items()]
-    table = _levels.markdown((f"`tiny-{task}`, {sum(samples.values())} clips", *_levels.COLUMNS), found)
+    title = f"`tiny-{task}`, {sum(samples.values())} clips"
+    name = task
+    if options.scheduler != "default":
+        title, name = f"{title}, {options.scheduler}", f"{task} {options.scheduler}"
+    table = _levels.markdown((title, *_levels.COLUMNS), found)
     print(table, flush=True)
     if options.docs:
-        _levels.replace_table(options.docs, task, table)
+        _levels.replace_table(options.docs, name, table)
 
 
 def captions(weights: Path) -> None:

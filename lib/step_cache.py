@@ -1,9 +1,11 @@
 """Request-time speed: denoising steps whose result is forecast instead of computed.
 
 The clean video that the transformer sees in the noise changes almost linearly from step to step, so that at
-some steps it can be told from the two that were computed last. A forecast step costs a few additions over the
-latents. Which steps are forecast depends on their number alone, never on values: several processes that share
-a clip agree on it without a word, and the same request always gives the same clip.
+some steps it can be told from the two that were computed last. With a scheduler that adds new noise in every
+step, as dpm does, most of their difference is that noise, and the last one is told again. A forecast step
+costs a few additions over the latents. Which steps are forecast depends on their number alone, never on
+values: several processes that share a clip agree on it without a word, and the same request always gives the
+same clip.
 
     forecast = steps_to_forecast(spec, "fast", 50)
     with applied(pipeline, forecast):
@@ -73,7 +75,10 @@ def applied(pipeline: "DiffusionPipeline", forecast: Collection[int]) -> Iterato
     kind = pipeline.scheduler.config.prediction_type
     if kind != "v_prediction":
         raise UserError(f"This checkpoint makes a {kind}, not a v_prediction: only speed=exact is possible.")
-    transformer, line = pipeline.transformer, _Line()
+    from diffusers import CogVideoXDPMScheduler
+
+    line = _Line(holds=isinstance(pipeline.scheduler, CogVideoXDPMScheduler))
+    transformer = pipeline.transformer
     skipped, calls = frozenset(forecast), -1
     own = transformer.__dict__.get("forward")  # of whoever replaced the class's: offloading does
     compute = transformer.forward
@@ -105,8 +110,9 @@ def applied(pipeline: "DiffusionPipeline", forecast: Collection[int]) -> Iterato
 
 @dataclass(slots=True)
 class _Line:
-    """Through the two clean videos that were computed last."""
+    """Through the two clean videos that were computed last, or level with the last."""
 
+    holds: bool
     known: "list[tuple[int, Tensor]]" = field(default_factory=list)
 
     def learn(self, step: int, clean: "Tensor") -> None:
@@ -114,4 +120,4 @@ class _Line:
 
     def at(self, step: int) -> "Tensor":
         (before, first), (last, second) = self.known
-        return second.lerp(first, (last - step) / (last - before))
+        return second if self.holds else second.lerp(first, (last - step) / (last - before))

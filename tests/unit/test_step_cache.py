@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from PIL import Image
 
 from lib.compute import Stopped
@@ -110,6 +110,18 @@ class Steady(torch.nn.Module):
     def forward(self, hidden_states, timestep, call):
         self.calls.append(call)
         return (self.velocity(hidden_states[:, :, :2], timestep[0], call).to(self.dtype),)
+
+
+def test_with_new_noise_in_every_step_the_last_clean_video_is_told_again():
+    scheduler = CogVideoXDPMScheduler(**SCHEDULER)
+    scheduler.set_timesteps(5)
+    transformer = Steady(scheduler)
+    with applied(SimpleNamespace(transformer=transformer, scheduler=scheduler), [2, 3]):
+        for call, timestep in enumerate(scheduler.timesteps):
+            states = torch.randn(1, 3, 2, 4, 4)
+            out = transformer(hidden_states=states, timestep=timestep[None], call=call)[0]
+            expected = transformer.velocity(states, timestep, 1 if call in (2, 3) else call)
+            assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4), call
 
 
 @pytest.mark.parametrize("channels", [2, 5], ids=["text", "image"])
