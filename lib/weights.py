@@ -22,7 +22,7 @@ from lib.archive import NoSpaceError, extract_tar, require_free_space
 from lib.cached import RECORD, cache_folder, is_whole, lacks, model_folder
 from lib.download import fetch, read, remote_size, sha256_of
 from lib.errors import UserError
-from lib.layout import INDICES, find_model, missing_files, read_index
+from lib.layout import INDEX, INDICES, find_model, missing_files, read_index
 from lib.lock import lock
 from lib.manifest import MANIFEST, Source, read_manifest
 from lib.offline import forbidden
@@ -111,12 +111,23 @@ def _hub_source(name: str, sources: dict[str, Source]) -> Source:
 
 def _whole_or_raise(folder: Path) -> Path:
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; a model is a folder with model_index.json in it.")
+        said = f"{folder} is not a folder; a model is a folder with {INDEX} in it."
+        raise UserError(said + _if_from_sat(folder))
     if lost := lacks(folder):
-        raise UserError(
-            f"{folder} is not a whole model; it lacks {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}."
-        )
+        said = f"{folder} is not a whole model; it lacks {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}."
+        raise UserError(said + _if_from_sat(folder) * (lost == [INDEX]))
     return folder
+
+
+def _if_from_sat(path: Path) -> str:
+    """What makes a model of a checkpoint of SAT's code, where that is what was named."""
+    files = [*path.glob("*.pt"), *path.glob("*/*.pt")] if path.is_dir() else [path]
+    if not any(file.suffix == ".pt" for file in files):
+        return ""
+    return (
+        f" It looks like a checkpoint of SAT: script/convert {path}, or the predictor predict_convert, makes "
+        "a model of it."
+    )
 
 
 def _completed(folder: Path, sources: dict[str, Source], cache: Path) -> Path | None:

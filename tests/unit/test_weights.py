@@ -145,6 +145,22 @@ def test_a_local_folder_that_is_not_whole_is_refused_by_what_it_lacks(tmp_path, 
     assert lost in str(caught.value)
 
 
+def test_of_what_sat_wrote_the_command_is_named_that_makes_a_model_of_it(tmp_path):
+    sat = write(tmp_path / "sat", {"latest": b"1", "1/mp_rank_00_model_states.pt": b"weights"})
+    file = sat / "1" / "mp_rank_00_model_states.pt"
+    lacking = f"{sat} is not a whole model; it lacks model_index.json."
+    no_folder = f"{file} is not a folder; a model is a folder with model_index.json in it."
+    for path, said in ((sat, lacking), (file, no_folder)):
+        with pytest.raises(UserError) as caught:
+            locate(str(path), cache=tmp_path / "cache")
+        assert str(caught.value) == (
+            f"{said} It looks like a checkpoint of SAT: script/convert {path}, or the predictor "
+            "predict_convert, makes a model of it."
+        )
+    with pytest.raises(UserError, match=r"it lacks model_index\.json\.$"):
+        locate(str(write(tmp_path / "other", {"a.txt": b""})), cache=tmp_path / "cache")
+
+
 def test_a_captioning_model_is_a_folder_without_model_index(tmp_path):
     files = {"config.json": b'{"architectures": ["CogVLMVideoForCausalLM"]}', "model.safetensors": b"noise"}
     assert locate(str(write(tmp_path / "mine", files)), cache=tmp_path / "cache") == tmp_path / "mine"
