@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 OUTPUT = "output"
 ENDINGS = {"to_diffusers": "-diffusers", "to_sat": "-sat"}
+LOCALLY = {
+    ", up to 2 GiB": ", by its path or https:// address",
+    "a zip or tar of the folder that it came in": "the folder that it came in, also as a zip or tar",
+    "a zip or tar of its folder": "its folder, also as a zip or tar",
+    "an archive of a diffusers folder": "a diffusers folder",
+}
+"""What the predictors' inputs say of uploads -> what is true of the commands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +60,7 @@ COMMANDS = {
 def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     command, arguments = COMMANDS[arguments[0]], arguments[1:]
-    document = training_inputs(PROJECT / command.predictor, name="Runner")
+    document = settings_of(command)
     status = help_status(arguments, usage=command.usage, about=__doc__, document=document)
     if status is not None:
         return status
@@ -78,6 +85,17 @@ def main(arguments: list[str]) -> int:
     view.close()
     print(result)
     return 0
+
+
+def settings_of(command: Command) -> dict[str, Any]:
+    """The predictor's inputs as its command takes them: for each checkpoint one, a path or an address."""
+    document = training_inputs(PROJECT / command.predictor, name="Runner")
+    properties = document["components"]["schemas"]["Input"]["properties"]
+    for name in command.sources:
+        del properties[f"{name}_url"], properties[name]["format"]
+        for said, meant in LOCALLY.items():
+            properties[name]["description"] = properties[name]["description"].replace(said, meant)
+    return document
 
 
 def _prepared(command: Command, values: dict[str, Any], output: Path | None) -> Callable[..., Path]:
@@ -114,7 +132,7 @@ def _split(arguments: list[str], command: Command) -> tuple[list[str], Path | No
             output = Path(value).expanduser() if value else None
         elif equals and name.isidentifier():
             pairs.append(argument)
-        elif any(pair.startswith((f"{first}=", f"{first}_url=")) for pair in pairs):
+        elif any(pair.startswith(f"{first}=") for pair in pairs):
             raise UserError(f"{argument!r} is not setting=value; usage: {command.usage}")
         else:
             pairs.append(f"{first}={argument}")
@@ -127,17 +145,13 @@ def _defaults(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(values: dict[str, Any], name: str) -> "Given":
-    """A path, or an address, whichever input it was given as; the others stay in `values`."""
+    """A checkpoint by its path or its address; the other settings stay in `values`."""
     from lib.convert.brought import Given
 
-    text, address = values.pop(name), values.pop(f"{name}_url")
-    if text is None:
-        return Given(slot=name, address=address)
-    if "://" not in text:
-        return Given(slot=name, upload=Path(text).expanduser(), address=address)
-    if address:
-        raise UserError(f"Give {name} or {name}_url, not both.")
-    return Given(slot=name, address=text)
+    text = (values.pop(name) or "").removeprefix("@")
+    if not text or "://" in text:
+        return Given(slot=name, address=text)
+    return Given(slot=name, upload=Path(text).expanduser())
 
 
 def _target(given: "list[Given]", direction: str, output: Path | None) -> Path:

@@ -133,7 +133,7 @@ def test_help_wrong_command_lines_and_refusals(folder):
         ("a.pt", "dtype=int8"): (2, "dtype: 'int8' is not one of auto, float16"),
         ("output=y",): (2, "no file, folder or address is given; usage: script/convert FILE"),
         ("a.pt", "overrides=layers=3"): (2, "layers=3 cannot be given; what no tensor says is sample_height"),
-        ("a.pt", "transformer_url=https://example.com/a.pt"): (2, "Give transformer or transformer_url, not"),
+        ("transformer_url=https://example.com/a.pt",): (2, "no input 'transformer_url'. Did you mean transf"),
         ("vae=vae.pt", "text_encoder=true"): (2, "text_encoder=true needs a transformer"),
         ("none.pt",): (1, "There is no file or folder none.pt."),
         ("vae.pt", f"vae={NAME}.pt"): (1, "The two files are swapped: vae.pt, given as the transformer, is"),
@@ -152,6 +152,9 @@ def test_help_wrong_command_lines_and_refusals(folder):
         )
     assert helped[0] == 0 and "usage: script/convert FILE" in helped[1] and "\n  overrides  (" in helped[1]
     assert none == (2, helped[1], "")
+    for text in (helped[1], lora[1]):
+        assert not any(said in text for said in ("_url", "2 GiB", "@file", "upload it"))
+        assert "by its path or https:// address" in " ".join(text.split())
     assert lora[0] == 0 and "\n  alpha  (" in lora[1]
     assert alpha == (2, "", "alpha=0.0 is not possible; it is a number above 0, 1 unless it was changed.\n")
     for (status, said), outcome in zip(refused.values(), outcomes, strict=True):

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from lib.convert.__main__ import COMMANDS, _split
+from lib.convert.__main__ import COMMANDS, LOCALLY, _split, settings_of
 from lib.convert.configs import OPTIONS
 from lib.serving.configs import PROJECT
 from lib.serving.inputs import input_properties, parse_inputs
@@ -29,7 +29,13 @@ def test_every_command_is_one_that_is_understood(line):
     script, *words = shlex.split(line)
     kind = SCRIPTS[script]
     pairs, _ = _split(words, COMMANDS[kind])
-    assert parse_inputs(pairs, DOCUMENTS[kind], send_files=False)
+    assert parse_inputs(pairs, settings_of(COMMANDS[kind]), send_files=False)
+
+
+def test_what_the_commands_say_otherwise_is_what_the_forms_say():
+    told = [shape["description"] for each in DOCUMENTS.values() for shape in input_properties(each).values()]
+    for said in LOCALLY:
+        assert any(said in description for description in told), said
 
 
 def test_there_are_commands_for_both_ways_of_both():
