@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -38,8 +38,11 @@ class Group:
         cls, *, rank: int, count: int, device: str, meeting: Path | None, seconds: float = EXCHANGE_SECONDS
     ) -> "Group":
         """Wait for the others. They meet at a file of this machine, or where torchrun's variables say."""
+        import torch
         import torch.distributed as dist
 
+        if device == "cuda":
+            torch.cuda.set_device(0)  # the only one that a process sees, but for the server's own
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", ABORT_ONLY)
         store = None
         if meeting is not None:
@@ -94,8 +97,9 @@ class Group:
         """Make what waits for the others fail, from any thread; the group is of no use afterwards."""
         import torch.distributed as dist
 
-        if self.device == "cuda" and dist.is_initialized():
-            dist.distributed_c10d._abort_process_group()
+        if self.device == "cuda":  # gloo notices by itself
+            with suppress(AssertionError, ValueError):  # aborted already
+                dist.distributed_c10d._abort_process_group()
 
     def leave(self) -> None:
         """To be called at the end, and before another group can be joined."""
