@@ -23,28 +23,38 @@ _lock = threading.Lock()
 
 
 def import_diffusers() -> ModuleType:
-    """diffusers, with its CogVideoX pipelines imported; as they are wherever a library is there already.
+    """diffusers, with its CogVideoX pipelines imported; as they are where one of those libraries is there.
 
-    To be called before anything else of the process imports diffusers. A process that will compile imports
-    the compiler first: then all is as it is without this module.
+    To be called before anything else of the process imports diffusers.
     """
     with _lock:
         if f"{PIPELINES}.pipeline_cogvideox" not in sys.modules:
-            with _compiler_left_out():
-                from diffusers.utils import peft_utils, torch_utils  # first: it looks for what is installed
-
-                _skip_unless_imported(torch_utils, "is_compiled_module", lambda module: False)
-                for name in ("scale_lora_layers", "unscale_lora_layers"):
-                    _skip_unless_imported(peft_utils, name, lambda *args, **kwargs: None)
-                with _promised(*(name for name in PROMISED if name not in sys.modules)):
-                    importlib.import_module(f"{PIPELINES}.pipeline_cogvideox")
-                    importlib.import_module(f"{PIPELINES}.pipeline_cogvideox_image2video")
-            from diffusers.pipelines import pipeline_loading_utils
-
-            _skip_unless_imported(pipeline_loading_utils, "_unwrap_model", lambda model: model)
+            if any(_imported(name) for name in (*PROMISED, COMPILER)):
+                _import_pipelines()
+            else:
+                _import_lean()
     import diffusers
 
     return diffusers
+
+
+def _import_pipelines() -> None:
+    importlib.import_module(f"{PIPELINES}.pipeline_cogvideox")
+    importlib.import_module(f"{PIPELINES}.pipeline_cogvideox_image2video")
+
+
+def _import_lean() -> None:
+    with _compiler_left_out():
+        from diffusers.utils import peft_utils, torch_utils  # first: they look for what is installed
+
+        _skip_unless_imported(torch_utils, "is_compiled_module", lambda module: False)
+        for name in ("scale_lora_layers", "unscale_lora_layers"):
+            _skip_unless_imported(peft_utils, name, lambda *args, **kwargs: None)
+        with _promised(*PROMISED):
+            _import_pipelines()
+    from diffusers.pipelines import pipeline_loading_utils
+
+    _skip_unless_imported(pipeline_loading_utils, "_unwrap_model", lambda model: model)
 
 
 class Promise:
@@ -84,9 +94,16 @@ class Promise:
 
 
 class _StandIn(ModuleType):
-    """A module of a promised library: every name that is taken from it is a promise."""
+    """A module of a promised library: every name that is taken from it is a promise.
 
-    def __getattr__(self, name: str) -> Promise:
+    Who keeps the module itself has the real one's names once it stands in no more.
+    """
+
+    _over = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self._over:
+            return getattr(importlib.import_module(self.__name__), name)
         if name.startswith("__"):
             raise AttributeError(name)
         return Promise(self.__name__, name)
@@ -97,7 +114,7 @@ class _Finder:
 
     def __init__(self, roots: Sequence[str]) -> None:
         self.roots = roots
-        self.made: list[str] = []
+        self.made: list[_StandIn] = []
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name.partition(".")[0] not in self.roots:
@@ -105,8 +122,8 @@ class _Finder:
         return ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        self.made.append(spec.name)
-        return _StandIn(spec.name)
+        self.made.append(_StandIn(spec.name))
+        return self.made[-1]
 
     def exec_module(self, module: ModuleType) -> None:
         pass
@@ -121,8 +138,9 @@ def _promised(*roots: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in finder.made:
-            sys.modules.pop(name, None)
+        for module in finder.made:
+            sys.modules.pop(module.__name__, None)
+            module._over = True
 
 
 @contextmanager
@@ -134,9 +152,6 @@ def _compiler_left_out() -> Iterator[None]:
     """
     import torch
 
-    if _imported(COMPILER):
-        yield
-        return
     disable = torch.compiler.disable
     sys.modules[COMPILER] = None  # importing it raises ModuleNotFoundError
     torch.compiler.disable = _disable_later(disable)
