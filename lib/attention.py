@@ -53,6 +53,8 @@ class CogVideoXAttention:
         self._attention_backend = None  # both names are what diffusers looks for
         self._parallel_config = None
         self.fused: FusedProjections | None = None
+        self.dispatch_shared = dispatch_attention_fn
+        """The same over several devices; replaced in compiled blocks, whose compiler cannot follow it."""
 
     def __call__(
         self,
@@ -89,7 +91,8 @@ class CogVideoXAttention:
             cos, sin = (table.unsqueeze(1) for table in rotary)  # [tokens, 1, head size]: beside all heads
             query = _rotate_video(query, text_tokens, cos, sin)
             key = _rotate_video(key, text_tokens, cos, sin)
-        out = dispatch_attention_fn(
+        dispatch = dispatch_attention_fn if self._parallel_config is None else self.dispatch_shared
+        out = dispatch(
             query,
             key,
             value,

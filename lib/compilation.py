@@ -40,12 +40,16 @@ def compile_blocks(transformer: "CogVideoXTransformer3DModel", *, backend: objec
     """Compile the blocks when they are first called, and again for what differs: another size, a LoRA.
 
     A failed compilation raises and leaves nothing: the next call compiles anew. Blocks compute equal to
-    rounding.
+    rounding. What several processes exchange in a block is left uncompiled.
     """
     import torch
     import torch._dynamo
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    apart = torch.compiler.disable(dispatch_attention_fn)
+    for processor in transformer.attn_processors.values():
+        processor.dispatch_shared = apart
     compiled = torch.compile(transformer.transformer_blocks[0].forward.__func__, backend=backend)
     for block in transformer.transformer_blocks:
         block.forward = MethodType(compiled, block)
