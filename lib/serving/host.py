@@ -6,7 +6,6 @@ not stop in time is killed, and the scratch directory goes.
 """
 
 import os
-import runpy
 import shutil
 import signal
 import sys
@@ -21,9 +20,17 @@ GRACE_SECONDS = 10.0
 def main(scratch: Path, host: str, mode: str) -> None:
     """Serves until told to stop. Being the leader of a process group of its own is the caller's part."""
     threading.Thread(target=_stop_with_parent, args=(scratch,), daemon=True).start()
-    sys.argv = ["cog.server.http", "--host", host, "--x-mode", mode]
+    import coglet
+
+    training = mode == "train"
     try:
-        runpy.run_module("cog.server.http", run_name="__main__")
+        # As cog.server.http does, which would first import the whole of cog into this process.
+        coglet.server.serve(
+            predictor_ref=os.environ["COG_TRAIN_TYPE_STUB" if training else "COG_PREDICT_TYPE_STUB"],
+            host=host,
+            port=int(os.environ["PORT"]),
+            is_train=training,
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -31,6 +31,7 @@ from lib.serving.host import GRACE_SECONDS
 from lib.serving.schema import openapi_schema, write_schema
 
 HEALTH_POLL_SECONDS = 0.05
+COGLETS_OWN = b'"target":"coglet"'
 # What coglet puts before the reason when setup() fails.
 SETUP_FAILED = "Setup failed: "
 
@@ -78,6 +79,8 @@ class Server:
         self.log: deque[str] = deque(maxlen=1000)
         self.scratch: Path | None = None
         self.process: subprocess.Popen[bytes] | None = None
+        self._news = threading.Event()
+        """Set when coglet has logged something, such as that it accepts requests."""
 
     @property
     def url(self) -> str:
@@ -177,7 +180,8 @@ class Server:
                 raise ServerError(self._failure(_setup_reason(state)))
             if deadline is not None and time.monotonic() > deadline:
                 raise ServerError(self._failure(f"the server was not ready after {self.timeout:g} s"))
-            time.sleep(HEALTH_POLL_SECONDS)
+            self._news.wait(HEALTH_POLL_SECONDS)
+            self._news.clear()
 
     def _failure(self, reason: str) -> str:
         return "\n".join([f"{self.config.name} did not start: {reason}", *list(self.log)[-20:]])
@@ -185,6 +189,8 @@ class Server:
     def _relay_log(self) -> None:
         """Keeps what the predictor prints, and passes it on; must run for as long as the server does."""
         for raw in self.process_output():
+            if COGLETS_OWN in raw:
+                self._news.set()
             for line, in_prediction in _readable(raw):
                 self.log.append(line)
                 if self.prediction_logs or not in_prediction:
