@@ -240,6 +240,16 @@ def test_the_file_says_how_to_repeat_it(server, inputs, name, tmp_path):
     assert (metadata["seed"], metadata["num_inference_steps"]) == ("5", "2")
 
 
+def test_a_level_of_speed_is_for_its_request_alone_and_is_told(server, inputs, tmp_path):
+    exact = post(server, inputs | {"num_inference_steps": 13})[1]
+    fast = post(server, inputs | {"num_inference_steps": 13, "speed": "fast"})[1]
+    again = post(server, inputs | {"num_inference_steps": 13})[1]
+    told = [(r["metrics"]["speed"], r["metrics"]["computed_steps"]) for r in (exact, fast, again)]
+    assert told == [("exact", 13), ("fast", 12), ("exact", 13)]
+    assert read_metadata(saved(fast, tmp_path))["speed"] == "fast"
+    assert exact["output"] == again["output"] != fast["output"]
+
+
 def test_same_seed_same_bytes_other_seed_other_frames_no_seed_a_new_one(server, inputs, tmp_path):
     first, again = post(server, inputs)[1], post(server, inputs)[1]
     assert first["output"] == again["output"]

@@ -11,6 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from PIL import Image
 
+from bench._levels import paces
 from lib.compute import Stopped
 from lib.errors import UserError
 from lib.generation import Generator, build_request
@@ -318,3 +319,8 @@ def test_offloading_that_is_set_up_anew_at_the_end_of_a_pipelines_call_stays(t2v
 def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
     error = np.mean((frames.astype(float) - reference) ** 2)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def test_the_page_says_what_every_model_computes():
+    page = (WEIGHTS.parent / "docs" / "speed.md").read_text()
+    assert f"<!-- table paces -->\n{paces()}<!-- end -->" in page
