@@ -57,6 +57,7 @@ class Launched:
         part = Part(request=request, embeddings=on_cpu(embeddings), loras=tuple(loras), layout=layout)
         self.told = True
         self.group.tell(part)
+        self.group.meet()
         with self.group.sharing(transformer, layout):
             yield lambda: self.group.check(stop)
 

@@ -92,24 +92,43 @@ class Crew:
 
         The block has to make the same calls as Generator.latents in the others. Raises LostProcessError.
         """
-        self.assemble(stop=stop)
-        group, layout = self._group, self.team.layout(guided=request.guidance_scale > 1)
+        layout = self.team.layout(guided=request.guidance_scale > 1)
         part = Part(request=request, embeddings=on_cpu(embeddings), loras=tuple(loras), layout=layout)
-        for process in self._processes:
-            process.tell(part)
+        group = self._begin(part, stop)
         try:
             with group.sharing(transformer, layout):
                 yield lambda: group.check(stop)
         except Stopped:
             raise  # in all of them
         except BaseException as error:
-            lost = self._await_loss()
-            self._start_again()
-            if lost is None:
-                raise
-            raise LostProcessError(
-                f"{lost} while it was making the clip. It is started again; send the request again."
-            ) from error
+            failure = self._failure(error, "while it was making the clip")
+            raise failure from (None if failure is error else error)
+
+    def _begin(self, part: Part, stop: threading.Event | None) -> Group:
+        """All have heard of a part; told again where one turns out to be gone since the last request."""
+        try:
+            return self._told(part, stop)
+        except LostProcessError:
+            return self._told(part, stop)
+
+    def _told(self, part: Part, stop: threading.Event | None) -> Group:
+        self.assemble(stop=stop)
+        for process in self._processes:
+            process.tell(part)
+        try:
+            self._group.meet()
+        except Exception as error:
+            failure = self._failure(error, "before the clip was begun")
+            raise failure from (None if failure is error else error)
+        return self._group
+
+    def _failure(self, error: BaseException, when: str) -> BaseException:
+        """What to raise for an exchange that failed; the processes, out of step now, are started again."""
+        lost = self._await_loss()
+        self._start_again()
+        if lost is None:
+            return error
+        return LostProcessError(f"{lost} {when}. It is started again; send the request again.")
 
     @classmethod
     def for_server(cls, loading: Loading) -> "Crew | None":

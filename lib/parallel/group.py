@@ -75,6 +75,13 @@ class Group:
         if self.from_first(stop is not None and stop.is_set()):
             raise Stopped
 
+    def meet(self) -> None:
+        """Wait for the others at a point that all come to."""
+        import torch
+        import torch.distributed as dist
+
+        dist.all_reduce(torch.zeros(1))
+
     def from_first(self, value: bool) -> bool:
         """The first process's value, in every process."""
         import torch

@@ -87,11 +87,10 @@ def take_part(part: Part, *, generator: "Generator", loras: "Loras", group: Grou
     """Compute this process's share of a clip; the latents, which all have. Raises Stopped with the others."""
     device = generator.pipeline._execution_device
     embeddings = tuple(each if each is None else each.to(device) for each in part.embeddings)
-    with (
-        loras.applied(part.loras),
-        group.sharing(generator.pipeline.transformer, part.layout),
-    ):
-        return generator.latents(part.request, embeddings, check=lambda: group.check(None))
+    with loras.applied(part.loras):
+        group.meet()
+        with group.sharing(generator.pipeline.transformer, part.layout):
+            return generator.latents(part.request, embeddings, check=lambda: group.check(None))
 
 
 def on_cpu(embeddings: "Embeddings") -> "Embeddings":
