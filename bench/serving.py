@@ -1,11 +1,12 @@
 """Cold start and warm requests of the service beside a plain diffusers script, in one run.
 
-    script/bench serving [--pairs 7] [--steps 50]
+    script/bench serving [--pairs 7] [--steps 50] [--speed exact,balanced,fast] [--json FILE]
 
 Each pair starts both (in turn, the order alternating), times from the start of the process to the first
-finished video, then one more request with a new prompt and seed. The service is timed as its users meet it:
-server start, schema, HTTP, mp4 in the reply. The comparison is bench/seed_style.py on the same weights with
-the same threads, dtype, size and steps.
+finished video, then one request for each speed, every one with a new prompt and seed. The service is timed as
+its users meet it: server start, schema, HTTP, mp4 in the reply; its first video is an exact one. The
+comparison is bench/seed_style.py, which knows no speed, with the same requests on the same weights with the
+same threads, dtype, size and steps. Printed are medians over the pairs; of ratios, of the pairs' own.
 """
 
 import argparse
@@ -18,53 +19,73 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench._levels import markdown
 from lib.serving.client import predict
 from lib.serving.server import Server
+from lib.step_cache import SPEEDS
 from tiny.captions import canonical_caption
 from tiny.world import ALL_COMBINATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "weights" / "tiny-t2v"
 SAME_FOR_BOTH = {"COGVIDEOX_MODEL": "", "CUDA_VISIBLE_DEVICES": ""}  # embedded weights, CPU, fp32
+COLD = "cold start to first video"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench serving", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--speed", default=",".join(SPEEDS), help="of the warm requests, with commas between")
+    parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
-    rows: dict[str, list[tuple[float, float]]] = {"service": [], "seed style": []}
+    speeds = options.speed.split(",")
+    if unknown := set(speeds) - set(SPEEDS):
+        parser.error(f"--speed {', '.join(unknown)} is unknown; there are: {', '.join(SPEEDS)}")
+    time_seed_style(_requests(0, options.steps, ["exact"]))  # fills the disk cache for both
     run = {"service": time_service, "seed style": time_seed_style}
-    time_seed_style(_requests(0, options.steps))  # fills the disk cache for both
+    rows: dict[str, list[list[float]]] = {name: [] for name in run}
     for pair in range(options.pairs):
-        names = list(rows) if pair % 2 == 0 else list(reversed(rows))
-        for name in names:
-            rows[name].append(run[name](_requests(pair, options.steps)))
-        shown = "   ".join(f"{name} {rows[name][-1][0]:.2f} s, {rows[name][-1][1]:.2f} s" for name in rows)
-        print(f"pair {pair + 1}: cold, warm: {shown}", flush=True)
-    for index, label in enumerate(("cold start to first video", "warm request")):
-        medians = {name: statistics.median(row[index] for row in rows[name]) for name in rows}
-        ratios = [a[index] / b[index] for a, b in zip(rows["service"], rows["seed style"], strict=True)]
-        print(
-            f"{label}: service {medians['service']:.2f} s, seed style {medians['seed style']:.2f} s, "
-            f"ratio {statistics.median(ratios):.2f} (median of {len(ratios)} pairs, "
-            f"{min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        requests = _requests(pair, options.steps, ["exact", *speeds])
+        for name in list(run) if pair % 2 == 0 else reversed(run):
+            rows[name].append(run[name](requests))
+        shown = (f"{name} {' '.join(f'{seconds:.2f}' for seconds in rows[name][-1])} s" for name in rows)
+        print(f"pair {pair + 1}, cold and warm: {', '.join(shown)}", file=sys.stderr, flush=True)
+    labels = [COLD, *(f"warm request, {speed}" for speed in speeds)]
+    print(markdown(("", "service", "seed style", "ratio", "of the pairs"), summary(labels, rows)))
+    if options.json:
+        figures = {
+            name: [dict(zip(labels, row, strict=True)) for row in timed] for name, timed in rows.items()
+        }
+        options.json.write_text(json.dumps({"steps": options.steps, **figures}, indent=1) + "\n")
 
 
-def time_service(requests: list[dict]) -> tuple[float, float]:
-    """Seconds from nothing to the first video, and of a second request."""
+def summary(labels: list[str], rows: dict[str, list[list[float]]]) -> list[list[str]]:
+    """A line of the table for each label; `rows` are seconds by name, pair and label."""
+    lines = []
+    for index, label in enumerate(labels):
+        service, seed = ([row[index] for row in rows[name]] for name in ("service", "seed style"))
+        ratios = [ours / theirs for ours, theirs in zip(service, seed, strict=True)]
+        medians = [f"{statistics.median(seconds):.2f} s" for seconds in (service, seed)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append([label, *medians, f"{statistics.median(ratios):.2f}", spread])
+    return lines
+
+
+def time_service(requests: list[dict]) -> list[float]:
+    """Seconds from nothing to the first video, and of each further request."""
     started = time.perf_counter()
     with Server("t2v", on_log=lambda line: None, environment=SAME_FOR_BOTH) as server:
-        predict(server.url, requests[0])
-        cold = time.perf_counter() - started
-        begun = time.perf_counter()
-        predict(server.url, requests[1])
-        return cold, time.perf_counter() - begun
+        seconds = []
+        for request in requests:
+            begun = time.perf_counter() if seconds else started
+            predict(server.url, request)
+            seconds.append(time.perf_counter() - begun)
+    return seconds
 
 
-def time_seed_style(requests: list[dict]) -> tuple[float, float]:
-    """The same two figures of the plain script."""
+def time_seed_style(requests: list[dict]) -> list[float]:
+    """The same figures of the plain script."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "bench" / "seed_style.py"), str(FOLDER), f"{folder}/video.mp4"]
         started = time.perf_counter()
@@ -87,18 +108,21 @@ def time_seed_style(requests: list[dict]) -> tuple[float, float]:
                     raise RuntimeError("bench/seed_style.py ended early; run it by hand to see why")
                 seconds.append(time.perf_counter() - begun)
             process.stdin.close()
-    return seconds[0], seconds[1]
+    return seconds
 
 
-def _requests(pair: int, steps: int) -> list[dict]:
+def _requests(pair: int, steps: int, speeds: list[str]) -> list[dict]:
+    """One for each speed; no prompt and seed twice in all pairs."""
+    numbers = [len(speeds) * pair + turn for turn in range(len(speeds))]
     return [
         {
-            "prompt": canonical_caption(ALL_COMBINATIONS[(2 * pair + turn) * 29 % len(ALL_COMBINATIONS)]),
-            "seed": 1000 + 2 * pair + turn,
+            "prompt": canonical_caption(ALL_COMBINATIONS[number * 29 % len(ALL_COMBINATIONS)]),
+            "seed": 1000 + number,
             "num_inference_steps": steps,
             "guidance_scale": 6.0,
+            "speed": speed,
         }
-        for turn in range(2)
+        for number, speed in zip(numbers, speeds, strict=True)
     ]
 
 
