@@ -1,0 +1,155 @@
+"""A LoRA under every way of computing that a CPU can do, against diffusers' own pipeline with the same LoRA.
+
+`python -m tests.lora_matrix FOLDER` does it for quantised weights, in a process of its own: torchao is
+installed apart (.venv/extras), and what imports diffusers beside it loads slower.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXPipeline, DiffusionPipeline
+from torch import Tensor
+
+from lib.acceleration import Acceleration
+from lib.compilation import compile_blocks
+from lib.generation import Generator, Request, build_request
+from lib.lora import Choice, Loras
+from lib.lora_source import parse
+from lib.memory.machine import Machine
+from lib.models import SPECS, Pace
+from lib.pipelines import load_pipeline, plan_memory
+from lib.placement import place
+from tests.lora_factory import WEIGHTS, save_lora
+from tiny.evaluate import DEFAULTS
+
+SPEC = replace(
+    SPECS["tiny-t2v"],
+    num_inference_steps=6,
+    balanced=Pace(computed=5, first=2, last=1),
+    fast=Pace(computed=4, first=2, last=1),
+)
+"""The same as ever, in few steps."""
+SPEEDS = ("exact", "balanced", "fast")
+OFFLOADS = ("resident", "text", "model", "group")
+QUANTIZED = {
+    "int8": [
+        *(("apart", offload, "exact") for offload in OFFLOADS),
+        ("compiled", "resident", "exact"),
+        ("compiled", "group", "fast"),
+    ],
+    "int8-dynamic": [("apart", "model", "exact"), ("compiled", "resident", "fast")],
+    "fp8": [("apart", "model", "exact"), ("compiled", "resident", "fast")],
+}
+"""Kinds of weights, and under what else each is tried: torchao is slow on a CPU."""
+SCALE = 0.7
+CPU = Machine(device="cpu", free_bytes=0, dtype="float32")
+
+
+def request(speed: str) -> Request:
+    inputs = {"prompt": "a green square moves up", "seed": 7, "num_inference_steps": 6, "speed": speed}
+    return build_request(SPEC, **DEFAULTS | inputs)
+
+
+def lora_file(folder: Path) -> Path:
+    """On the projections and on what no other processor touches."""
+    file = folder / "lora.safetensors"
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "norm1.linear"]
+    return file if file.exists() else save_lora(file, alpha=8, target_modules=targets)
+
+
+def latents(generator: Generator, speed: str) -> Tensor:
+    """A clip as it is before it is decoded."""
+    wanted = request(speed)
+    with torch.no_grad():
+        embeddings = generator._prompts.encode(wanted.prompt, wanted.negative_prompt)
+    return generator.latents(wanted, embeddings, check=lambda: None)
+
+
+@cache
+def expected(kind: str, speed: str, file: Path | None) -> Tensor:
+    """Of diffusers' pipeline as it comes, quantised by torchao's own function where it is."""
+    pipeline = CogVideoXPipeline.from_pretrained(WEIGHTS / "tiny-t2v", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    if kind != "none":
+        from lib.quantization import quantize_pipeline
+
+        quantize_pipeline(pipeline, kind, device="cpu")
+    if file is not None:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="plain")
+        pipeline.set_adapters(["plain"], [SCALE])
+    return latents(Generator(spec=SPEC, pipeline=pipeline, report=lambda line: None), speed)
+
+
+@cache
+def loaded(kind: str, computed: str, offload: str) -> tuple[Generator, Loras]:
+    """`computed`: fused, apart or compiled (followed by the compiler, without its code generator)."""
+    plan = plan_memory(SPEC, WEIGHTS / "tiny-t2v", CPU)
+    settings = Acceleration(quantization=kind)
+    pipeline = load_pipeline(SPEC, WEIGHTS / "tiny-t2v", CPU, plan, settings=settings)
+    if computed != "fused":
+        for processor in pipeline.transformer.attn_processors.values():
+            processor.fused = None
+    if computed == "compiled":
+        compile_blocks(pipeline.transformer, backend="eager")
+    if offload != "resident":
+        _offload_to_the_cpu()
+        place(pipeline, offload, device="cpu")
+    quiet = {"report": lambda line: None}
+    loras = Loras(pipeline=pipeline, spec=SPEC, offload=offload, **quiet)
+    return Generator(spec=SPEC, pipeline=pipeline, **quiet), loras
+
+
+def outcome(kind: str, computed: str, offload: str, speed: str, file: Path) -> dict[str, Any]:
+    """How far from diffusers' latents those with the LoRA and, before and after it, without it are."""
+    generator, loras = loaded(kind, computed, offload)
+    choice = Choice(address=parse(str(file), max_bytes=10**9), scale=SCALE)
+    base, with_lora = (expected(kind, speed, each) for each in (None, file))
+    before = latents(generator, speed)
+    with loras.applied([choice]):
+        heard = latents(generator, speed)
+    after = latents(generator, speed)
+    for key in list(loras._attached):
+        loras._detach(loras._attached.pop(key).name)
+    unloaded = latents(generator, speed)
+    return {
+        "base": _distance(before, base),
+        "lora": _distance(heard, with_lora),
+        "after": _distance(after, before),
+        "unloaded": _distance(unloaded, before),
+        "lora changes": _distance(with_lora, base),
+    }
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@cache
+def _offload_to_the_cpu() -> None:
+    """Let the hooks of a GPU bring weights to the CPU, where there is none."""
+    offload = DiffusionPipeline.enable_model_cpu_offload
+    DiffusionPipeline.enable_model_cpu_offload = lambda self, **named: offload(
+        self, **{"device": "cpu"} | named
+    )
+
+
+def main(folder: Path) -> None:
+    os.environ["COGVIDEOX_LOCAL_SOURCES"] = "1"
+    from lib.acceleration import prepare
+
+    prepare(Acceleration(compiled=True, quantization="int8"))
+    found = {}
+    for kind, ways in QUANTIZED.items():
+        for way in ways:
+            found[" ".join((kind, *way))] = outcome(kind, *way, lora_file(folder))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
