@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lib import lora_cache, lora_source
 from lib.compute import ComputeThread, keep_memory
 from lib.models import ModelSpec, Task
+from lib.read_ahead import read_ahead
 from lib.scratch import Scratch
 from lib.serving import guard
 from lib.setup import MetricSink, Model, settle_model
@@ -60,6 +61,7 @@ class VideoPredictor:
         started = time.perf_counter()
         model = settle_model(task)
         spec, folder = model.spec, model.folder
+        read_ahead(folder)
         weights_url = str(weights_url or os.environ.get("COG_WEIGHTS") or "")
         largest = lora_cache.max_bytes()  # a setting that is none ends the start, not the first request
         default_lora = (
