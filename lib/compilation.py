@@ -67,7 +67,10 @@ def keep_compilations() -> None:
 
 
 def warm_up(generator: "Generator") -> None:
-    """Compile at once what a usual request needs: one step at the model's own size, with guidance."""
+    """Compile at once what a usual request needs: one step at the model's own size, with guidance.
+
+    Of the model's own length, or the longest that the plan has room for.
+    """
     import torch
     from PIL import Image
 
@@ -81,7 +84,7 @@ def warm_up(generator: "Generator") -> None:
         negative_prompt="",
         num_inference_steps=1,
         guidance_scale=spec.guidance_scale,
-        num_frames=None,
+        num_frames=generator.plan.frames if generator.plan else None,
         width=spec.width,
         height=spec.height,
         fps=None,

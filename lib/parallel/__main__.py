@@ -71,11 +71,15 @@ def _run(asked: Asked, arguments: list[str]) -> int:
 
         return take_rank(asked.task, asked.rows[0].inputs, asked.output)
     stop = begin("stopping" if asked.is_list else "")
-    processes = asked.processes or _gpus() or 1
+    gpus = _gpus()
+    processes = asked.processes or gpus or 1
+    if gpus and processes > gpus:
+        has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UserError(f"--processes {processes} needs {processes} GPUs; this machine has {has}.")
     if asked.is_list:
         from lib.parallel.batch import make_list
 
-        return make_list(asked.task, asked.rows, asked.output, processes=processes, gpus=_gpus(), stop=stop)
+        return make_list(asked.task, asked.rows, asked.output, processes=processes, gpus=gpus, stop=stop)
     for number in (signal.SIGINT, signal.SIGTERM):  # the launcher's to answer
         signal.signal(number, signal.default_int_handler)
     from lib.parallel.launch import launch

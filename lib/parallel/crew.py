@@ -151,6 +151,7 @@ class Crew:
         for process in processes:
             process.kill()
         if self._group is not None:
+            self._group.abort()  # NCCL would wait for the others, who are gone
             self._group.leave()
             self._group = None
         if self._meeting is not None:

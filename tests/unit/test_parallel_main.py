@@ -1,0 +1,16 @@
+"""script/parallel's command line where only a machine with GPUs would tell."""
+
+from pathlib import Path
+
+from lib.parallel import __main__ as command
+
+
+def test_more_processes_than_gpus_are_refused_before_any_is_started(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_gpus", lambda: 2)  # none can exist here
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    one = ["t2v", "--processes", "3", "prompt=a red circle", str(tmp_path / "clip.mp4")]
+    many = ["t2v", "--processes", "3", f"prompts={tmp_path / 'prompts.txt'}", str(tmp_path / "clips")]
+    for arguments in (one, many):
+        assert command.main(arguments) == 1
+        assert capsys.readouterr().err == "--processes 3 needs 3 GPUs; this machine has 2 GPUs.\n"
+    assert not (tmp_path / "clips").exists()
