@@ -180,14 +180,15 @@ class Loras:
         self._make_room(size, keep=keep)
         name = f"lora_{key[:24]}"
         try:
-            self.pipeline.load_lora_into_transformer(
-                {f"transformer.{tensor}": value for tensor, value in tensors.items()},
-                transformer=self.pipeline.transformer,
-                adapter_name=name,
-                metadata=_adapter_config(file, choice),
-                low_cpu_mem_usage=True,
-                _pipeline=self.pipeline,
-            )
+            with unhooked(self.pipeline, self.offload):
+                self.pipeline.load_lora_into_transformer(
+                    {f"transformer.{tensor}": value for tensor, value in tensors.items()},
+                    transformer=self.pipeline.transformer,
+                    adapter_name=name,
+                    metadata=_adapter_config(file, choice),
+                    low_cpu_mem_usage=True,
+                    _pipeline=None,  # with one diffusers would put its own offloading in place of the plan's
+                )
             self._check_attached(name, file)
         except BaseException:
             self._detach(name)

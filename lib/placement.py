@@ -32,7 +32,7 @@ def place(pipeline: "DiffusionPipeline", offload: Offload, *, device: str) -> No
     elif offload == "group":
         _bring_groups(pipeline, device)
     else:
-        pipeline.enable_sequential_cpu_offload(device=device)
+        _bring_layers(pipeline, device)
 
 
 def rest_text_encoder(pipeline: "DiffusionPipeline") -> None:
@@ -53,13 +53,14 @@ def unhooked(pipeline: "DiffusionPipeline", offload: Offload) -> Iterator[None]:
     Offloading keeps copies of what it moves, or the layers themselves: without this a removed LoRA would
     stay in memory, and a new one would never be moved.
     """
+    device = str(pipeline._execution_device)
     if offload in ("model", "sequential"):
         pipeline.remove_all_hooks()
     try:
         yield
     finally:
         if offload in ("model", "sequential"):
-            place(pipeline, offload, device=str(pipeline._offload_device))
+            place(pipeline, offload, device=device)
         elif offload == "group":
             from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
@@ -71,6 +72,16 @@ def _bring_text_encoder(pipeline: "DiffusionPipeline", device: str) -> None:
 
     if pipeline.text_encoder is not None:
         cpu_offload_with_hook(pipeline.text_encoder, device)
+
+
+def _bring_layers(pipeline: "DiffusionPipeline", device: str) -> None:
+    """What diffusers' sequential offloading does, which cannot be given a CPU."""
+    import torch
+    from accelerate import cpu_offload
+
+    for part in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
+        if part is not None:
+            cpu_offload(part, torch.device(device), offload_buffers=bool(part._parameters))
 
 
 def _bring_groups(pipeline: "DiffusionPipeline", device: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lib.derived import weights_dtype
 from lib.memory.live import Kernels
 from lib.memory.machine import Dtype, Machine
 from lib.memory.shapes import ModelShape, Parts
@@ -23,6 +24,9 @@ SCALE_BYTES = 4
 """Of each output of a quantised product, at most."""
 STREAMED_BLOCKS = 3
 """Of group offloading: the one that computes, the next, and the last, which the GPU may not be done with."""
+HEAP_BYTES = 2**27
+"""Of a process on a CPU: gaps in the heap, where glibc puts tensors of up to 32 MiB, and what libraries set
+up when they first compute."""
 GIB = 2**30
 
 
@@ -37,6 +41,9 @@ class MemoryModel:
     image: bool
     """Whether its clips begin with an image."""
     weights: Weights = "none"
+    mapped: bool = False
+    """Whether a CPU computes with the very pages of the files: what is copied of them is then there twice,
+    until the system needs the room."""
 
     @classmethod
     def of(
@@ -55,6 +62,9 @@ class MemoryModel:
             dtype=machine.dtype,
             image=spec.task == "i2v",
             weights=weights,
+            mapped=folder is not None
+            and machine.device == "cpu"
+            and machine.dtype == weights_dtype(folder / "transformer"),
         )
 
     def part_bytes(self) -> dict[str, int]:
@@ -80,7 +90,8 @@ class MemoryModel:
             fused=offload == "resident" and self.weights == "none" and clip.adapted == "none",
         )
         weights = self.weights_on_device(offload, lora_bytes)
-        return {stage: weights[stage] + need for stage, need in needs.items()}
+        beside = HEAP_BYTES + self._mapped_copies() if self.device == "cpu" else 0
+        return {stage: weights[stage] + need + beside for stage, need in needs.items()}
 
     def waiting_bytes(self, offload: Offload) -> int:
         """Weights that wait in system memory beside a GPU."""
@@ -126,6 +137,12 @@ class MemoryModel:
             "denoising": denoising,
             "decoding": decoding,
         }
+
+    def _mapped_copies(self) -> int:
+        """Query, key and value of all blocks, which attention.fuse_projections copies into one."""
+        transformer = self.shape.transformer
+        twice = self.mapped and self.weights == "none"
+        return 3 * transformer.width**2 * transformer.layers * ITEMSIZE[self.dtype] if twice else 0
 
     def _largest_of_vae(self) -> int:
         return 27 * max(self.shape.vae.channels) ** 2 * ITEMSIZE[self.dtype]

@@ -22,8 +22,6 @@ GPU_RESERVE = 2**28
 """Workspaces of cuBLAS and cuDNN, and modules that CUDA loads when they are first used."""
 FRAGMENTS = 0.1
 """Of a stage's tensors: what PyTorch's allocator on a GPU cannot use between them. Weights lie close."""
-CPU_RESERVE = 2**27
-"""What libraries set up when they first compute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +49,8 @@ class MemoryPlan:
 
         Raises UserError when it does not fit at all, with what would.
         """
+        if self.room is None:
+            return self.tiling
         for tiled in (False, True):
             if _fits(needed(self.memory, clip, self.offload, tiled=tiled, lora_bytes=lora_bytes), self.room):
                 return tiled
@@ -59,10 +59,10 @@ class MemoryPlan:
 
 def needed(memory: MemoryModel, clip: Clip, offload: Offload, *, tiled: bool, lora_bytes: int = 0) -> int:
     """Bytes to have free: the highest of the stages, and what is no tensor."""
-    cpu = memory.device == "cpu"
-    peaks = memory.peaks(clip, offload, tiled=tiled, lora_bytes=lora_bytes)
-    if cpu:
-        return max(peaks.values()) + CPU_RESERVE
+    # Pages of files are given up when memory is short.
+    peaks = replace(memory, mapped=False).peaks(clip, offload, tiled=tiled, lora_bytes=lora_bytes)
+    if memory.device == "cpu":
+        return max(peaks.values())
     weights = memory.weights_on_device(offload, lora_bytes)
     return max(int(peak + FRAGMENTS * (peak - weights[stage])) for stage, peak in peaks.items()) + GPU_RESERVE
 
