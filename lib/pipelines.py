@@ -58,7 +58,8 @@ def load_pipeline(
 
     silence_libraries()
     # What will be quantised may not fit on the device as it is.
-    straight = plan.offload == "resident" and settings.quantization == "none"
+    stays = plan.offload in ("resident", "text")
+    straight = stays and settings.quantization == "none"
     parts = load_components(
         folder,
         dtype=getattr(torch, machine.dtype),
@@ -71,11 +72,10 @@ def load_pipeline(
     attention.install(pipeline.transformer)
     if machine.device == "cpu":
         convolution.install(pipeline.vae)
-    resident = plan.offload == "resident"
-    acceleration.shrink(pipeline, settings, device=machine.device if resident else "cpu")
+    acceleration.shrink(pipeline, settings, device=machine.device if stays else "cpu")
     acceleration.hasten(pipeline.transformer, settings)  # inside of what moves the weights
     place(pipeline, plan.offload, device=machine.device)
-    if resident and not settings.compiled:  # compiled code would ask where in memory each weight is
+    if stays and not settings.compiled:  # compiled code would ask where in memory each weight is
         attention.fuse_projections(pipeline.transformer)
     return pipeline
 

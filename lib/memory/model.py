@@ -87,7 +87,7 @@ class MemoryModel:
             clip,
             image=self.image,
             tiled=tiled,
-            fused=offload == "resident" and self.weights == "none" and clip.adapted == "none",
+            fused=offload in ("resident", "text") and self.weights == "none" and clip.adapted == "none",
         )
         weights = self.weights_on_device(offload, lora_bytes)
         beside = HEAP_BYTES + self._mapped_copies() if self.device == "cpu" else 0

@@ -67,7 +67,7 @@ def load(loading: Loading) -> "tuple[Generator, Loras]":
     from lib.lora import Loras
     from lib.pipelines import load_pipeline
 
-    if loading.machine.device == "cpu":
+    if loading.machine.device == "cpu" and loading.plan.light:
         keep_memory()
     pipeline = load_pipeline(
         loading.spec,
