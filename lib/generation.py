@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from lib.memory.plan import MemoryPlan
 
 MAX_SEED = 2**63 - 1
-REPORT_SECONDS = 0.1
-"""Between two lines of progress at least: each crosses two processes."""
 Report = Callable[[str], None]
 Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
 """Of prompt and negative prompt, [1, tokens, width] each."""
@@ -194,10 +192,12 @@ class Generator:
         try:
             with self._without_gradients():
                 with self.timed("text_encoding"):
-                    prompt, negative = embeddings or self._prompts.encode(
-                        request.prompt, request.negative_prompt if request.guidance_scale > 1 else None
-                    )
-                    rest_text_encoder(self.pipeline)
+                    try:
+                        prompt, negative = embeddings or self._prompts.encode(
+                            request.prompt, request.negative_prompt if request.guidance_scale > 1 else None
+                        )
+                    finally:
+                        rest_text_encoder(self.pipeline)
                 shared = together(request, (prompt, negative), stop) if together else nullcontext(check)
                 with self.timed("denoising"), shared as check_step:
                     latents = self._denoise(request, prompt, negative, check_step)
@@ -250,14 +250,10 @@ class Generator:
         import torch
 
         check()
-        steps, reported = request.num_inference_steps, 0.0
 
         def on_step(pipeline, step: int, timestep: int, tensors: dict) -> dict:
-            nonlocal reported
             check()
-            if step + 1 == steps or time.perf_counter() - reported >= REPORT_SECONDS:
-                self.report(f"progress: denoising {step + 1}/{steps}")
-                reported = time.perf_counter()
+            self.report(f"progress: denoising {step + 1}/{request.num_inference_steps}")
             return tensors
 
         image = {} if request.image is None else {"image": request.image}

@@ -160,7 +160,7 @@ RELEASED_TEXT_ENCODER = {
     "d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10240, "vocab_size": 32128,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-"""Sizes of the encoder of T5 v1.1 XXL, which all released video models have, as its configuration has them."""
+"""Sizes of the encoder of T5 v1.1 XXL, which all released video models have."""
 RELEASED_VAE = {
     "block_out_channels": (128, 256, 256, 512), "latent_channels": 16, "layers_per_block": 3,
     "temporal_compression_ratio": 4, "sample_height": 480, "sample_width": 720,

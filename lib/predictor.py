@@ -15,7 +15,11 @@ from lib.models import ModelSpec, Task
 from lib.read_ahead import read_ahead
 from lib.scratch import Scratch
 from lib.serving import guard
+from lib.serving.progress import PROGRESS
 from lib.setup import MetricSink, Model, settle_model
+
+REPORT_SECONDS = 0.1
+"""Between two lines of progress, at least."""
 
 if TYPE_CHECKING:
     from lib.generation import Generator, Request, Together
@@ -77,14 +81,14 @@ class VideoPredictor:
 
         loading = settled(model)
         machine, plan, settings = loading.machine, loading.plan, loading.settings
-        if machine.device == "cpu":
+        if machine.device == "cpu" and plan.light:
             keep_memory()
         crew = (crew_for or Crew.for_server)(loading)
         if crew:
             crew.start()
         compute = ComputeThread()
         pipeline = compute.run(lambda: load_pipeline(spec, folder, machine, plan, settings=settings))
-        generator = Generator(spec=spec, pipeline=pipeline, plan=plan, report=_print_now)
+        generator = Generator(spec=spec, pipeline=pipeline, plan=plan, report=thinned(_print_now))
         if settings.compiled:
             compute.run(lambda: warm_up(generator))
         loras = Loras(pipeline=pipeline, spec=spec, offload=plan.offload, report=_print_now)
@@ -233,6 +237,26 @@ def _lora_facts(chosen: "list[Choice]", applied: "list[Applied]") -> dict[str, o
             facts[f"{choice.slot}_alpha"] = choice.alpha
     words = dict.fromkeys(lora.trigger_word for lora in applied if lora.trigger_word)
     return facts | ({"trigger_word": ", ".join(words)} if words else {})
+
+
+def thinned(report: Callable[[str], None]) -> Callable[[str], None]:
+    """Leaves out lines of progress that come too soon after another, but never a stage's last.
+
+    Each crosses two processes: for a small model, fifty of them cost a tenth of the time.
+    """
+    reported = 0.0
+
+    def some(line: str) -> None:
+        nonlocal reported
+        progress = PROGRESS.match(line)
+        if progress:
+            now = time.monotonic()
+            if progress["done"] != progress["total"] and now - reported < REPORT_SECONDS:
+                return
+            reported = now
+        report(line)
+
+    return some
 
 
 def _print_now(line: str) -> None:

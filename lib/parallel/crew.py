@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.compute import Stopped, check_stop
+from lib.errors import UserError
 from lib.parallel.group import Group
 from lib.parallel.layout import VARIABLE, Team, choose_team, heads_of
 from lib.parallel.part import Failed, Joining, Loading, Part, Ready, on_cpu
@@ -126,8 +127,8 @@ class Crew:
         """What to raise for an exchange that failed; the processes, out of step now, are started again."""
         lost = self._await_loss()
         self._start_again()
-        if lost is None:
-            return error
+        if lost is None or isinstance(error, UserError):
+            return error  # all of them met with it
         return LostProcessError(f"{lost} {when}. It is started again; send the request again.")
 
     @classmethod

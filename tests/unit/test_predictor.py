@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import UserError
-from lib.predictor import VideoPredictor
+from lib.predictor import VideoPredictor, thinned
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,3 +60,13 @@ def test_setup_and_a_request_from_a_whole_folder_open_no_socket(tmp_path):
     assert ran.stdout.strip().endswith("tiny-t2v")
     assert "embedded" in ran.stdout
     assert list(tmp_path.glob("cogvideox-*")) == []
+
+
+def test_progress_in_quick_steps_is_thinned_but_for_its_last_line_and_for_what_is_no_progress(monkeypatch):
+    clock, lines = iter([1.0, 1.05, 1.2, 1.21, 1.22]), []
+    monkeypatch.setattr("lib.predictor.time.monotonic", lambda: next(clock))
+    report = thinned(lines.append)
+    for line in ("a note", *(f"progress: denoising {step}/5" for step in range(1, 6)), "another"):
+        report(line)
+    kept = [f"progress: denoising {step}/5" for step in (1, 3, 5)]
+    assert lines == ["a note", *kept, "another"]
