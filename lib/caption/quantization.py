@@ -3,12 +3,12 @@
 Embeddings and the output layer stay as they are, and with 4 bits the vision tower too, which suffers most.
 """
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
+from lib import optional
 from lib.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,16 +25,12 @@ def check_quantization(given: str) -> Quantization | None:
     if given not in QUANTIZATIONS:
         allowed = ", ".join([*QUANTIZATIONS, "none"])
         raise UserError(f"COGVIDEOX_QUANTIZATION={given} is unknown; allowed are {allowed}.")
-    if not available():
-        raise UserError(
-            f"COGVIDEOX_QUANTIZATION={given} needs bitsandbytes, which is not installed: "
-            "pip install bitsandbytes, or add a line with it to requirements.txt for an image."
-        )
+    optional.require("bitsandbytes", for_setting=f"COGVIDEOX_QUANTIZATION={given}")
     return given
 
 
 def available() -> bool:
-    return find_spec("bitsandbytes") is not None
+    return optional.available("bitsandbytes")
 
 
 def is_quantized(name: str, quantization: Quantization | None) -> bool:
