@@ -9,6 +9,7 @@ Nothing is loaded and no GPU is needed: the figures come from the memory model.
 
 import argparse
 import json
+import math
 import sys
 
 from lib.memory.model import GIB, OFFLOADS, released, usual_clip
@@ -25,7 +26,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--weights", choices=("none", "int8", "fp8"), default="none", help="quantisation")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    if options.card is not None and not 0 < options.card < math.inf:
+        parser.error(f"argument --card: {options.card:g} is no size of a card")
     if options.model is None:
+        if options.card is not None or options.weights != "none":
+            parser.error("--card and --weights go with --model; without it the table has all cards")
         found = rows()
         print(json.dumps(found, indent=1) if options.json else markdown(found))
         return 0
