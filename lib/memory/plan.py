@@ -122,9 +122,17 @@ def _fits(need: int, room: int | None) -> bool:
 
 
 def _waiting_possible(memory: MemoryModel, machine: Machine) -> list[Offload]:
-    """Plans whose waiting weights fit into system memory; all when nobody knows."""
+    """Plans whose waiting weights fit into system memory, or all when nobody knows how much there is.
+
+    Quantised weights cannot be moved layer by layer.
+    """
     system = machine.system_bytes
-    return [name for name in OFFLOADS if system is None or memory.waiting_bytes(name) <= USABLE * system]
+    return [
+        name
+        for name in OFFLOADS
+        if (system is None or memory.waiting_bytes(name) <= USABLE * system)
+        and not (name == "sequential" and memory.weights != "none")
+    ]
 
 
 def _refusal(plan: MemoryPlan, clip: Clip, lora_bytes: int) -> str:

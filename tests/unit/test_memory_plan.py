@@ -204,3 +204,11 @@ def test_the_older_interface_of_control_groups_is_read_too(tmp_path):
     write(tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes", "900000\n")
     write(tmp_path / "sys/fs/cgroup/memory/memory.usage_in_bytes", "400000\n")
     assert free_system_bytes(tmp_path) == 500_000
+
+
+def test_quantised_weights_are_never_planned_to_move_layer_by_layer():
+    spec = SPECS["cogvideox1.5-5b"]
+    machine = Machine(device="cuda", free_bytes=int(7.3 * GIB), dtype="bfloat16")
+    plain, small = (MemoryModel.of(spec, None, machine, weights=weights) for weights in ("none", "int8"))
+    assert choose_plan(spec, plain, machine).offload == "sequential"
+    assert choose_plan(spec, small, machine).offload == "group"
