@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench._arguments import at_least_one
 from bench._levels import markdown
 from lib.generation import Generator, build_request
 from lib.models import SPECS
@@ -37,8 +38,8 @@ VARIANTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench denoise", description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=["t2v", "i2v"], default="t2v")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=at_least_one, default=7)
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     rows = measure(options.task, options.rounds, options.steps)

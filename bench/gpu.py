@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench._arguments import at_least_one
 from bench._levels import markdown
 from lib.models import SPECS, ModelSpec
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--variant", choices=VARIANTS, action="append")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--layers", type=int, help="of the transformer, instead of the model's")
     parser.add_argument("--text-layers", type=int, help="of the text encoder, instead of 24")
     parser.add_argument("--json", type=Path, help="file for all figures")

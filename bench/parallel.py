@@ -12,6 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
+from bench._arguments import at_least_one
 from lib.parallel.layout import VARIABLE
 from lib.serving.client import predict
 from lib.serving.server import Server
@@ -22,8 +23,10 @@ PROMPT = "a red circle moves right on a black background"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench parallel", description=__doc__.split("\n")[0])
     parser.add_argument("--processes", default=",".join(map(str, _default())))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--requests", type=int, default=3, help="counted for each; the median is shown")
+    parser.add_argument("--steps", type=at_least_one, default=10)
+    parser.add_argument(
+        "--requests", type=at_least_one, default=3, help="counted for each; the median is shown"
+    )
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--json", type=Path, help="where the figures go too")
     options = parser.parse_args()

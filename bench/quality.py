@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from bench import _levels
+from bench._arguments import at_least_one
 from lib.step_cache import SPEEDS
 from lib.video import write_video
 from tiny import evaluate_captions, world
@@ -31,13 +32,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench quality", description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=[*SAMPLES, "caption"], action="append")
     parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="folder of tiny-t2v and so on")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--sheet", type=Path, help="folder for contact sheets of the results")
     parser.add_argument("--speed", choices=SPEEDS, action="append", help="compare with exact; repeatable")
     parser.add_argument("--fewer", type=int, action="append", default=[], help="exact with so many steps too")
     parser.add_argument("--scheduler", choices=["default", "ddim", "dpm"], default="default")
-    parser.add_argument("--clips", type=int, help="of each task, a third of them held out; by default all")
+    parser.add_argument(
+        "--clips", type=at_least_one, help="of each task, a third of them held out; by default all"
+    )
     parser.add_argument("--docs", type=Path, help="file whose tables of levels are to be replaced")
     options = parser.parse_args()
     if options.docs:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench._arguments import at_least_one
 from bench._levels import markdown
 from lib.serving.client import predict
 from lib.serving.server import Server
@@ -34,8 +35,8 @@ COLD = "cold start to first video"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="script/bench serving", description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--pairs", type=at_least_one, default=7)
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--speed", default=",".join(SPEEDS), help="of the warm requests, with commas between")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
