@@ -1,5 +1,7 @@
 """What a server's variables ask for, what this machine can do of it, and what is said where it cannot."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -23,6 +25,7 @@ from lib.models import SPECS
 from lib.quantization import QUANTIZATIONS
 from tests.unit.test_attention import build, install, run
 
+ROOT = Path(__file__).resolve().parents[2]
 AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
 CPU = None
 
@@ -266,3 +269,28 @@ def test_the_plan_that_moves_single_layers_goes_with_plain_ones_alone(settings, 
         f"{name} does not go with the memory plan sequential (a small card): {reason}. Leave it out, or set "
         "COGVIDEOX_OFFLOAD=group."
     )
+
+
+def test_the_docs_name_every_variable_and_value():
+    page, variables, cog = (
+        (ROOT / name).read_text() for name in ("docs/acceleration.md", "docs/models.md", "cog.yaml")
+    )
+    for variable, values in {
+        "COGVIDEOX_ATTENTION": ["auto", *KERNELS],
+        "COGVIDEOX_COMPILE": ["1"],
+        "COGVIDEOX_QUANTIZATION": QUANTIZATIONS[1:],
+    }.items():
+        [row] = [
+            line
+            for line in variables.splitlines()
+            if line.startswith(f"| `{variable}`") and "[" in line and "acceleration.md" in line
+        ]
+        assert f"| `{variable}` |" in page
+        for value in values:
+            assert f"`{value}`" in row and f"`{value}`" in page, value
+    pinned = next(
+        line for line in (ROOT / "requirements-extras.txt").read_text().splitlines() if "torchao" in line
+    )
+    assert f"pip install {pinned}`" in page
+    for package in ("g++", "python3-dev"):
+        assert f"- {package}" in page and package in cog
