@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from lib.generation import Request
-    from lib.memory.model import MemoryModel
+    from lib.memory.machine import Machine
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def measure(setting: Setting) -> dict:
         machine = Machine(device=device, free_bytes=None, dtype=setting.dtype)
         memory = MemoryModel.of(spec, folder, machine)
         meter = Meter(device)
-        pipeline = load(folder, machine, memory, setting, meter)
+        pipeline = load(folder, machine, setting, meter)
         request = request_for(setting)
         generator = _measured_generator()(spec=spec, pipeline=pipeline, report=lambda line: None)
         generator.meter, generator.tiled = meter, setting.tiled
@@ -166,22 +166,19 @@ def write(folder: Path, setting: Setting) -> None:
     )
 
 
-def load(folder, machine, memory: "MemoryModel", setting: Setting, meter: "Meter") -> "DiffusionPipeline":
+def load(folder: Path, machine: "Machine", setting: Setting, meter: "Meter") -> "DiffusionPipeline":
     """As the service does. Weights that are mapped from their files are read once: a stage that meets them
     for the first time is not to be charged for them."""
     import accelerate  # noqa: F401, and peft: from here on memory is the model's
     import peft
 
     from lib.generation import Generator  # noqa: F401
-    from lib.memory.plan import MemoryPlan
-    from lib.pipelines import load_pipeline
+    from lib.pipelines import load_pipeline, plan_memory
 
     load_pipeline_of_nothing()
     meter.begin()
     spec = SPECS[setting.model]
-    plan = MemoryPlan(
-        offload=setting.offload, tiling=setting.tiled, need=0, room=None, memory=memory, spec=spec, reason=""
-    )
+    plan = plan_memory(spec, folder, machine, forced=setting.offload)
     pipeline = load_pipeline(spec, folder, machine, plan)
     if setting.lora:
         config = peft.LoraConfig(r=64, target_modules=setting.lora.split())

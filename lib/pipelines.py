@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lib import acceleration
 from lib.acceleration import PLAIN, Acceleration
+from lib.compute import return_memory
 from lib.memory.machine import Machine
 from lib.memory.machine import inspect_machine as inspect_machine
 from lib.memory.model import MemoryModel, Weights
@@ -57,6 +58,8 @@ def load_pipeline(
     from lib import attention, convolution
 
     silence_libraries()
+    if machine.device == "cpu" and not plan.light:
+        return_memory()
     # What will be quantised may not fit on the device as it is.
     stays = plan.offload in ("resident", "text")
     straight = stays and settings.quantization == "none"

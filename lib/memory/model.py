@@ -25,7 +25,7 @@ SCALE_BYTES = 4
 STREAMED_BLOCKS = 3
 """Of group offloading: the one that computes, the next, and the last, which the GPU may not be done with."""
 HEAP_BYTES = 2**27
-"""Of a process on a CPU: gaps in the heap, where glibc puts tensors of up to 32 MiB, and what libraries set
+"""Of a process on a CPU: gaps in the heap, where small tensors are (lib/compute.py), and what libraries set
 up when they first compute."""
 GIB = 2**30
 

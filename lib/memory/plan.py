@@ -48,8 +48,8 @@ class MemoryPlan:
 
     @property
     def light(self) -> bool:
-        """Whether so little is needed that a process may keep the memory it frees (lib/compute.py): between
-        large tensors the gaps would cost more than the predicted peak allows for."""
+        """Whether so little is needed that a process may keep the memory it frees (lib/compute.py). The gaps
+        between large tensors would cost more than what is predicted allows for."""
         return self.need < LIGHT
 
     def tiled(self, clip: Clip, *, lora_bytes: int = 0) -> bool:
