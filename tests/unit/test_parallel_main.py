@@ -1,8 +1,22 @@
 """script/parallel's command line where only a machine with GPUs would tell."""
 
+import signal
 from pathlib import Path
 
+import pytest
+
 from lib.parallel import __main__ as command
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """The signals and variables of the tests' own process, which a command makes its own."""
+    for name in ("COGVIDEOX_LOCAL_SOURCES", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "1")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_more_processes_than_gpus_are_refused_before_any_is_started(tmp_path: Path, monkeypatch, capsys):
