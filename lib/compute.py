@@ -17,7 +17,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 SPIN_COUNT = "100000"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-KEPT_BYTES, MAPPED_BYTES = 512 * 2**20, 8 * 2**20
+KEPT_BYTES, MAPPED_BYTES = 512 * 2**20, 2**20
 POLL_SECONDS = 0.05  # an exception injected into a waiting thread is raised when its wait returns
 
 
