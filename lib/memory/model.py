@@ -94,7 +94,7 @@ class MemoryModel:
         return {stage: weights[stage] + need + beside for stage, need in needs.items()}
 
     def waiting_bytes(self, offload: Offload) -> int:
-        """Weights that wait in system memory beside a GPU."""
+        """System memory that a plan takes beside a GPU, at most, for weights that wait there."""
         parts = self.part_bytes()
         waiting = {
             "resident": (),
@@ -103,7 +103,9 @@ class MemoryModel:
             "group": ("transformer", "text_encoder"),
             "sequential": tuple(parts),
         }
-        return sum(parts[name] for name in waiting[offload])
+        sizes = [parts[name] for name in waiting[offload]]
+        # Group offloading copies a part to pinned memory before it lets go of the part as it was loaded.
+        return sum(sizes) + (max(sizes) if offload == "group" else 0)
 
     def weights_on_device(self, offload: Offload, lora_bytes: int = 0) -> dict[Stage, int]:
         """Bytes of weights that are on the device at each stage."""

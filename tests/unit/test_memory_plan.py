@@ -212,3 +212,11 @@ def test_quantised_weights_are_never_planned_to_move_layer_by_layer():
     plain, small = (MemoryModel.of(spec, None, machine, weights=weights) for weights in ("none", "int8"))
     assert choose_plan(spec, plain, machine).offload == "sequential"
     assert choose_plan(spec, small, machine).offload == "group"
+
+
+def test_group_offloading_needs_room_for_one_part_twice_while_it_is_pinned():
+    machine = Machine(device="cuda", free_bytes=16 * GIB, dtype="bfloat16")
+    memory = MemoryModel.of(SPECS["cogvideox-5b"], None, machine)
+    parts = memory.part_bytes()
+    assert memory.waiting_bytes("group") == 2 * parts["transformer"] + parts["text_encoder"]
+    assert memory.waiting_bytes("model") == sum(parts.values())
