@@ -24,8 +24,8 @@ from lib.models import SPECS
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from lib.generation import Request
     from lib.memory.machine import Machine
+    from lib.request import Request
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,7 +208,7 @@ def load_pipeline_of_nothing() -> None:
 def request_for(setting: Setting) -> "Request":
     from PIL import Image
 
-    from lib.generation import Request
+    from lib.request import Request
 
     image = Image.new("RGB", (setting.width, setting.height), (90, 120, 30))
     return Request(

@@ -74,7 +74,7 @@ def warm_up(generator: "Generator") -> None:
     import torch
     from PIL import Image
 
-    from lib.generation import build_request
+    from lib.request import build_request
 
     spec = generator.spec
     image = Image.new("RGB", (spec.width, spec.height)) if spec.task == "i2v" else None

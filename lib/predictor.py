@@ -22,10 +22,11 @@ REPORT_SECONDS = 0.1
 """Between two lines of progress, at least."""
 
 if TYPE_CHECKING:
-    from lib.generation import Generator, Request, Together
+    from lib.generation import Generator, Together
     from lib.lora import Applied, Choice, Loras
     from lib.parallel.crew import Crew
     from lib.parallel.part import Loading
+    from lib.request import Request
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,9 +141,9 @@ class VideoPredictor:
         **inputs: object,
     ) -> Path:
         """Make one video and return its path, which stays until the next request or shutdown."""
-        from lib.generation import build_request
         from lib.images import read_image
         from lib.lora import choices
+        from lib.request import build_request
         from lib.step_cache import steps_to_forecast
 
         self.scratch.clear()
@@ -174,7 +175,7 @@ class VideoPredictor:
             **lora_facts,
         }
         if self.crew:
-            facts |= self.crew.facts(guided=request.guidance_scale > 1)
+            facts |= self.crew.team.facts(guided=request.guidance_scale > 1)
         facts |= {f"{stage}_seconds": seconds for stage, seconds in self.generator.timings.items()}
         for name, value in facts.items():
             metrics.record_metric(name, value)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from lib.acceleration import Acceleration
 from lib.compilation import compile_blocks
-from lib.generation import Generator, Request, build_request
+from lib.generation import Generator
 from lib.lora import Choice, Loras
 from lib.lora_source import parse
 from lib.memory.machine import Machine
 from lib.models import SPECS, Pace
 from lib.pipelines import load_pipeline, plan_memory
 from lib.placement import place
+from lib.request import Request, build_request
 from tests.lora_factory import WEIGHTS, save_lora
 from tiny.evaluate import DEFAULTS
 

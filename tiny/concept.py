@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from lib.encode import write_video
-from lib.generation import Generator, build_request
+from lib.generation import Generator
+from lib.request import build_request
 from tiny import world
 from tiny.evaluate import DEFAULTS
 from tiny.judge import judge

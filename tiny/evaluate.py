@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from lib.derived import spec_for
-from lib.generation import Generator, build_request
+from lib.generation import Generator
 from lib.models import Task
 from lib.pipelines import inspect_machine, load_pipeline, plan_memory
+from lib.request import build_request
 from tiny import world
 from tiny.captions import sample_caption
 from tiny.judge import ATTRIBUTE_NAMES, Verdict, first_frame_psnr, judge

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lib.generation import Generator, Request, build_request
+from lib.generation import Generator
 from lib.images import read_image
+from lib.request import Request, build_request
 from lib.video import write_video
 from training.latents import Encodings
 from training.memory import free_memory

@@ -15,15 +15,16 @@ from lib.archive import disk_error
 from lib.errors import UserError
 from lib.parallel.group import Group
 from lib.parallel.layout import VARIABLE, Team, choose_team, heads_of
-from lib.parallel.part import Loading, Part, load, on_cpu, take_part
+from lib.parallel.part import Loading, Part, load, take_part
 from lib.parallel.process import own_gpu
 from lib.serving.progress import LogView
 
 if TYPE_CHECKING:
     import torch
 
-    from lib.generation import Embeddings, Request
+    from lib.generation import Embeddings
     from lib.lora import Choice
+    from lib.request import Request
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,17 +54,12 @@ class Launched:
         loras: "Sequence[Choice]",
     ) -> "Iterator[Callable[[], None]]":
         """As Crew.together."""
-        layout = self.team.layout(guided=request.guidance_scale > 1)
-        part = Part(request=request, embeddings=on_cpu(embeddings), loras=tuple(loras), layout=layout)
+        part = Part.of(request, embeddings, loras, self.team)
         self.told = True
         self.group.tell(part)
         self.group.meet()
-        with self.group.sharing(transformer, layout):
+        with self.group.sharing(transformer, part.layout):
             yield lambda: self.group.check(stop)
-
-    def facts(self, *, guided: bool) -> dict[str, object]:
-        """As Crew.facts."""
-        return {"processes": self.team.processes, "parallel": str(self.team.layout(guided=guided))}
 
     def dismiss(self) -> None:
         """Let the others end, where there will be no clip to take part in."""

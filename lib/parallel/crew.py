@@ -16,14 +16,15 @@ from lib.compute import Stopped, check_stop
 from lib.errors import UserError
 from lib.parallel.group import Group
 from lib.parallel.layout import VARIABLE, Team, choose_team, heads_of
-from lib.parallel.part import Failed, Joining, Loading, Part, Ready, on_cpu
+from lib.parallel.part import Failed, Joining, Loading, Part, Ready
 from lib.parallel.process import Ended, Process, own_gpu
 
 if TYPE_CHECKING:
     import torch
 
-    from lib.generation import Embeddings, Request
+    from lib.generation import Embeddings
     from lib.lora import Choice
+    from lib.request import Request
 
 MODULE = "lib.parallel.worker"
 POLL_SECONDS = 0.05
@@ -93,11 +94,10 @@ class Crew:
 
         The block has to make the same calls as Generator.latents in the others. Raises LostProcessError.
         """
-        layout = self.team.layout(guided=request.guidance_scale > 1)
-        part = Part(request=request, embeddings=on_cpu(embeddings), loras=tuple(loras), layout=layout)
+        part = Part.of(request, embeddings, loras, self.team)
         group = self._begin(part, stop)
         try:
-            with group.sharing(transformer, layout):
+            with group.sharing(transformer, part.layout):
                 yield lambda: group.check(stop)
         except Stopped:
             raise  # in all of them
@@ -140,10 +140,6 @@ class Crew:
         heads = heads_of(loading.folder)
         team = choose_team(os.environ.get(VARIABLE, ""), gpus=gpus, heads=heads)
         return cls(team=team, loading=loading, gpus=gpus) if team.processes > 1 else None
-
-    def facts(self, *, guided: bool) -> dict[str, object]:
-        """For a request's metrics."""
-        return {"processes": self.team.processes, "parallel": str(self.team.layout(guided=guided))}
 
     def close(self) -> None:
         """End the processes."""

@@ -53,6 +53,10 @@ class Team:
             return self.forced
         return best_layout(self.processes, heads=self.heads, guided=guided)
 
+    def facts(self, *, guided: bool) -> dict[str, object]:
+        """For a request's metrics."""
+        return {"processes": self.processes, "parallel": str(self.layout(guided=guided))}
+
 
 def choose_team(asked: str, *, gpus: int, heads: int) -> Team:
     """The processes for a model with so many attention heads on a machine with so many GPUs (0: CPU).

@@ -1,20 +1,22 @@
 """What the processes of a clip tell each other, and what each but the first does for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.acceleration import PLAIN, Acceleration
 from lib.parallel.group import Group
-from lib.parallel.layout import Layout
+from lib.parallel.layout import Layout, Team
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lib.generation import Embeddings, Generator, Request
+    from lib.generation import Embeddings, Generator
     from lib.lora import Choice, Loras
     from lib.models import ModelSpec
     from lib.pipelines import Machine, MemoryPlan
+    from lib.request import Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,15 @@ class Part:
     """Of prompt and negative prompt: the text encoder is the first process's alone."""
     loras: "tuple[Choice, ...]"
     layout: Layout
+
+    @classmethod
+    def of(
+        cls, request: "Request", embeddings: "Embeddings", loras: "Sequence[Choice]", team: Team
+    ) -> "Part":
+        """Fit to be sent: embeddings are on the CPU, since every process has a GPU of its own."""
+        sent = tuple(each if each is None else each.detach().cpu() for each in embeddings)
+        layout = team.layout(guided=request.guidance_scale > 1)
+        return cls(request=request, embeddings=sent, loras=tuple(loras), layout=layout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +102,6 @@ def take_part(part: Part, *, generator: "Generator", loras: "Loras", group: Grou
         group.meet()
         with group.sharing(generator.pipeline.transformer, part.layout):
             return generator.latents(part.request, embeddings, check=lambda: group.check(None))
-
-
-def on_cpu(embeddings: "Embeddings") -> "Embeddings":
-    """To be sent: every process has a GPU of its own."""
-    return tuple(each if each is None else each.detach().cpu() for each in embeddings)
 
 
 def _silent(line: str) -> None:

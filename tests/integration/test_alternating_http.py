@@ -11,8 +11,9 @@ import pytest
 from diffusers import CogVideoXPipeline
 
 from lib.encode import write_video
-from lib.generation import Generator, build_request
+from lib.generation import Generator
 from lib.models import SPECS
+from lib.request import build_request
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
 from lib.video import decode

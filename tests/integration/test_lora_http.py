@@ -12,8 +12,9 @@ from diffusers import CogVideoXPipeline
 from PIL import Image
 
 from lib.encode import write_video
-from lib.generation import Generator, build_request
+from lib.generation import Generator
 from lib.models import SPECS
+from lib.request import build_request
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server, ServerError
 from lib.video import decode, read_metadata

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import load
 
 from lib.encode import write_video
-from lib.generation import Generator, build_request
+from lib.generation import Generator
 from lib.images import read_image
 from lib.models import SPECS
+from lib.request import build_request
 from lib.scratch import PREFIX
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server

@@ -11,8 +11,8 @@ from PIL import Image
 
 from lib.compute import Stopped
 from lib.errors import UserError
-from lib.generation import MAX_SEED, build_request
 from lib.models import SPECS
+from lib.request import MAX_SEED, build_request
 from tiny.evaluate import DEFAULTS, load_generator
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from lib import lora
 from lib.compute import Stopped
 from lib.errors import UserError
-from lib.generation import Generator, build_request
+from lib.generation import Generator
 from lib.lora import Choice, Loras, choices
 from lib.lora_source import parse
 from lib.models import SPECS
+from lib.request import build_request
 from tests.lora_factory import WEIGHTS, as_kohya, lora_state, save_lora
 from tiny.evaluate import DEFAULTS, load_generator
 

@@ -26,7 +26,8 @@ from lib import quantization
 from lib.quantization import QUANTIZATIONS
 prepare(Acceleration(quantization="int8"))
 import torch
-from lib.generation import Generator, build_request
+from lib.generation import Generator
+from lib.request import build_request
 from tests.unit.test_attention import build
 
 from tiny.evaluate import DEFAULTS

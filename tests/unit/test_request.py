@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.generation import build_request
 from lib.models import SPECS
+from lib.request import build_request
 from tiny.evaluate import DEFAULTS
 
 RED, WHITE, BLACK = (225, 30, 30), (248, 248, 248), (0, 0, 0)

@@ -11,7 +11,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from lib.generation import build_request
+from lib.request import build_request
 from tiny.evaluate import DEFAULTS, load_generator
 from tiny.networks import SCHEDULER, build_text_encoder, build_vae
 from tiny.tokenizer import build_tokenizer

@@ -14,10 +14,11 @@ from PIL import Image
 from bench._levels import paces
 from lib.compute import Stopped
 from lib.errors import UserError
-from lib.generation import Generator, build_request
+from lib.generation import Generator
 from lib.lora import Choice, Loras
 from lib.lora_source import parse
 from lib.models import SPECS
+from lib.request import build_request
 from lib.step_cache import SPEEDS, applied, steps_to_forecast
 from tests.lora_factory import WEIGHTS, save_lora
 from tests.unit.test_second_family import save_pipeline
