@@ -4,7 +4,7 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path
 
-from lib.caption.predictor import CaptionPredictor
+from lib.predictors.caption import CaptionPredictor
 
 
 class Runner(BaseRunner):

@@ -4,7 +4,7 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path
 
-from lib.caption.dataset_predictor import DatasetCaptionPredictor
+from lib.predictors.caption_dataset import DatasetCaptionPredictor
 
 
 class Runner(BaseRunner):

@@ -4,7 +4,7 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path, Secret
 
-from lib.convert.predictor import ConvertPredictor
+from lib.predictors.convert import ConvertPredictor
 
 
 class Runner(BaseRunner):

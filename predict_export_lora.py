@@ -4,7 +4,7 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path
 
-from lib.convert.predictor import ExportLoraPredictor
+from lib.predictors.convert import ExportLoraPredictor
 
 
 class Runner(BaseRunner):

@@ -4,7 +4,7 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path
 
-from lib.predictor import VideoPredictor
+from lib.predictors.video import VideoPredictor
 
 
 class Runner(BaseRunner):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from bench._distance import distances
-from lib.generation import Generator
-from lib.models import SPECS, Task
-from lib.step_cache import SPEEDS, Speed, steps_to_forecast
+from lib.generation.generator import Generator
+from lib.generation.step_cache import SPEEDS, Speed, steps_to_forecast
+from lib.models.specs import SPECS, Task
 from tiny.evaluate import Result, evaluate
 
 COLUMNS = ("computed", "all four right", "PSNR", "SSIM", "perceptual", "denoising time")

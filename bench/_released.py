@@ -8,9 +8,9 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from bench._random_base import bfloat16
-from lib.derived import read_config
 from lib.memory.shapes import released_transformer
-from lib.models import RELEASED_TEXT_ENCODER, RELEASED_VAE, ModelSpec
+from lib.models.derive import read_config
+from lib.models.specs import RELEASED_TEXT_ENCODER, RELEASED_VAE, ModelSpec
 
 TINY = Path(__file__).resolve().parent.parent / "weights"
 TRY_OUT = {

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.encode import write_video
+from lib.video.writer import write_video
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,8 +100,8 @@ def measure(options: argparse.Namespace) -> dict:
 
 def configured():  # type: ignore[no-untyped-def]
     """The captioner that COGVIDEOX_MODEL names."""
-    from lib.caption.predictor import load
-    from lib.setup import settle_model
+    from lib.predictors.caption import load
+    from lib.predictors.model import settle_model
 
     model = settle_model("caption")
     captioner, precision = load(model)

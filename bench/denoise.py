@@ -17,9 +17,9 @@ from PIL import Image
 
 from bench._arguments import at_least_one
 from bench._levels import markdown
-from lib.generation import Generator
-from lib.models import SPECS
-from lib.request import build_request
+from lib.generation.generator import Generator
+from lib.generation.request import build_request
+from lib.models.specs import SPECS
 from tiny.captions import canonical_caption
 from tiny.evaluate import DEFAULTS, load_generator
 from tiny.world import ALL_COMBINATIONS, render, sample_scene

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench._arguments import at_least_one
 from bench._levels import markdown
-from lib.models import SPECS, ModelSpec
+from lib.models.specs import SPECS, ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b")
@@ -111,7 +111,7 @@ def measure(folder: str, variant: str, steps: int) -> None:
     """In a process of its own: one variant's figures as a line of JSON."""
     import torch
 
-    from lib.pipelines import silence_libraries
+    from lib.pipelines.load import silence_libraries
 
     silence_libraries()
     make = plain_clips(Path(folder)) if variant == "plain" else service_clips(Path(folder), variant)
@@ -131,7 +131,7 @@ def plain_clips(folder: Path) -> Callable[[int], float]:
     import torch
     from diffusers.utils import export_to_video
 
-    from lib.derived import derive_spec
+    from lib.models.derive import derive_spec
 
     spec = derive_spec(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,9 +171,9 @@ def plain_clips(folder: Path) -> Callable[[int], float]:
 
 def service_clips(folder: Path, variant: str) -> Callable[[int], float]:
     """The same of the predictor that serves requests."""
-    from lib.derived import derive_spec
-    from lib.predictor import VideoPredictor
-    from lib.step_cache import SPEEDS
+    from lib.generation.step_cache import SPEEDS
+    from lib.models.derive import derive_spec
+    from lib.predictors.video import VideoPredictor
 
     spec = derive_spec(folder)
     predictor = VideoPredictor.start(spec.task)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib import lora, lora_source
+from lib.lora import attach, source
 from tiny import concept
 from tiny.evaluate import evaluate, load_generator, summarise
 from training.config import TrainingConfig
@@ -69,11 +69,11 @@ def show(file: Path, options: argparse.Namespace) -> None:
     """Judge the base, then the LoRA at every strength."""
     settings = {"guidance_scale": options.guidance, "num_inference_steps": options.inference_steps}
     generator = load_generator(options.base)
-    loras = lora.Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
-    address = lora_source.parse(str(file.resolve()), max_bytes=2**32)
+    loras = attach.Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
+    address = source.parse(str(file.resolve()), max_bytes=2**32)
 
     def at(strength: float):
-        return loras.applied([lora.Choice(address=address, scale=strength)])
+        return loras.applied([attach.Choice(address=address, scale=strength)])
 
     def new() -> tuple[np.ndarray, float]:
         clips, right = zip(*concept.generate_concept(generator, options.clips, **settings), strict=True)

@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.models import SPECS
+from lib.models.specs import SPECS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from lib.memory.machine import Machine
-    from lib.request import Request
+    from lib.generation.request import Request
+    from lib.pipelines.machine import Machine
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,9 +127,9 @@ def measure(setting: Setting) -> dict:
     """Load, generate, and return [predicted, measured] bytes by stage, and those of the weights."""
     import torch
 
-    from lib.memory.machine import Machine
     from lib.memory.model import MemoryModel
     from lib.memory.request import clip_of, lora_bytes
+    from lib.pipelines.machine import Machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = SPECS[setting.model]
@@ -172,8 +172,8 @@ def load(folder: Path, machine: "Machine", setting: Setting, meter: "Meter") -> 
     import accelerate  # noqa: F401, and peft: from here on memory is the model's
     import peft
 
-    from lib.generation import Generator  # noqa: F401
-    from lib.pipelines import load_pipeline, plan_memory
+    from lib.generation.generator import Generator  # noqa: F401
+    from lib.pipelines.load import load_pipeline, plan_memory
 
     load_pipeline_of_nothing()
     meter.begin()
@@ -193,9 +193,9 @@ def load(folder: Path, machine: "Machine", setting: Setting, meter: "Meter") -> 
 
 def load_pipeline_of_nothing() -> None:
     """The embedded model once, for what is imported and set up on the way."""
-    from lib.generation import Generator
-    from lib.memory.machine import Machine
-    from lib.pipelines import load_pipeline, plan_memory
+    from lib.generation.generator import Generator
+    from lib.pipelines.load import load_pipeline, plan_memory
+    from lib.pipelines.machine import Machine
 
     for name in ("tiny-t2v", "tiny-i2v"):
         spec, folder = SPECS[name], ROOT / "weights" / name
@@ -208,7 +208,7 @@ def load_pipeline_of_nothing() -> None:
 def request_for(setting: Setting) -> "Request":
     from PIL import Image
 
-    from lib.request import Request
+    from lib.generation.request import Request
 
     image = Image.new("RGB", (setting.width, setting.height), (90, 120, 30))
     return Request(
@@ -220,7 +220,7 @@ def request_for(setting: Setting) -> "Request":
 
 
 def _measured_generator() -> type:
-    from lib.generation import Generator
+    from lib.generation.generator import Generator
 
     class Measured(Generator):
         """Tells a meter when stages begin and end, and decodes as it is told."""

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from bench._arguments import at_least_one
-from lib.parallel.layout import VARIABLE
+from lib.distributed.layout import VARIABLE
 from lib.serving.client import predict
 from lib.serving.server import Server
 

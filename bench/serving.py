@@ -21,9 +21,9 @@ from pathlib import Path
 
 from bench._arguments import at_least_one
 from bench._levels import markdown
+from lib.generation.step_cache import SPEEDS
 from lib.serving.client import predict
 from lib.serving.server import Server
-from lib.step_cache import SPEEDS
 from tiny.captions import canonical_caption
 from tiny.world import ALL_COMBINATIONS
 

@@ -97,7 +97,7 @@ def run(name: str, options: argparse.Namespace, folder: Path, clips: Path) -> di
 
 def measure_service(options: argparse.Namespace, clips: Path) -> None:
     """The service's trainer in this process: from decoding to the last step."""
-    from lib.compute import limit_spinning
+    from lib.predictors.compute_thread import limit_spinning
 
     limit_spinning()
     seconds = seconds_per_step(clips, options, max_num_frames=options.frames)
@@ -195,7 +195,7 @@ def matmul_ceiling(device: str, dtype: object) -> float:
 
 def render_clips(folder: Path, count: int, frames: int) -> None:
     """Clips of the synthetic world with captions."""
-    from lib.video import write_video
+    from lib.video.reader import write_video
     from tiny import world
     from tiny.captions import canonical_caption
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.encode import write_video
+from lib.video.writer import write_video
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.encode import write_video
+from lib.video.writer import write_video
 from tiny.world import BACKGROUNDS, EXTRA_COLOURS, FPS, FRAMES, HEIGHT, WIDTH, Scene, motion_path, render
 
 GROUNDS = tuple(BACKGROUNDS)

@@ -16,16 +16,16 @@ import torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline
 from torch import Tensor
 
-from lib.acceleration import Acceleration
-from lib.compilation import compile_blocks
-from lib.generation import Generator
-from lib.lora import Choice, Loras
-from lib.lora_source import parse
-from lib.memory.machine import Machine
-from lib.models import SPECS, Pace
-from lib.pipelines import load_pipeline, plan_memory
-from lib.placement import place
-from lib.request import Request, build_request
+from lib.generation.generator import Generator
+from lib.generation.request import Request, build_request
+from lib.lora.attach import Choice, Loras
+from lib.lora.source import parse
+from lib.models.specs import SPECS, Pace
+from lib.pipelines.acceleration import Acceleration
+from lib.pipelines.compilation import compile_blocks
+from lib.pipelines.load import load_pipeline, plan_memory
+from lib.pipelines.machine import Machine
+from lib.pipelines.offload import place
 from tests.lora_factory import WEIGHTS, save_lora
 from tiny.evaluate import DEFAULTS
 
@@ -78,7 +78,7 @@ def expected(kind: str, speed: str, file: Path | None) -> Tensor:
     pipeline = CogVideoXPipeline.from_pretrained(WEIGHTS / "tiny-t2v", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if kind != "none":
-        from lib.quantization import quantize_pipeline
+        from lib.pipelines.quantization import quantize_pipeline
 
         quantize_pipeline(pipeline, kind, device="cpu")
     if file is not None:
@@ -142,7 +142,7 @@ def _offload_to_the_cpu() -> None:
 
 def main(folder: Path) -> None:
     os.environ["COGVIDEOX_LOCAL_SOURCES"] = "1"
-    from lib.acceleration import prepare
+    from lib.pipelines.acceleration import prepare
 
     prepare(Acceleration(compiled=True, quantization="int8"))
     found = {}

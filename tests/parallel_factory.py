@@ -65,7 +65,7 @@ import pickle, sys
 from importlib import import_module
 module, name, arguments, rank, count, meeting, result = pickle.load(open(sys.argv[1], "rb"))[int(sys.argv[2])]
 import torch
-from lib.parallel.group import Group
+from lib.distributed.process_group import Group
 torch.set_num_threads(1)
 work = getattr(import_module(module), name)
 group = Group.join(rank=rank, count=count, device="cpu", meeting=meeting, seconds=60)

@@ -12,7 +12,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 
-from lib.models import SPECS
+from lib.models.specs import SPECS
 from tiny.networks import SCHEDULER
 from training.clips import Sampling
 from training.config import TrainingConfig

@@ -129,7 +129,7 @@ def _generated(order: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[in
     """What tiny-t2v makes of canonical captions, where the judge sees in it what was asked for."""
     from diffusers import CogVideoXPipeline
 
-    from lib.models import SPECS
+    from lib.models.specs import SPECS
     from tiny.captions import canonical_caption
 
     spec = SPECS["tiny-t2v"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.encode import write_video
-from lib.generation import Generator
-from lib.request import build_request
+from lib.generation.generator import Generator
+from lib.generation.request import build_request
+from lib.video.writer import write_video
 from tiny import world
 from tiny.evaluate import DEFAULTS
 from tiny.judge import judge

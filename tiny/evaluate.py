@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.derived import spec_for
-from lib.generation import Generator
-from lib.models import Task
-from lib.pipelines import inspect_machine, load_pipeline, plan_memory
-from lib.request import build_request
+from lib.generation.generator import Generator
+from lib.generation.request import build_request
+from lib.models.derive import spec_for
+from lib.models.specs import Task
+from lib.pipelines.load import inspect_machine, load_pipeline, plan_memory
 from tiny import world
 from tiny.captions import sample_caption
 from tiny.judge import ATTRIBUTE_NAMES, Verdict, first_frame_psnr, judge

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.caption.captioner import Captioner, CaptionSettings
-from lib.video import write_video
+from lib.video.reader import write_video
 from tiny import world
 from tiny.judge import ATTRIBUTE_NAMES
 from tiny.world import Attributes

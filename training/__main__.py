@@ -11,12 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-from lib.command import FAILED, INTERRUPTED, MISUSED, begin, help_status
-from lib.compute import Stopped
+from lib.cancellation import Stopped
+from lib.commands.common import FAILED, INTERRUPTED, MISUSED, begin, help_status
 from lib.errors import UserError
+from lib.progress import LogView
 from lib.serving.configs import PROJECT
 from lib.serving.inputs import parse_inputs
-from lib.serving.progress import LogView
 from lib.serving.schema import training_inputs
 from training.config import SECRETS
 

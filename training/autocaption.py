@@ -11,11 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import derived, models
 from lib.caption.record import Record, Row, fingerprint
-from lib.dataset import Clip, LeftOut
+from lib.datasets.dataset import Clip, LeftOut
 from lib.errors import UserError
-from lib.setup import Model
+from lib.models import derive, specs
+from lib.predictors.model import Model
 from training import checkpoints
 from training.devices import from_main
 from training.memory import free_memory
@@ -146,15 +146,15 @@ def _caption(
 
 def _load(name: str, report: Report) -> "Captioner":
     """On this process's device, in the precision that lib.caption.precision settles for it."""
-    from lib.caption.predictor import load
+    from lib.predictors.caption import load
 
     folder = locate_captioner(name, report)
     try:
         model = Model(
-            spec=derived.spec_for(name, folder),
+            spec=derive.spec_for(name, folder),
             folder=folder,
             label=label(name),
-            embedded=name in models.SPECS,
+            embedded=name in specs.SPECS,
         )
         captioner, precision = load(model)
     except UserError as error:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from lib.archive import disk_error
 from lib.errors import UserError
+from lib.storage.archive import disk_error
 from training.config import TrainingConfig
 
 LORA = "lora.safetensors"

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from lib.errors import UserError
-from lib.video import OpenVideo, VideoInfo, open_video
+from lib.video.reader import OpenVideo, VideoInfo, open_video
 
 LONGEST_FRAMES = 10_000
 """Of one file at the base's rate, about 20 minutes at 8 fps: one caption does not describe more."""

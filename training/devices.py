@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lib import processes
-from lib.archive import disk_error
+from lib.distributed import launched
 from lib.errors import UserError
-from lib.lock import lock
+from lib.storage.archive import disk_error
+from lib.storage.lock import lock
 from training.config import TrainingConfig
 from training.memory import free_memory
 from training.plan import precision, trackers
@@ -34,10 +34,10 @@ FEWER_BYTES = (
 def start_accelerator(config: TrainingConfig, run: Path) -> Accelerator:
     """The accelerator of this process: GPU if there is one, as many processes as `accelerate launch` began.
 
-    Raises UserError as lib.processes.start_accelerator does. Sharding is refused there: a frozen base with a
+    Raises UserError as start_accelerator does. Sharding is refused there: a frozen base with a
     LoRA has next to nothing to shard.
     """
-    accelerator = processes.start_accelerator(
+    accelerator = launched.start_accelerator(
         seconds=config.nccl_timeout,
         mixed_precision=precision(config, "cuda" if torch.cuda.is_available() else "cpu"),
         log_with=list(trackers(config)) or None,

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.archive import disk_error
-from lib.cached import cache_folder
-from lib.compute import ComputeThread
 from lib.errors import UserError
-from lib.lock import lock
-from lib.packing import pack
-from lib.scratch import Scratch
-from lib.serving.guard import check_file
+from lib.predictors.compute_thread import ComputeThread
+from lib.predictors.input_files import check_file
+from lib.storage.archive import disk_error
+from lib.storage.lock import lock
+from lib.storage.packing import pack
+from lib.storage.scratch import Scratch
+from lib.weights.cache import cache_folder
 from training import checkpoints
 from training.config import SECRETS, TrainingConfig
 from training.memory import free_memory

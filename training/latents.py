@@ -22,9 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from lib.archive import disk_error
-from lib.dataset import Clip, LeftOut
+from lib.datasets.dataset import Clip, LeftOut
 from lib.errors import UserError
+from lib.storage.archive import disk_error
 from training.adapter import save_tensors
 from training.clips import Sample, Sampling, clip_samples
 from training.config import digest

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.archive import extract_tar
 from lib.errors import UserError
-from lib.sources import check_address, local_sources_allowed, request_rules, save_url
-from lib.transport import shown
+from lib.network.http import shown
+from lib.network.urls import check_address, local_sources_allowed, request_rules, save_url
+from lib.storage.archive import extract_tar
 from training import checkpoints
 from training.devices import from_main
 from training.result import RESULT, TRAINING_STATE

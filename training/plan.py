@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib import derived, hub, models, weights
 from lib.errors import UserError
-from lib.models import ModelSpec, Task
-from lib.sources import local_sources_allowed
+from lib.models import derive, specs
+from lib.models.specs import ModelSpec, Task
+from lib.network import hub
+from lib.network.urls import local_sources_allowed
+from lib.weights import checkpoints
 from training.clips import Sampling
 from training.config import DEFAULT_STEPS, MAX_WARMUP_STEPS, TrainingConfig
 
@@ -58,7 +60,7 @@ class Plan:
 
 def base_name() -> str:
     """COGVIDEOX_MODEL, or the embedded image-to-video model."""
-    return os.environ.get("COGVIDEOX_MODEL") or models.DEFAULT_MODELS["i2v"]
+    return os.environ.get("COGVIDEOX_MODEL") or specs.DEFAULT_MODELS["i2v"]
 
 
 def check_at_the_door(config: TrainingConfig, name: str, device: str) -> None:
@@ -67,9 +69,9 @@ def check_at_the_door(config: TrainingConfig, name: str, device: str) -> None:
     Raises UserError for a base that is not trained here, a captioner that is none, and for an optimizer,
     tracker or precision that this machine lacks.
     """
-    if name in models.SPECS:
-        _check_base(name, models.SPECS[name].task, config)
-        _check_shape(config, models.SPECS[name])
+    if name in specs.SPECS:
+        _check_base(name, specs.SPECS[name].task, config)
+        _check_shape(config, specs.SPECS[name])
     elif Path(name).expanduser().is_dir():  # of a repository only the task is known before the download
         settle(config, name, locate_base(name, config, print), device)
     if config.autocaption:
@@ -100,29 +102,29 @@ def trackers(config: TrainingConfig) -> tuple[str, ...]:
 
 def locate_base(name: str, config: TrainingConfig, report: Callable[[str], None]) -> Path:
     """The base's folder, downloaded if need be; of a repository the task is checked before the download."""
-    return weights.locate(
+    return checkpoints.locate(
         name,
-        check=lambda index: _check_base(name, derived.task_of(index, name), config),
+        check=lambda index: _check_base(name, derive.task_of(index, name), config),
         report=report,
     )
 
 
 def captioner_name(config: TrainingConfig, base: str) -> str:
     """The model that captions clips for a base of this name: autocaption_model, or the base's default."""
-    embedded = base in models.DEFAULT_MODELS.values()
-    return config.autocaption_model or (models.DEFAULT_MODELS["caption"] if embedded else CAPTIONER)
+    embedded = base in specs.DEFAULT_MODELS.values()
+    return config.autocaption_model or (specs.DEFAULT_MODELS["caption"] if embedded else CAPTIONER)
 
 
 def locate_captioner(name: str, report: Callable[[str], None]) -> Path:
     """The captioner's folder, downloaded if need be. Raises UserError when it is no captioning model."""
-    return weights.locate(
-        name, check=lambda index: _check_captioner(name, derived.task_of(index, name)), report=report
+    return checkpoints.locate(
+        name, check=lambda index: _check_captioner(name, derive.task_of(index, name)), report=report
     )
 
 
 def settle(config: TrainingConfig, name: str, folder: Path, device: str) -> Plan:
     """The plan for a base in `folder`. Raises UserError for sizes, lengths and models that do not fit."""
-    spec = derived.spec_for(name, folder)
+    spec = derive.spec_for(name, folder)
     _check_channels(name, spec, folder)
     _check_shape(config, spec)
     seed = secrets.randbits(31) if config.seed is None else config.seed
@@ -156,7 +158,7 @@ def settle(config: TrainingConfig, name: str, folder: Path, device: str) -> Plan
 def label(name: str) -> str:
     """A base's name in what others may see: of a folder its last part."""
     folder = Path(name).expanduser()
-    return folder.resolve().name if name not in models.SPECS and folder.is_dir() else name
+    return folder.resolve().name if name not in specs.SPECS and folder.is_dir() else name
 
 
 def _checkpointing(config: TrainingConfig, device: str) -> bool:
@@ -184,9 +186,9 @@ def warmup_steps(config: TrainingConfig, steps: int) -> int:
 
 def _check_base(name: str, task: Task, config: TrainingConfig) -> None:
     if task not in TRAINABLE:
-        known = [each for kind in TRAINABLE for each in models.names_for(kind)]
+        known = [each for kind in TRAINABLE for each in specs.names_for(kind)]
         raise UserError(
-            f"COGVIDEOX_MODEL={name} is a model for {models.TASK_NAMES[task]}; LoRAs are trained for "
+            f"COGVIDEOX_MODEL={name} is a model for {specs.TASK_NAMES[task]}; LoRAs are trained for "
             f"image to video and text to video, on {', '.join(known)}."
         )
     prompts, images = len(config.validation_prompts), len(config.validation_images)
@@ -204,16 +206,16 @@ def _check_base(name: str, task: Task, config: TrainingConfig) -> None:
 
 def _check_captioner_at_the_door(name: str) -> None:
     """Of a repository the rest is known when it is looked at; where it is, is the downloader's to say."""
-    if name in models.SPECS:
-        _check_captioner(name, models.SPECS[name].task)
+    if name in specs.SPECS:
+        _check_captioner(name, specs.SPECS[name].task)
     elif not local_sources_allowed() and (
         Path(name).expanduser().exists() or not hub.REPOSITORY.fullmatch(name.partition("@")[0])
     ):
         raise UserError(
             f"autocaption_model={name!r} is neither a captioning model's name "
-            f"({', '.join(models.names_for('caption'))}) nor a Hub repository (owner/name)."
+            f"({', '.join(specs.names_for('caption'))}) nor a Hub repository (owner/name)."
         )
-    if name in models.DEFAULT_MODELS.values() or Path(name).expanduser().exists():
+    if name in specs.DEFAULT_MODELS.values() or Path(name).expanduser().exists():
         from lib.caption.config import read_config
 
         read_config(locate_captioner(name, print))
@@ -222,8 +224,8 @@ def _check_captioner_at_the_door(name: str) -> None:
 def _check_captioner(name: str, task: Task) -> None:
     if task != "caption":
         raise UserError(
-            f"autocaption_model={name} is a model for {models.TASK_NAMES[task]}; clips are captioned by "
-            f"{', '.join(models.names_for('caption'))} and models of that kind."
+            f"autocaption_model={name} is a model for {specs.TASK_NAMES[task]}; clips are captioned by "
+            f"{', '.join(specs.names_for('caption'))} and models of that kind."
         )
 
 
@@ -243,14 +245,14 @@ def _check_shape(config: TrainingConfig, spec: ModelSpec) -> None:
 
 def _check_channels(name: str, spec: ModelSpec, folder: Path) -> None:
     """A folder may call itself image to video and hold a text-to-video transformer, or the reverse."""
-    transformer = derived.read_config(folder / "transformer" / "config.json", "in_channels out_channels")
-    latent = derived.read_config(folder / "vae" / "config.json", "latent_channels")["latent_channels"]
+    transformer = derive.read_config(folder / "transformer" / "config.json", "in_channels out_channels")
+    latent = derive.read_config(folder / "vae" / "config.json", "latent_channels")["latent_channels"]
     wanted = latent * (2 if spec.task == "i2v" else 1)
     if transformer["in_channels"] != wanted:
         raise UserError(
-            f"{name} is set up for {models.TASK_NAMES[spec.task]}, which takes {wanted} input channels, but "
+            f"{name} is set up for {specs.TASK_NAMES[spec.task]}, which takes {wanted} input channels, but "
             f"its transformer has {transformer['in_channels']}: it is a model for "
-            f"{models.TASK_NAMES['t2v' if spec.task == 'i2v' else 'i2v']}. Give a base of the right kind."
+            f"{specs.TASK_NAMES['t2v' if spec.task == 'i2v' else 'i2v']}. Give a base of the right kind."
         )
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib.cached import cache_folder
 from lib.caption.record import Row
-from lib.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
+from lib.datasets.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from lib.errors import UserError
-from lib.pipelines import silence_libraries
+from lib.pipelines.load import silence_libraries
+from lib.weights.cache import cache_folder
 from training.config import TrainingConfig
 from training.devices import from_main
 from training.latents import (
@@ -218,7 +218,7 @@ class _LazyVae:
 
 
 def _scaling_factor(plan: Plan) -> float:
-    from lib.derived import read_config
+    from lib.models.derive import read_config
 
     return read_config(plan.folder / "vae" / "config.json", "scaling_factor")["scaling_factor"]
 

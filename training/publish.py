@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.publish import claim
+from lib.network.upload import claim
 from training.config import TrainingConfig
 
 CHECKPOINTS = "checkpoints"

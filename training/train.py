@@ -4,11 +4,11 @@ from typing import Optional
 
 from cog import BaseModel, Input, Path, Secret
 
-from lib.compute import limit_spinning
-from lib.serving import guard
+from lib.predictors import input_files
+from lib.predictors.compute_thread import limit_spinning
 
 limit_spinning()
-guard.install()  # Cog fetches inputs before train() is called, and trainers have no setup()
+input_files.install()  # Cog fetches inputs before train() is called, and trainers have no setup()
 
 from training.entry import CogTrainer  # noqa: E402
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lib import offline
-from lib.compute import Stopped
+from lib.cancellation import Stopped
+from lib.network import offline
 from training import checkpoints, objective
 from training.adapter import add_adapter, check_adapter, check_targets, load_adapter, save_adapter
 from training.ahead import Ahead

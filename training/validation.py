@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lib.generation import Generator
-from lib.images import read_image
-from lib.request import Request, build_request
-from lib.video import write_video
+from lib.generation.generator import Generator
+from lib.generation.request import Request, build_request
+from lib.video.images import read_image
+from lib.video.reader import write_video
 from training.latents import Encodings
 from training.memory import free_memory
 from training.plan import Plan
@@ -138,7 +138,7 @@ def load_scheduler(folder: Path) -> object:
     """The scheduler of the checkpoint, of the class that it names."""
     import diffusers
 
-    from lib.derived import read_config
+    from lib.models.derive import read_config
 
     name = read_config(folder / "scheduler" / "scheduler_config.json", "_class_name")["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler", local_files_only=True)

@@ -10,10 +10,10 @@ from itertools import islice
 
 import torch
 
+from lib.cancellation import check_stop
 from lib.caption.captioner import Caption, Captioner, CaptionSettings, SampledClip
 from lib.caption.record import Record, Row, fingerprint
-from lib.compute import check_stop
-from lib.dataset import Clip
+from lib.datasets.dataset import Clip
 from lib.errors import UserError
 
 READERS = max(1, min(4, (os.cpu_count() or 2) - 1))

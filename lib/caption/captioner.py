@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from lib.cancellation import check_stop
 from lib.caption.config import read_config
 from lib.caption.model import CaptionModel, Decoding
 from lib.caption.preprocessing import clip_pixel_values
 from lib.caption.prompt import Template, build_prompt
 from lib.caption.sampling import FrameSampling, choose_frames
-from lib.compute import check_stop
 from lib.errors import UserError
-from lib.video import open_video
+from lib.video.reader import open_video
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

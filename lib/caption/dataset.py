@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lib.caption.captioner import CaptionSettings
 from lib.caption.record import Row
-from lib.dataset import Clip, LeftOut, full_caption
+from lib.datasets.dataset import Clip, LeftOut, full_caption
 from lib.errors import UserError
 
 CHOICES = {"existing_captions": ("keep", "replace"), "on_bad_clip": ("skip", "stop")}

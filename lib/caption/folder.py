@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.archive import disk_error, require_free_space
 from lib.caption.dataset import Captioned
 from lib.caption.forms import (
     ERRORS,
@@ -24,8 +23,17 @@ from lib.caption.forms import (
     on_one_line,
     sidecar_names,
 )
-from lib.dataset import CAPTION_COLUMNS, CAPTION_LINES, TABLES, VIDEO_COLUMNS, VIDEO_LINES, Clip, column_of
-from lib.listings import Files, UnreadableError, read_lines, read_table, read_text
+from lib.datasets.dataset import (
+    CAPTION_COLUMNS,
+    CAPTION_LINES,
+    TABLES,
+    VIDEO_COLUMNS,
+    VIDEO_LINES,
+    Clip,
+    column_of,
+)
+from lib.datasets.listings import Files, UnreadableError, read_lines, read_table, read_text
+from lib.storage.archive import disk_error, require_free_space
 
 Report = Callable[[str], None]
 

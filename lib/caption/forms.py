@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from lib.archive import BLOCK_BYTES, disk_error, require_free_space
-from lib.compute import check_stop
-from lib.dataset import CAPTION_LINES, VIDEO_LINES, Clip, LeftOut
+from lib.cancellation import check_stop
+from lib.datasets.dataset import CAPTION_LINES, VIDEO_LINES, Clip, LeftOut
+from lib.storage.archive import BLOCK_BYTES, disk_error, require_free_space
 
 METADATA, VIDEOS, PROMPTS, ERRORS = "metadata.jsonl", VIDEO_LINES[0], CAPTION_LINES[0], "errors.jsonl"
 FILE_NAME, TEXT = "file_name", "text"

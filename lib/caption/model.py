@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import StoppingCriteriaList
 
+from lib.cancellation import check_stop
 from lib.caption.config import CaptionConfig
 from lib.caption.language import build_language_model
 from lib.caption.prompt import VISION, Prompt, pad_left
 from lib.caption.vision import VisionTower
-from lib.compute import check_stop
 
 FRAMES_AT_ONCE = 24
 """Through the vision tower: one clip's worth, whatever the batch."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from lib.caption.config import CaptionConfig
 from lib.caption.quantization import Quantization, available, check_quantization
 from lib.errors import UserError
-from lib.memory.machine import Machine
 from lib.memory.model import GIB, ITEMSIZE
+from lib.pipelines.machine import Machine
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.archive import disk_error
-from lib.dataset import Clip
+from lib.datasets.dataset import Clip
+from lib.storage.archive import disk_error
 
 Status = Literal["captioned", "kept", "failed"]
 

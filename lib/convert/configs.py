@@ -11,7 +11,7 @@ from typing import Any
 
 from lib.convert.detect import TransformerSizes, VaeSizes
 from lib.errors import UserError
-from lib.models import SPECS, ModelSpec
+from lib.models.specs import SPECS, ModelSpec
 
 VAE_RATIO = 8
 """Pixels to a latent, along each side."""

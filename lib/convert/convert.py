@@ -11,8 +11,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from lib.archive import Stop
-from lib.borrowed import BORROWED
 from lib.convert import configs, detect
 from lib.convert.check import check_component, check_sat
 from lib.convert.configs import Options
@@ -27,7 +25,9 @@ from lib.convert.results import STEP, announce, open_source, progress_of, sat_us
 from lib.convert.writing import SHARD_BYTES, new_folder, require_room, write_safetensors
 from lib.convert.writing import Report as Say
 from lib.errors import UserError
-from lib.layout import INDEX
+from lib.models.layout import INDEX
+from lib.storage.archive import Stop
+from lib.weights.shared_components import BORROWED
 
 STEM = "diffusion_pytorch_model"
 

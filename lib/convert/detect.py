@@ -7,7 +7,7 @@ from typing import Literal
 
 from lib.convert.keymap import Shape
 from lib.errors import UserError
-from lib.models import SPECS
+from lib.models.specs import SPECS
 
 Shapes = Mapping[str, Shape]
 Kind = Literal["transformer", "vae", "lora", "other"]

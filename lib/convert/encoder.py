@@ -7,19 +7,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lib import hub, weights
-from lib.archive import Stop, require_free_space
-from lib.borrowed import TEXT, has_text_encoder
-from lib.cached import cache_folder
-from lib.compute import check_stop
+from lib.cancellation import check_stop
 from lib.convert import detect
 from lib.convert.configs import family_named
 from lib.convert.lora import split_base
 from lib.convert.reading import open_checkpoint
-from lib.download import fetch
 from lib.errors import UserError
-from lib.lock import lock
-from lib.offline import forbidden
+from lib.network import hub
+from lib.network.download import fetch
+from lib.network.offline import forbidden
+from lib.storage.archive import Stop, require_free_space
+from lib.storage.lock import lock
+from lib.weights import checkpoints
+from lib.weights.cache import cache_folder
+from lib.weights.shared_components import TEXT, has_text_encoder
 
 WIDTH = 4096
 """Of the released text encoder's output."""
@@ -43,7 +44,7 @@ def encoder_for(
         shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
         sizes = detect.transformer_sizes(shapes, name=checkpoint.name)
         width, kind = sizes.text_embed_dim, detect.family_of(sizes, given=family)
-    found = next((folder for folder in weights.downloaded() if has_text_encoder(folder, width)), None)
+    found = next((folder for folder in checkpoints.downloaded() if has_text_encoder(folder, width)), None)
     if found is not None:
         return found
     if width != WIDTH:

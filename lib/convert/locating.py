@@ -5,10 +5,10 @@ import os.path
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import zipped
-from lib.archive import Stop, archive_kind, extract_archive
 from lib.errors import UserError
-from lib.layout import INDEX
+from lib.models.layout import INDEX
+from lib.storage import zip_archive
+from lib.storage.archive import Stop, archive_kind, extract_archive
 
 LATEST = "latest"
 """Beside the folder of the last step, whose name is in it, as SAT and DeepSpeed write."""
@@ -67,17 +67,17 @@ def vae_beside(path: Path) -> Path | None:
 
 def is_torch_zip(path: Path) -> bool:
     """Whether the file is a zip as torch.save writes it."""
-    if not zipped.is_zip(path):
+    if not zip_archive.is_zip(path):
         return False
     try:
-        with zipped.opened(path) as members:
+        with zip_archive.opened(path) as members:
             return any(member.endswith("/data.pkl") for member in members.namelist())
     except UserError:
         return True  # damaged; as a checkpoint it gets the better message
 
 
 def _is_archive(path: Path) -> bool:
-    if zipped.is_zip(path):
+    if zip_archive.is_zip(path):
         return not is_torch_zip(path)
     return path.suffix not in (*PICKLES, ".safetensors", ".json") and archive_kind(path) == "tar"
 

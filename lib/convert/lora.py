@@ -17,9 +17,9 @@ from lib.convert.planning import planned
 from lib.convert.reading import MODEL, Checkpoint
 from lib.convert.writing import Planned
 from lib.errors import UserError
-from lib.lora_alpha import BAKED, declared_scaling
-from lib.lora_base import RECORD
-from lib.lora_layout import PREFIXES
+from lib.lora.base import RECORD
+from lib.lora.keys import PREFIXES
+from lib.lora.scaling import BAKED, declared_scaling
 
 if TYPE_CHECKING:
     from torch import Tensor

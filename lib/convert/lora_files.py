@@ -8,7 +8,6 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
-from lib.archive import Stop
 from lib.convert import detect
 from lib.convert.check import check_lora, check_sat
 from lib.convert.locating import STATES
@@ -18,6 +17,7 @@ from lib.convert.report import Part, Report, write_report
 from lib.convert.results import STEP, announce, open_source, progress_of, sat_usage, write_states
 from lib.convert.writing import Report as Say
 from lib.convert.writing import new_folder, require_room, write_safetensors
+from lib.storage.archive import Stop
 
 LORA_FILE = "lora.safetensors"
 

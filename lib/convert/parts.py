@@ -4,9 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-from lib.archive import require_free_space
-from lib.borrowed import TEXT
 from lib.errors import UserError
+from lib.storage.archive import require_free_space
+from lib.weights.shared_components import TEXT
 
 
 def include_text_encoder(source: Path, folder: Path) -> list[str]:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lib.archive import size_text
 from lib.convert import configs, detect
 from lib.convert.configs import Options
 from lib.convert.keymap import (
@@ -22,6 +21,7 @@ from lib.convert.keymap import (
 )
 from lib.convert.writing import NAMES, Planned
 from lib.errors import UserError
+from lib.storage.archive import size_text
 
 if TYPE_CHECKING:
     from torch import Tensor

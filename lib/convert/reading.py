@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib import zipped
-from lib.archive import Stop, size_text
 from lib.convert.locating import Located, is_torch_zip, locate_weights
 from lib.errors import UserError
-from lib.lora_file import read_header
+from lib.lora.file import read_header
+from lib.storage import zip_archive
+from lib.storage.archive import Stop, size_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +154,7 @@ def _check_is_pickle(path: Path, name: str) -> bool:
     """Whether the file can be mapped. Raises UserError unless it begins as torch.save's files do."""
     with path.open("rb") as file:
         start = file.read(64)
-    if zipped.is_zip(path) and is_torch_zip(path):
+    if zip_archive.is_zip(path) and is_torch_zip(path):
         _check_members(path, name)
         return True
     if start.startswith(LEGACY_START):
@@ -179,7 +179,7 @@ def _check_is_pickle(path: Path, name: str) -> bool:
 
 def _check_members(path: Path, name: str) -> None:
     try:
-        with zipped.opened(path) as archive:
+        with zip_archive.opened(path) as archive:
             members = archive.infolist()
     except UserError as error:
         raise UserError(f"{name} is damaged or cut off: its table of contents is missing.") from error

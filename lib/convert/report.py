@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lib.archive import size_text
 from lib.convert.writing import Written
-from lib.models import ModelSpec
+from lib.models.specs import ModelSpec
+from lib.storage.archive import size_text
 
 REPORT, README = "report.json", "README.md"
 SHOWN = 12

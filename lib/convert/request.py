@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.archive import Stop
 from lib.convert.configs import OPTIONS, check_options
 from lib.convert.convert import to_diffusers, to_sat
 from lib.convert.encoder import encoder_for
@@ -16,8 +15,9 @@ from lib.convert.lora_files import LORA_FILE, lora_to_diffusers, lora_to_sat
 from lib.convert.report import Report
 from lib.convert.results import STEP
 from lib.errors import UserError
-from lib.layout import find_model
-from lib.publish import Repository, claim
+from lib.models.layout import find_model
+from lib.network.upload import Repository, claim
+from lib.storage.archive import Stop
 
 AUTO = "auto"
 TO_DIFFUSERS = "to_diffusers"

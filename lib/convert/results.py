@@ -4,13 +4,13 @@ import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
-from lib.archive import Stop
 from lib.convert.locating import LATEST, SAT_VAE, STATES
 from lib.convert.pickled import write_pickle
 from lib.convert.reading import Checkpoint, open_checkpoint
 from lib.convert.report import Report
 from lib.convert.writing import Planned, Progress, Written
 from lib.convert.writing import Report as Say
+from lib.storage.archive import Stop
 
 STEP = "1"
 

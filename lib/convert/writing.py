@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lib.archive import Stop, disk_error, require_free_space, size_text
-from lib.compute import check_stop
+from lib.cancellation import check_stop
 from lib.errors import UserError
+from lib.storage.archive import Stop, disk_error, require_free_space, size_text
 
 if TYPE_CHECKING:
     import torch

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.derived import weights_dtype
 from lib.memory.live import Kernels
-from lib.memory.machine import Dtype, Machine
 from lib.memory.shapes import ModelShape, Parts
 from lib.memory.stages import Clip, Stage, stage_bytes
-from lib.models import SPECS, ModelSpec
+from lib.models.derive import weights_dtype
+from lib.models.specs import SPECS, ModelSpec
+from lib.pipelines.machine import Dtype, Machine
 
 Offload = Literal["resident", "text", "model", "group", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("resident", "text", "model", "group", "sequential")
@@ -25,7 +25,7 @@ SCALE_BYTES = 4
 STREAMED_BLOCKS = 3
 """Of group offloading: the one that computes, the next, and the last, which the GPU may not be done with."""
 HEAP_BYTES = 2**27
-"""Of a process on a CPU: gaps in the heap, where small tensors are (lib/compute.py), and what libraries set
+"""Of a process on a CPU: gaps in the heap, where small tensors are, and what libraries set
 up when they first compute."""
 GIB = 2**30
 
@@ -157,7 +157,7 @@ class MemoryModel:
 
     def _widened(self) -> int:
         """Of each block of the text encoder: the last product stays in float32 where others are in float16
-        (lib/text_encoder.py)."""
+        (lib/pipelines/text_encoder.py)."""
         if self.dtype != "float16" or self.weights != "none":
             return 0
         return 2 * self.shape.text_encoder.width * self.shape.text_encoder.feed_forward

@@ -10,11 +10,11 @@ from functools import partial
 from itertools import product
 
 from lib.errors import UserError
-from lib.memory.machine import Machine
 from lib.memory.model import GIB, OFFLOADS, MemoryModel, Offload, released, usual_clip
 from lib.memory.shapes import ModelShape
 from lib.memory.stages import Clip
-from lib.models import ModelSpec
+from lib.models.specs import ModelSpec
+from lib.pipelines.machine import Machine
 
 USABLE = 0.95
 """Of what is free; the rest is left to others."""
@@ -48,7 +48,7 @@ class MemoryPlan:
 
     @property
     def light(self) -> bool:
-        """Whether so little is needed that a process may keep the memory it frees (lib/compute.py). The gaps
+        """Whether so little is needed that a process may keep the memory it frees. The gaps
         between large tensors would cost more than what is predicted allows for."""
         return self.need < LIGHT
 

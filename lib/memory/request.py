@@ -7,7 +7,7 @@ from lib.memory.stages import Adapted, Clip
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
 
-    from lib.request import Request
+    from lib.generation.request import Request
 
 
 def clip_of(request: "Request", transformer: "CogVideoXTransformer3DModel | None" = None) -> Clip:

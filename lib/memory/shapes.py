@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.derived import read_config
-from lib.models import RELEASED_TEXT_ENCODER, RELEASED_VAE, ModelSpec
+from lib.models.derive import read_config
+from lib.models.specs import RELEASED_TEXT_ENCODER, RELEASED_VAE, ModelSpec
 
 Parts = dict[str, int]
 """Numbers of weights: "linear" are those of matrix products, which quantisation shrinks, "other" the rest;

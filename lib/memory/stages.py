@@ -1,7 +1,7 @@
 """What each stage of a request needs beside the weights, from the shapes of the tensors that live at once.
 
-The counts below are read off the code that runs: lib/text_encoder.py, lib/attention.py's block, for the VAE
-lib/memory/vae.py. tests/unit/test_memory_stages.py holds them to that code.
+The counts below are read off the code that runs: the text encoder, lib/pipelines/attention.py's
+block, for the VAE lib/memory/vae.py. tests/unit/memory/test_stages.py holds them to that code.
 """
 
 from dataclasses import dataclass

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from lib.errors import UserError
-from lib.memory.machine import Machine
 from lib.memory.model import GIB, MemoryModel, Weights, released
 from lib.memory.plan import MemoryPlan, choose_plan
+from lib.pipelines.machine import Machine
 
 CARDS = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 """GB, as cards are sold: in truth GiB."""

@@ -36,7 +36,10 @@ def decoding(
     else:
         tops = range(0, rows, int(tile[0] * (1 - OVERLAP[0])))
         lefts = range(0, columns, int(tile[1] * (1 - OVERLAP[1])))
-    made, handed_on = 0, vae.temporal_ratio * (FRAMES_AT_ONCE + 1)  # lib/decoding.py: a group at a time
+    made, handed_on = (
+        0,
+        vae.temporal_ratio * (FRAMES_AT_ONCE + 1),
+    )  # decoding: a group at a time
     for top, left in product(tops, lefts):
         part = min(tile[0], rows - top), min(tile[1], columns - left)
         peak, kept = _groups(vae, kernels, latent_frames, *part)

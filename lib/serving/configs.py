@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from lib import manifest, models
 from lib.errors import UserError
+from lib.models import specs
+from lib.weights import manifest
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -72,8 +73,8 @@ def local_environment(config: PredictorConfig) -> dict[str, str]:
     the same task runs.
     """
     variables = dict(config.environment)
-    if spec := models.SPECS.get(variables.pop("COGVIDEOX_MODEL", "")):
-        variables["COGVIDEOX_MODEL"] = models.DEFAULT_MODELS[spec.task]
+    if spec := specs.SPECS.get(variables.pop("COGVIDEOX_MODEL", "")):
+        variables["COGVIDEOX_MODEL"] = specs.DEFAULT_MODELS[spec.task]
     return {name: value for name, value in variables.items() if not os.environ.get(name)}
 
 
@@ -87,7 +88,7 @@ def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
     if cache := variables.get("COGVIDEOX_CACHE"):
         found["COGVIDEOX_CACHE"] = str(Path(cache).expanduser().resolve())
     model = variables.get("COGVIDEOX_MODEL")
-    if model and model not in models.SPECS and model not in manifest.read_manifest(manifest.MANIFEST):
+    if model and model not in specs.SPECS and model not in manifest.read_manifest(manifest.MANIFEST):
         folder = Path(model).expanduser()
         if folder.is_dir():
             found["COGVIDEOX_MODEL"] = str(folder.resolve())

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from diffusers import CogVideoXPipeline
 
-from lib.encode import write_video
-from lib.generation import Generator
-from lib.models import SPECS
-from lib.request import build_request
+from lib.generation.generator import Generator
+from lib.generation.request import build_request
+from lib.models.specs import SPECS
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
-from lib.video import decode
+from lib.video.reader import decode
+from lib.video.writer import write_video
 from tests.lora_factory import WEIGHTS, save_lora
 from tiny.evaluate import DEFAULTS
 

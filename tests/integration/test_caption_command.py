@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lib.dataset import find_clips
+from lib.datasets.dataset import find_clips
 from lib.serving.configs import PROJECT
 from lib.serving.server import free_port
 from tests.caption_factory import write_captioner
@@ -20,7 +20,7 @@ from tests.clips_factory import write_clips, zip_of
 from tests.training_commands import finished, started
 
 COUNT = 6
-COMMAND = (sys.executable, "-P", "-m", "lib.caption")
+COMMAND = (sys.executable, "-P", "-m", "lib.commands.caption")
 SCRIPT = (str(PROJECT / "script" / "caption"),)
 SETTINGS = ("max_new_tokens=12", "trigger_word=TOK")
 SLOW = ("max_new_tokens=250", "batch_size=1")
@@ -30,7 +30,7 @@ SLOW = ("max_new_tokens=250", "batch_size=1")
 WITNESS = """
 import os, signal, sys
 
-if "NOTES" in os.environ and (os.environ.get("RANK") or "lib.caption" in " ".join(sys.orig_argv)):
+if "NOTES" in os.environ and (os.environ.get("RANK") or "lib.commands.caption" in " ".join(sys.orig_argv)):
     import importlib.abc, importlib.util
 
     class Finder(importlib.abc.MetaPathFinder):
@@ -90,7 +90,7 @@ def two_processes(*more: str) -> tuple[str, ...]:
     return (
         sys.executable, "-P", "-m", "accelerate.commands.launch", *(more or ("--multi_gpu",)),
         "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", str(free_port()), "-m", "lib.caption",
+        "--main_process_port", str(free_port()), "-m", "lib.commands.caption",
     )  # fmt: skip
 
 

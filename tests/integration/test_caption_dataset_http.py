@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.archive import extract_archive
-from lib.dataset import find_clips
-from lib.scratch import PREFIX
+from lib.datasets.dataset import find_clips
 from lib.serving.client import request, wait_until_idle
 from lib.serving.server import Server
+from lib.storage.archive import extract_archive
+from lib.storage.scratch import PREFIX
 from tests.caption_factory import write_captioner
 from tests.clips_factory import data_uri, write_clips, zip_of, zip_with
 from tests.integration.conftest import group_members, wait_for

@@ -4,7 +4,7 @@ import json
 import os
 import zipfile
 
-from lib.dataset import find_clips
+from lib.datasets.dataset import find_clips
 from lib.serving.client import request, wait_until_idle
 from lib.serving.configs import PROJECT
 from lib.serving.outputs import save_output

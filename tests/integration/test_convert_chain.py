@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
-from lib.archive import extract_tar
 from lib.serving.client import request, wait_until_idle
 from lib.serving.server import Server
-from lib.video import decode
+from lib.storage.archive import extract_tar
+from lib.video.reader import decode
 from tests.clips_factory import data_uri
 from tests.convert_factory import VAE_FILE, options, source
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib.layout import missing_files
-from lib.lock import lock
+from lib.models.layout import missing_files
 from lib.serving.configs import PROJECT
+from lib.storage.lock import lock
 from tests.convert_factory import (
     VAE_FILE,
     expected,
@@ -31,7 +31,7 @@ from tests.http_host import Host, Served
 NAME = "i2v-5b"
 SEVERAL = """
 import contextlib, io, json, sys
-from lib.convert.__main__ import main
+from lib.commands.convert import main
 
 for arguments in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
@@ -60,7 +60,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "lib.convert", *arguments],
+        [sys.executable, "-P", "-m", "lib.commands.convert", *arguments],
         cwd=folder,
         env=environment(folder),
         stdout=subprocess.PIPE,

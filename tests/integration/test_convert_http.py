@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.archive import extract_tar
 from lib.convert.report import REPORT
-from lib.scratch import PREFIX
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
+from lib.storage.archive import extract_tar
+from lib.storage.scratch import PREFIX
 from tests.clips_factory import data_uri
 from tests.convert_factory import (
     VAE_FILE,

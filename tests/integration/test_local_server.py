@@ -243,7 +243,7 @@ def test_training_is_served_and_validated(tmp_path):
 
 
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "-m", "lib.serving.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "lib.commands.serving", *arguments]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -278,7 +278,7 @@ def test_the_command_refuses_an_unknown_input_before_sending(url, tmp_path):
 
 def test_ctrl_c_cancels_and_exits_130(serve, sample, url, tmp_path):
     log = serve(sample).log
-    command = [sys.executable, "-P", "-m", "lib.serving.cli", "predict", "t2v", "--url", url]
+    command = [sys.executable, "-P", "-m", "lib.commands.serving", "predict", "t2v", "--url", url]
     command += ["-i", "text=slow", "-i", "steps=400"]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

@@ -11,13 +11,13 @@ import pytest
 from diffusers import CogVideoXPipeline
 from PIL import Image
 
-from lib.encode import write_video
-from lib.generation import Generator
-from lib.models import SPECS
-from lib.request import build_request
+from lib.generation.generator import Generator
+from lib.generation.request import build_request
+from lib.models.specs import SPECS
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server, ServerError
-from lib.video import decode, read_metadata
+from lib.video.reader import decode, read_metadata
+from lib.video.writer import write_video
 from tests.http_host import Host, Served, hub_of
 from tests.integration.conftest import start_slowly, wait_for
 from tests.lora_factory import WEIGHTS, save_lora

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.compute import Stopped
-from lib.generation import Generator
-from lib.lora import Loras, choices
-from lib.parallel.group import Group
-from lib.parallel.layout import Layout
-from lib.parallel.part import Part, take_part
-from lib.request import build_request
+from lib.cancellation import Stopped
+from lib.distributed.layout import Layout
+from lib.distributed.process_group import Group
+from lib.distributed.shared_clip import Part, take_part
+from lib.generation.generator import Generator
+from lib.generation.request import build_request
+from lib.lora.attach import Loras, choices
 from tests.lora_factory import save_lora
 from tests.parallel_factory import in_processes, save_model
 from tiny.evaluate import DEFAULTS, load_generator

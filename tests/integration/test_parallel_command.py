@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from lib.serving.configs import PROJECT
-from lib.video import decode
+from lib.video.reader import decode
 from tests.integration.conftest import wait_for
 
-COMMAND = (sys.executable, "-P", "-m", "lib.parallel")
+COMMAND = (sys.executable, "-P", "-m", "lib.commands.parallel")
 QUICK = ("num_inference_steps=2", "seed=5")
 PROMPT = "prompt=a red circle moves right on a black background"
 PROMPTS = [f"a {colour} circle moves {way}" for colour in ("red", "green", "blue") for way in
@@ -48,7 +48,7 @@ def results(folder: Path) -> list[dict]:
 
 def makers(process: subprocess.Popen) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children()
-    return [child for child in children if "lib.parallel.maker" in child.cmdline()]
+    return [child for child in children if "lib.batch.worker" in child.cmdline()]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_row_that_fails_is_a_line_and_the_others_are_made(tmp_path, environmen
 def test_a_wrong_command_line_is_status_2_before_anything_starts(
     tmp_path, capsys, monkeypatch, arguments, message
 ):
-    from lib.parallel.__main__ import main
+    from lib.commands.parallel import main
 
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2

@@ -11,7 +11,7 @@ import pytest
 
 from lib.serving.client import request, wait_until_idle
 from lib.serving.server import Server, ServerError
-from lib.video import decode
+from lib.video.reader import decode
 from tests.integration.conftest import wait_for
 from tests.integration.test_video_http import saved
 
@@ -24,7 +24,7 @@ TWO = {"COGVIDEOX_PARALLEL": "2", "OMP_NUM_THREADS": "1"}
 
 def workers(server: Server) -> list[psutil.Process]:
     found = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in found if "lib.parallel.worker" in _command(process)]
+    return [process for process in found if "lib.distributed.worker" in _command(process)]
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lib.scratch import PREFIX
 from lib.serving.client import health, predict, request, wait_until_idle
 from lib.serving.configs import PROJECT
 from lib.serving.server import Server
+from lib.storage.scratch import PREFIX
 from tests.integration.conftest import group_members, sample_config, start_slowly, wait_for
 
 # A predictor that keeps its results as the video predictors do.
 KEEPER = """
 import time
 from cog import BaseRunner, Input, Path
-from lib.scratch import Scratch
+from lib.storage.scratch import Scratch
 
 
 class Runner(BaseRunner):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.lock import lock
 from lib.serving.configs import PROJECT
+from lib.storage.lock import lock
 from tests.clips_factory import write_clips, zip_of
 from tests.http_host import Host, Served
 from tests.training_commands import begun, finished, losses, several, started

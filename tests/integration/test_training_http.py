@@ -15,15 +15,15 @@ from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load
 
-from lib.encode import write_video
-from lib.generation import Generator
-from lib.images import read_image
-from lib.models import SPECS
-from lib.request import build_request
-from lib.scratch import PREFIX
+from lib.generation.generator import Generator
+from lib.generation.request import build_request
+from lib.models.specs import SPECS
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
-from lib.video import decode
+from lib.storage.scratch import PREFIX
+from lib.video.images import read_image
+from lib.video.reader import decode
+from lib.video.writer import write_video
 from tests.clips_factory import caption, data_uri, losses_in, star_frames, write_clips, zip_of, zip_with
 from tests.http_host import Host, Served
 from tests.integration.conftest import wait_for

@@ -16,10 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from lib.scratch import PREFIX
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
-from lib.video import decode, read_metadata
+from lib.storage.scratch import PREFIX
+from lib.video.reader import decode, read_metadata
 from tests.http_host import Host, Served
 from tests.webhook_host import WebhookHost
 from tiny import world

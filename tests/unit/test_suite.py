@@ -32,7 +32,7 @@ def seen_by_the_suite(folder: Path, exported: dict[str, str], **options) -> dict
     seen = folder / "seen.json"
     paths = {"PYTHONPATH": f"{folder}{os.pathsep}{PROJECT}", "SUITE_SEEN": str(seen)}
     command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "show_environment"]
-    command += ["-p", "no:cacheprovider", "tests/unit/test_cog_yaml.py"]
+    command += ["-p", "no:cacheprovider", "tests/unit/serving/test_cog_yaml.py"]
     environment = os.environ | exported | paths
     subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, check=True, **options)
     return json.loads(seen.read_text())

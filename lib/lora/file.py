@@ -1,0 +1,141 @@
+"""Whether a file is a sound safetensors file, told from its first bytes and its header alone."""
+
+import json
+import math
+import struct
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lib.errors import UserError
+from lib.storage.archive import size_text
+
+Kind = Literal["safetensors", "tar"]
+
+# A LoRA on every linear layer of a 5B model has some 800 tensors and a header of 100 kB.
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 50_000
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
+PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+TAR_MAGIC_AT = 257
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What a safetensors file holds, before any of it is loaded."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def refuse_pickle(path: str, *, name: str) -> None:
+    """Raise UserError when a file's name already says that it is a pickle; `name` is what was given."""
+    if path.lower().endswith(PICKLES):
+        raise UserError(
+            f"{name} is a pickle by its name, and loading one could run any code: give a .safetensors file. "
+            "Most repositories hold both. Of a SAT LoRA script/export-lora, or the predictor "
+            "predict_export_lora, makes one."
+        )
+
+
+def kind_of(path: Path, *, name: str) -> Kind:
+    """Tell a safetensors file from a tar archive by content. Raises UserError naming anything else."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(TAR_MAGIC_AT + 8)
+    if start.startswith(COMPRESSED) or start[TAR_MAGIC_AT:].startswith(b"ustar"):
+        return "tar"
+    if start.startswith(b"PK\x03\x04"):
+        wrong = "a zip archive or a pickle of PyTorch, which is a zip too; pickles could run any code"
+    elif start.startswith(PICKLE_STARTS):
+        wrong = "a pickle, and loading one could run any code"
+    elif start.lstrip()[:1] == b"<":
+        wrong = "a web page and not the file itself; copy the address of the download"
+    elif start.startswith(b"version https://git-lfs"):
+        wrong = "a Git LFS pointer and not the file that it stands for"
+    elif size < 10:
+        wrong = f"empty or cut off: it has {size} bytes"
+    elif start[8:9] != b"{":
+        if _is_old_tar(path):
+            return "tar"
+        wrong = "no safetensors file and no tar archive"
+    else:
+        return "safetensors"
+    raise UserError(f"{name} is {wrong}. Give a .safetensors file or the tar of a training.")
+
+
+def read_header(path: Path, *, name: str) -> Header:
+    """Return a safetensors file's header. Raises UserError unless it is whole and agrees with the length."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        (length,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
+        if length > MAX_HEADER_BYTES and start.lstrip()[:1] == b"<":
+            raise UserError(
+                f"{name} is a web page and not the file itself; copy the address of the download."
+            )
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(
+                name,
+                f"its header would have {length:,} bytes; at most {size_text(MAX_HEADER_BYTES)} are read",
+            )
+        if 8 + length > size:
+            raise _damaged(name, f"it has {size:,} bytes and its header alone would have {length:,}")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or len(entries) > MAX_TENSORS:
+            raise ValueError
+        spans = {key: _tensor(entry) for key, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(name, "its header cannot be read") from error
+    end = 0
+    for key, (_, first, last) in sorted(spans.items(), key=lambda item: item[1][1:]):
+        if first != end:
+            raise _damaged(name, f"its header gives {key[:120]!r} bytes that are not its own")
+        end = last
+    if 8 + length + end != size:
+        raise _damaged(name, f"it has {size:,} bytes and its header speaks of {8 + length + end:,}")
+    return Header(
+        tensors={key: tensor for key, (tensor, _, _) in spans.items()},
+        metadata={key: value for key, value in metadata.items() if isinstance(value, str)},
+    )
+
+
+def _tensor(entry: dict) -> tuple[Tensor, int, int]:
+    """One entry of a header, its first and end byte. Raises ValueError when they contradict each other."""
+    dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+    first, last = entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, first, last)):
+        raise ValueError
+    # Kinds that no LoRA is stored in have no size here; they are refused by name when the keys are read.
+    if dtype in DTYPE_BYTES and last - first != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise ValueError
+    if last < first:
+        raise ValueError
+    return Tensor(dtype=dtype, shape=shape), first, last
+
+
+def _damaged(name: str, reason: str) -> UserError:
+    return UserError(f"{name} is no whole safetensors file: {reason}. It is damaged or cut off.")
+
+
+def _is_old_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except (tarfile.TarError, OSError, EOFError):
+        return False

@@ -1,0 +1,124 @@
+"""The unfinished file of a download: what is known of it, which ranges of it are on disk, how far it is."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from lib.network.http import Source, shown
+from lib.storage.archive import size_text
+
+# Long enough that setting up a range request does not matter, short enough that an interruption costs
+# seconds; a 21 GB archive is about 660 of them.
+CHUNK_BYTES = 32 << 20
+REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """What a host says of a file: its bytes, a mark of its version, whether parts can be asked for."""
+
+    size: int | None = None
+    validator: str | None = None
+    ranges: bool = False
+
+
+@dataclass(kw_only=True)
+class Part:
+    """The unfinished file and the journal of its finished ranges.
+
+    The journal is one line that identifies the download, then one line per finished range. A range is
+    written to disk before its line, and a line torn by a crash does not count.
+    """
+
+    path: Path
+    journal: Path
+    identity: dict[str, object]
+    size: int
+    done: set[int] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def begun(cls, target: Path, source: Source, remote: Remote, *, trusted: bool) -> Self:
+        """Return what an earlier call left of the same file, or an empty part.
+
+        `trusted`: a checksum will be verified, so a host that marks no versions may be continued too.
+        """
+        path = target.with_name(target.name + ".partial")
+        identity = {"url": shown(source.url), "chunk": CHUNK_BYTES, **vars(remote)}
+        part = cls(
+            path=path,
+            journal=path.with_name(path.name + ".journal"),
+            identity=identity,
+            size=remote.size or 0,
+        )
+        if (trusted or remote.validator) and path.exists() and part.journal.exists():
+            first, *rest = part.journal.read_text(errors="replace").split("\n")
+            if first == json.dumps(identity) and path.stat().st_size == part.size:
+                # What follows the last line break is empty, or torn.
+                part.done = {int(line) for line in rest[:-1] if line.isdecimal()}
+        if not part.done:
+            part.remove()
+        return part
+
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """Return the missing ranges: index, first byte, end byte (exclusive)."""
+        starts = range(0, self.size, CHUNK_BYTES)
+        every = ((index, start, min(start + CHUNK_BYTES, self.size)) for index, start in enumerate(starts))
+        return [piece for piece in every if piece[0] not in self.done]
+
+    def bytes_done(self) -> int:
+        return self.size - sum(end - start for _, start, end in self.ranges()) if self.done else 0
+
+    def bytes_on_disk(self) -> int:
+        return self.path.stat().st_blocks * 512 if self.path.exists() else 0
+
+    def start(self) -> None:
+        """Make the journal and the file at its full, sparse size."""
+        with open(self.path, "ab") as file:
+            file.truncate(self.size)
+        if not self.done:
+            self.journal.write_text(json.dumps(self.identity) + "\n")
+
+    def finish(self, index: int, file: BinaryIO) -> None:
+        os.fdatasync(file.fileno())
+        with self.lock:
+            with open(self.journal, "a") as journal:
+                journal.write(f"{index}\n")
+            self.done.add(index)
+
+    def remove(self) -> None:
+        self.done.clear()
+        for path in (self.path, self.journal, *self.path.parent.glob(self.path.name + ".pget-*")):
+            path.unlink(missing_ok=True)
+
+
+class Progress:
+    """Reports how far a download is, every few seconds."""
+
+    def __init__(self, name: str, size: int | None, report: Callable[[str], None], *, done: int) -> None:
+        self.name, self.size, self.report = name, size, report
+        self.done = done
+        self.lock = threading.Lock()
+        self.last_time, self.last_done = time.monotonic(), done
+        known = size_text(size) if size is not None else "unknown size"
+        report(f"{name}: downloading {known}" + (f", continuing at {size_text(done)}" if done else ""))
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.done += count
+            elapsed = time.monotonic() - self.last_time
+            if elapsed < REPORT_SECONDS:
+                return
+            pace = size_text(round(max(self.done - self.last_done, 0) / elapsed))
+            self.last_time, self.last_done = time.monotonic(), self.done
+            share = (
+                f"{self.done / self.size:.0%} of {size_text(self.size)}"
+                if self.size
+                else size_text(self.done)
+            )
+            self.report(f"{self.name}: {share}, {pace}/s")

@@ -1,0 +1,61 @@
+"""One process at a time: a lock file beside what it guards."""
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib.cancellation import check_stop
+
+POLL_SECONDS = 0.2
+
+
+@contextmanager
+def lock(
+    final: Path,
+    report: Callable[[str], None],
+    *,
+    wait: bool = True,
+    stop: threading.Event | None = None,
+) -> Iterator[bool]:
+    """Hold the right to download `final`; False when another process has it and it is not waited for.
+
+    The kernel gives it back when its holder dies, however it dies. Raises Stopped when `stop` is set while
+    waiting.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    path = final.with_name(final.name + ".lock")
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                report(f"{final.name}: another process is downloading it; waiting for that")
+                _wait_for(handle, stop)
+            # Its last holder removed the file: who waited on it holds a lock that nobody else sees.
+            if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def _wait_for(handle: int, stop: threading.Event | None) -> None:
+    if stop is None:
+        return fcntl.flock(handle, fcntl.LOCK_EX)
+    while True:
+        check_stop(stop)
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop.wait(POLL_SECONDS)

@@ -1,0 +1,56 @@
+"""A folder -> a tar of its content, whole or not at all, without names of this machine in it."""
+
+import os
+import tarfile
+from pathlib import Path
+from typing import BinaryIO
+
+from lib.cancellation import check_stop
+from lib.storage.archive import Stop, disk_error, require_free_space
+
+
+def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None) -> Path:
+    """Write the folder's content as the uncompressed tar `target` (weights do not compress) and return it.
+
+    With `consume` each file goes as soon as it is in the tar, so that the disk need not hold all of them
+    twice. Raises UserError when it cannot be written, NoSpaceError when the disk is too full, and Stopped.
+    """
+    partial = target.with_name(target.name + ".partial")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    try:
+        require_free_space(partial.parent, max(sizes, default=0) if consume else sum(sizes))
+        with tarfile.open(partial, "w", dereference=True) as archive:
+            for path in sorted(folder.rglob("*")):
+                member = archive.gettarinfo(path, arcname=str(path.relative_to(folder)))
+                _forget_owner(member)
+                if not member.isfile():
+                    archive.addfile(member)
+                    continue
+                with path.open("rb") as file:
+                    archive.addfile(member, _Stoppable(file, stop))
+                if consume:
+                    path.unlink()
+        os.replace(partial, target)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _forget_owner(member: tarfile.TarInfo) -> None:
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    member.mode = 0o755 if member.isdir() else 0o644
+
+
+class _Stoppable:
+    """A file whose reading ends when it is told to."""
+
+    def __init__(self, file: BinaryIO, stop: Stop) -> None:
+        self._file, self._stop = file, stop
+
+    def read(self, size: int = -1) -> bytes:
+        check_stop(self._stop)
+        return self._file.read(size)

@@ -1,0 +1,54 @@
+"""The commands of this machine tell their help, and end at the first signal or at the second."""
+
+import signal
+
+import pytest
+
+from lib.commands.common import begin, help_status
+
+DOCUMENT = {
+    "components": {
+        "schemas": {"Input": {"properties": {"alpha": {"type": "number", "description": "Its scaling."}}}}
+    }
+}
+
+
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch):
+    """The signals and variables of the tests' own process, as they were."""
+    monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_does_not_wait(number, capfd):
+    stop = begin("stopping soon")
+    assert not stop.is_set()
+    signal.raise_signal(number)
+    assert stop.is_set() and capfd.readouterr().err == "\nstopping soon\n"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_is_not_to_say_so_stops_in_silence(capfd):
+    stop = begin("")
+    signal.raise_signal(signal.SIGINT)
+    assert stop.is_set() and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [([], 2), (["-h"], 0), (["--help"], 0), (["help"], 0), (["clips.zip"], None)]
+)
+def test_help_is_what_was_asked_for_or_what_is_told_without_arguments(arguments, status, capsys):
+    found = help_status(arguments, usage="script/x FILE", about="Does x.\n", document=DOCUMENT)
+    said = capsys.readouterr().out
+    assert found == status
+    if status is None:
+        assert said == ""
+    else:
+        assert said.startswith("usage: script/x FILE\n\nDoes x.\n\nsettings:\n") and "Its scaling." in said

@@ -1,0 +1,297 @@
+"""The kind and the sizes of a model from its tensors alone, and what is refused because of them."""
+
+import json
+
+import pytest
+import torch
+
+from lib.convert import detect
+from lib.convert.configs import FAMILIES, transformer_config
+from lib.convert.convert import to_diffusers, to_sat
+from lib.convert.keymap import SINCOS_TRANSFORMER, TRANSFORMER, VAE, plan_to_diffusers, plan_to_sat
+from lib.errors import UserError
+from lib.models.specs import SPECS
+from tests import convert_factory as factory
+from tests.convert_factory import silent
+
+FULL = {"head_dim": 64, "time_embed_dim": 512, "text_embed_dim": 4096, "out_channels": 16}
+RELEASED = {
+    "cogvideox-2b": {"heads": 30, "layers": 30, "in_channels": 16},
+    "cogvideox-5b": {"heads": 48, "layers": 42, "in_channels": 16, "rotary": True},
+    "cogvideox-5b-i2v": {"heads": 48, "layers": 42, "in_channels": 32, "rotary": True, "positions": 17776},
+    "cogvideox1.5-5b": {"heads": 48, "layers": 42, "in_channels": 16, "rotary": True, "patch_size_t": 2},
+    "cogvideox1.5-5b-i2v": {"heads": 48, "layers": 42, "in_channels": 32, "rotary": True, "patch_size_t": 2,
+                            "ofs_embed_dim": 512},
+}  # fmt: skip
+KEYS = {"cogvideox-2b": 556, "cogvideox-5b": 772, "cogvideox-5b-i2v": 773, "cogvideox1.5-5b": 772,
+        "cogvideox1.5-5b-i2v": 776}  # fmt: skip
+"""Of the released files, without the buffers that are dropped."""
+
+
+def refusal(**given) -> str:
+    with pytest.raises(UserError) as caught:
+        to_diffusers(report=silent, **given)
+    assert not given["target"].exists() and not given["target"].with_suffix(".partial").exists()
+    return str(caught.value)
+
+
+def tiny(path, change=None, **options):
+    state = factory.sat_transformer()
+    if change:
+        change(state)
+    return factory.save_sat(path, state, **options)
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_a_released_model_is_known_by_its_tensors(family):
+    state = factory.sat_transformer(family=family, device="meta", **FULL | RELEASED[family])
+    assert len(state) == KEYS[family]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = detect.transformer_sizes(shapes, name="file.pt")
+    assert detect.variant(found, detect.family_of(found)) == family
+    config = transformer_config(found, FAMILIES[family], {})
+    spec = SPECS[family]
+    assert config["num_attention_heads"] * config["attention_head_dim"] == spec.attention_width
+    assert (config["sample_frames"], config["max_text_seq_length"]) == (spec.frames, spec.text_tokens)
+    assert config["sample_height"] == (300 if "1.5" in family else 60)
+
+
+def test_the_released_vae_has_its_436_tensors():
+    state = factory.sat_vae()
+    assert len(state) == 436
+    found = detect.vae_sizes({name: tuple(each.shape) for name, each in state.items()}, name="vae.pt")
+    assert (found.channels, found.layers_per_block, found.latent_channels) == ((128, 256, 256, 512), 3, 16)
+
+
+@pytest.mark.parametrize("table, levels", [(TRANSFORMER, 0), (VAE, 4)])
+def test_the_table_read_back_is_its_own_inverse(table, levels):
+    names = list(factory.sat_transformer() if table is TRANSFORMER else factory.sat_vae())
+    there = plan_to_diffusers(names, table, levels=levels)
+    back = plan_to_sat(list(there.outputs), table, levels=levels)
+    assert not (there.unknown or there.dropped or back.unknown or back.missing)
+    assert set(back.outputs) == set(names)
+
+
+def test_sincos_positions_are_dropped_and_learned_ones_kept():
+    name = "mixins.pos_embed.pos_embedding"
+    assert list(plan_to_diffusers([name], SINCOS_TRANSFORMER).dropped) == [name]
+    assert list(plan_to_diffusers([name], TRANSFORMER).outputs) == ["patch_embed.pos_embedding"]
+
+
+def test_another_number_of_layers_is_a_model_of_the_same_family(tmp_path):
+    path = factory.save_sat(tmp_path / "model.pt", factory.sat_transformer(layers=5))
+    result = to_diffusers(transformer=path, target=tmp_path / "out", report=silent)
+    assert result.variant == "a CogVideoX of 5 layers and width 32, of the kind of cogvideox-2b"
+
+
+def test_family_decides_where_no_tensor_does(tmp_path):
+    path = tiny(tmp_path / "model.pt")
+    result = to_diffusers(transformer=path, target=tmp_path / "out", family="cogvideox-5b", report=silent)
+    config = factory.config(tmp_path / "out" / "transformer")
+    assert result.family == "cogvideox-5b" and config["use_rotary_positional_embeddings"]
+    assert result.parts[0].dtype == "bfloat16"
+
+
+def test_a_family_that_the_tensors_deny_is_refused(tmp_path):
+    told = refusal(transformer=factory.source("t2v-5b"), family="cogvideox-2b", target=tmp_path / "out")
+    assert told == (
+        "family=cogvideox-2b was given, but by its tensors the transformer is a CogVideoX of 2 layers and "
+        "width "
+        "32, of the kind of cogvideox-5b. Leave family out: it is needed only for a VAE alone."
+    )
+    assert refusal(vae=factory.VAE_FILE, family="cogvideox", target=tmp_path / "out") == (
+        "family=cogvideox is unknown; allowed are cogvideox-2b, cogvideox-5b, cogvideox-5b-i2v, "
+        "cogvideox1.5-5b, "
+        "cogvideox1.5-5b-i2v."
+    )
+
+
+def test_a_vae_alone_asks_for_its_family(tmp_path):
+    told = refusal(vae=factory.VAE_FILE, target=tmp_path / "out")
+    assert told.startswith(
+        "family is needed for a VAE alone: its scaling is in no tensor. Allowed are cogvideo"
+    )
+    to_diffusers(vae=factory.VAE_FILE, target=tmp_path / "out", family="cogvideox-2b", report=silent,
+                 options={"norm_num_groups": 2})  # fmt: skip
+    assert factory.config(tmp_path / "out" / "vae")["scaling_factor"] == 1.15258426
+    assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_files_of_another_kind_are_called_what_they_are(tmp_path):
+    for key, what in (
+        ("model.diffusion_model.input_blocks.0.0.weight", "a UNet, as of Stable Diffusion"),
+        ("down_blocks.0.attentions.0.norm.weight", "a UNet, as of Stable Diffusion"),
+        ("encoder.down.0.block.0.conv1.weight", "a VAE of images, as of Stable Diffusion"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
+        ("blocks.0.self_attn.q.weight", "a transformer of another family (Wan)"),
+        ("fc.weight", "no model that is known here (its tensors are fc.weight ...)"),
+    ):
+        path = factory.save_sat(tmp_path / "file.pt", {key: torch.ones(2, 2)}, prefix="")
+        told = refusal(transformer=path, target=tmp_path / "out")
+        assert told == f"file.pt is {what}; a CogVideoX transformer was expected."
+
+
+def test_a_vae_in_the_transformers_place_and_both_swapped_are_refused(tmp_path):
+    vae, model = factory.VAE_FILE, factory.source("t2v-2b")
+    target = tmp_path / "out"
+    assert refusal(transformer=vae, target=target) == (
+        "vae.pt is a video VAE of SAT; a CogVideoX transformer was expected."
+    )
+    assert refusal(vae=model, target=target) == (
+        "t2v-2b.pt is a CogVideoX transformer of SAT; a CogVideoX VAE was expected."
+    )
+    assert refusal(transformer=vae, vae=model, target=target) == (
+        "The two files are swapped: vae.pt, given as the transformer, is a video VAE of SAT, and "
+        "t2v-2b.pt, given "
+        "as the VAE, is a CogVideoX transformer of SAT."
+    )
+
+
+def test_a_converted_folder_is_not_converted_again(tmp_path):
+    to_diffusers(transformer=factory.source("t2v-2b"), target=tmp_path / "model", report=silent)
+    told = refusal(transformer=tmp_path / "model" / "transformer", target=tmp_path / "out")
+    assert told == (
+        "transformer is a CogVideoX transformer of diffusers: it is in the layout of diffusers already. "
+        "What is "
+        "read here is the layout of SAT; to go the other way, choose the other direction."
+    )
+    assert refusal(transformer=tmp_path / "model", target=tmp_path / "out") == (
+        "model is a whole model in the layout of diffusers already; direction=to_sat converts it back. "
+        "What is read here is one part: a file or a folder of weights."
+    )
+    with pytest.raises(UserError, match=r"^t2v-2b.pt is a .* of SAT: it is in the layout of SAT already"):
+        to_sat(transformer=factory.source("t2v-2b"), target=tmp_path / "sat", report=silent)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
+    layer = "transformer.layers.1.attention.query_key_value"
+    what = "a CogVideoX of 2 layers and width 32, of the kind of cogvideox-2b"
+    for change, told in (
+        (
+            lambda state: state.pop(f"{layer}.bias"),
+            f"file.pt is not a whole model ({what}): it lacks {layer}.bias.",
+        ),
+        (
+            lambda state: state.update({"mixins.extra.weight": torch.ones(2)}),
+            f"file.pt has 1 tensor that no {what[2:]} has: mixins.extra.weight. It is another model, or "
+            "was trained "
+            "with additions that diffusers has no place for.",
+        ),
+        (
+            lambda state: state.update({f"{layer}.bias": torch.ones(90)}),
+            f"file.pt ({what}): {layer}.bias has the shape [90], which does not fit its other tensors: "
+            "transformer_blocks.1.attn1.to_q.bias would be [32], not [30].",
+        ),
+        (
+            lambda state: state.update({f"{layer}.bias": torch.ones(91)}),
+            f"file.pt: {layer}.bias has the shape [91], which cannot be cut or joined as the layouts ask.",
+        ),
+        (
+            lambda state: state.pop("time_embed.0.weight"),
+            "file.pt is not a whole transformer: it lacks time_embed.0.weight.",
+        ),
+        (
+            lambda state: state.update({"time_embed.0.bias": torch.ones(16, dtype=torch.int8)}),
+            "file.pt cannot be converted: time_embed.0.bias is stored as int8; weights are float16, "
+            "bfloat16, "
+            "float32, float64.",
+        ),
+    ):
+        assert refusal(transformer=tiny(tmp_path / "file.pt", change), target=tmp_path / "out") == told
+
+
+def test_a_component_that_lacks_a_third_of_its_rows_does_not_go_back(tmp_path):
+    to_diffusers(transformer=factory.source("t2v-2b"), target=tmp_path / "model", report=silent)
+    state = factory.stored(tmp_path / "model" / "transformer")
+    state.pop("transformer_blocks.0.attn1.to_k.weight")
+    from safetensors.torch import save_file
+
+    save_file(state, tmp_path / "part.safetensors")
+    with pytest.raises(UserError) as caught:
+        to_sat(transformer=tmp_path / "part.safetensors", target=tmp_path / "sat", report=silent)
+    assert str(caught.value) == (
+        "part.safetensors is not a whole CogVideoX transformer: it lacks "
+        "transformer_blocks.0.attn1.to_k.weight."
+    )
+
+
+def test_types_are_the_familys_unless_another_is_given(tmp_path):
+    for name, given, wanted in (
+        ("t2v-2b", None, torch.float16),
+        ("t2v-5b", None, torch.bfloat16),
+        ("t2v-5b", "float32", torch.float32),
+    ):
+        target = tmp_path / f"{name}-{given}"
+        to_diffusers(transformer=factory.source(name), vae=factory.VAE_FILE, target=target, dtype=given,
+                     options=factory.options(name), report=silent)  # fmt: skip
+        for part, dtype in (("transformer", wanted), ("vae", torch.float32)):
+            assert {each.dtype for each in factory.stored(target / part).values()} == {dtype}
+    assert refusal(transformer=factory.source("t2v-5b"), target=tmp_path / "out", dtype="int8") == (
+        "dtype=int8 is unknown; allowed are float16, bfloat16, float32."
+    )
+
+
+def test_a_value_beyond_float16_is_refused_not_made_infinite(tmp_path):
+    path = tiny(tmp_path / "file.pt", lambda state: state["time_embed.0.bias"].fill_(70000))
+    assert refusal(transformer=path, target=tmp_path / "out") == (
+        "file.pt: time_embedding.linear_1.bias holds 70000, and float16 ends at 65504. Choose dtype "
+        "bfloat16 or float32."
+    )
+    to_diffusers(transformer=path, target=tmp_path / "out", dtype="bfloat16", report=silent)
+
+
+def test_a_value_beyond_float16_is_seen_beside_infinite_ones(tmp_path):
+    state = factory.sat_transformer()
+    state["time_embed.0.bias"][:2] = torch.tensor([torch.inf, -70000.0])
+    path = factory.save_sat(tmp_path / "model.pt", state)
+    assert "linear_1.bias holds 70000, and float16 ends at 65504" in refusal(
+        transformer=path, target=tmp_path / "out"
+    )
+
+
+def test_settings_that_tensors_decide_are_refused(tmp_path):
+    given = {"transformer": factory.source("i2v-5b"), "target": tmp_path / "out"}
+    assert refusal(**given, options={"num_layers": 3}).startswith(
+        "num_layers=3 cannot be given; what no tensor says is sample_height, sample_width,"
+    )
+    assert refusal(**given, options={"sample_height": 0}) == (
+        "sample_height=0 is not possible; it has to be a number above 0."
+    )
+    assert refusal(**given) == (
+        "The transformer has 42 learned positions, and a clip of its kind has 17776: sample_height=60, "
+        "sample_width=90, sample_frames=49, max_text_seq_length=226. Give those it was trained with "
+        "(height and "
+        "width in latents, which are 8 pixels)."
+    )
+    assert refusal(vae=factory.VAE_FILE, family="cogvideox-5b", target=tmp_path / "out") == (
+        "norm_num_groups=32 does not divide the VAE's 4 channels; give the one that it was trained with, "
+        "overrides=norm_num_groups=NUMBER."
+    )
+
+
+def test_nothing_given_and_a_target_that_exists_are_refused(tmp_path):
+    assert refusal(target=tmp_path / "out") == (
+        "Give a transformer, a VAE or both; there is nothing to convert."
+    )
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError) as caught:
+        to_diffusers(transformer=factory.source("t2v-2b"), target=tmp_path / "there", report=silent)
+    assert str(caught.value) == (
+        f"{tmp_path / 'there'} exists already; nothing is written over it. Choose another folder."
+    )
+
+
+def test_configurations_are_written_as_diffusers_writes_them(tmp_path):
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+    to_diffusers(transformer=factory.source("i2v-5b"), vae=factory.VAE_FILE, target=tmp_path / "out",
+                 options=factory.options("i2v-5b"), report=silent)  # fmt: skip
+    for place, kind, name in (
+        ("transformer", CogVideoXTransformer3DModel, "config.json"),
+        ("vae", AutoencoderKLCogVideoX, "config.json"),
+        ("scheduler", CogVideoXDDIMScheduler, "scheduler_config.json"),
+    ):
+        file = tmp_path / "out" / place / name
+        loaded = kind.from_config(json.loads(file.read_text()))
+        loaded.save_config(tmp_path / place)
+        assert file.read_text() == (tmp_path / place / name).read_text()

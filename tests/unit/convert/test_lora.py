@@ -1,0 +1,249 @@
+"""SAT's LoRAs through the conversion and the loaders that people use, and back."""
+
+import json
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lib.convert.convert import to_diffusers
+from lib.convert.lora_files import lora_to_diffusers, lora_to_sat
+from lib.errors import UserError
+from lib.lora.keys import read_lora
+from lib.models.specs import SPECS
+from tests import convert_factory as factory
+from tests.convert_factory import silent
+from tests.unit.convert.test_models import SAT_EPS, denoise
+
+ORACLES = {"lora-t2v-2b": 4, "lora-t2v-5b": 8, "lora-t2v-1.5-5b": 4}
+"""And their ranks; SAT's alpha was 1."""
+
+
+def converted(path, tmp_path, **options):
+    """lora.safetensors of a SAT file."""
+    target = tmp_path / f"lora-{len(list(tmp_path.iterdir()))}"
+    lora_to_diffusers(path, target=target, report=silent, **options)
+    return target / "lora.safetensors"
+
+
+def metadata(path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def refusal(function, path, tmp_path, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        function(path, target=tmp_path / "out", report=silent, **options)
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name, rank", ORACLES.items())
+def test_every_matrix_is_the_expected_one_with_alpha_over_rank_in_b(name, rank, tmp_path):
+    found, wanted = load_file(converted(factory.source(name), tmp_path)), factory.expected(name)
+    assert found.keys() == wanted.keys()
+    for key, matrix in wanted.items():
+        assert torch.equal(found[key], matrix / rank if ".lora_B." in key else matrix), key
+
+
+def test_the_base_in_a_lora_checkpoint_is_bit_equal_and_says_what_is_left_out(tmp_path):
+    result = to_diffusers(transformer=factory.source("lora-t2v-2b"), target=tmp_path / "base",
+                          dtype="float32", report=silent)  # fmt: skip
+    found, wanted = factory.stored(tmp_path / "base" / "transformer"), factory.expected("lora-t2v-2b-base")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
+    assert result.parts[0].dropped["*.matrix_*"] == "16 tensors: of a LoRA, which is converted by itself"
+    assert result.notes == [
+        "lora-t2v-2b.pt holds a LoRA beside the transformer, which is not in the result. Convert it by "
+        "itself."
+    ]
+
+
+def test_at_strength_1_the_real_loader_gives_what_sat_gave(tmp_path):
+    to_diffusers(transformer=factory.source("lora-t2v-2b"), target=tmp_path / "base", dtype="float32",
+                 options=factory.options("t2v-2b"), report=silent)  # fmt: skip
+    file = converted(factory.source("lora-t2v-2b"), tmp_path)
+    model = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "base" / "transformer")
+    pipeline = CogVideoXPipeline.from_pretrained(
+        tmp_path / "base", transformer=model, vae=None, text_encoder=None, tokenizer=None
+    )
+    given = factory.inputs_and_outputs("lora-t2v-2b")
+    without = denoise(model, given)
+    pipeline.load_lora_weights(file)
+    assert (denoise(model, given) - given["sat_out"]).abs().max() < 1e-4
+    model.norm_final.eps = model.norm_out.norm.eps = SAT_EPS
+    assert (denoise(model, given) - given["sat_out"]).abs().max() < 1e-5
+    assert (without - given["sat_out"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layers, rank, keys", [(42, 3, 336), (30, 128, 240), (1, 1, 8)])
+def test_loras_of_any_depth_and_rank_go_there_and_back(layers, rank, keys, tmp_path):
+    state = factory.sat_lora(layers=layers, rank=rank)
+    path = factory.save_sat(tmp_path / "lora.pt", state)
+    result = lora_to_diffusers(path, target=tmp_path / "there", alpha=rank / 2, report=silent)
+    assert (result.parts[0].tensors, result.settings) == (keys, {"rank": rank, "alpha": rank / 2})
+    lora_to_sat(tmp_path / "there" / "lora.safetensors", target=tmp_path / "back", report=silent)
+    back = factory.states(tmp_path / "back")
+    assert len(back) == keys
+    assert all(torch.equal(back[f"model.diffusion_model.{key}"], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("alpha, rank", [(1, 3), (64, 100), (0.7, 5)])
+def test_where_alpha_over_rank_is_no_power_of_two_a_unit_in_the_last_place_is_all_that_is_lost(
+    alpha, rank, tmp_path
+):
+    state = factory.sat_lora(layers=2, rank=rank, width=64)
+    file = converted(factory.save_sat(tmp_path / "lora.pt", state), tmp_path, alpha=alpha)
+    lora_to_sat(file, target=tmp_path / "back", report=silent)
+    for key, matrix in factory.states(tmp_path / "back").items():
+        original = state[key.removeprefix("model.diffusion_model.")]
+        ulp = torch.nextafter(original.abs(), torch.tensor(torch.inf)) - original.abs()
+        assert ((matrix - original).abs() <= ulp).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_lora_is_widened_on_the_way_and_comes_back_as_it_was(dtype, tmp_path):
+    state = factory.sat_lora(layers=1, rank=48, dtype=dtype)
+    file = converted(factory.save_sat(tmp_path / "lora.pt", state), tmp_path)
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+    lora_to_sat(file, target=tmp_path / "back", report=silent)
+    for key, matrix in factory.states(tmp_path / "back").items():
+        original = state[key.removeprefix("model.diffusion_model.")]
+        assert matrix.dtype == dtype and torch.equal(matrix, original)
+
+
+def test_the_source_is_recorded_under_names_that_no_loader_scales_by(tmp_path):
+    found = metadata(converted(factory.source("lora-t2v-5b"), tmp_path, alpha=4))
+    assert found == {
+        "format": "pt",
+        "alpha_over_rank_applied": "yes",
+        "source_rank": "8",
+        "source_alpha": "4",
+        "source_dtype": "float32",
+        "cogvideox": json.dumps({"task": "t2v"}),
+    }
+
+
+def test_the_service_applies_nothing_twice(tmp_path):
+    file = converted(factory.source("lora-t2v-5b"), tmp_path, alpha=4)
+    modules = ("to_q", "to_k", "to_v", "to_out.0")
+    shapes = {f"transformer_blocks.{layer}.attn1.{each}": (32, 32) for layer in (0, 1) for each in modules}
+    found = read_lora(file, name="lora.safetensors", shapes=shapes, spec=SPECS["tiny-t2v"])
+    assert set(found.alphas(None).values()) == {8.0}  # the rank: a factor of 1
+    with pytest.raises(
+        UserError, match=r"^lora_alpha=4 was given, but lora\.safetensors stores its own alpha, 8;"
+    ):
+        found.alphas(4)
+
+
+def test_an_alpha_that_was_assumed_is_said(tmp_path):
+    note = (
+        "alpha was not given: SAT stores none, and its default of 1 was used. CogVideo's own fine-tunes use "
+        "64 at rank 128."
+    )
+    for alpha, notes in ((None, [note]), (1, [])):
+        target = tmp_path / str(alpha)
+        result = lora_to_diffusers(factory.source("lora-t2v-2b"), target=target, alpha=alpha, report=silent)
+        assert result.notes == notes
+
+
+def test_alpha_changes_b_alone_and_in_proportion(tmp_path):
+    one, four = (
+        load_file(converted(factory.source("lora-t2v-2b"), tmp_path, alpha=alpha)) for alpha in (1, 4)
+    )
+    for key in one:
+        assert torch.equal(four[key], one[key] * 4 if ".lora_B." in key else one[key])
+
+
+def test_a_lora_that_diffusers_wrote_keeps_its_strength_in_sat(tmp_path):
+    model = CogVideoXTransformer3DModel.from_config(factory.expected_config("t2v-2b"))
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(r=4, lora_alpha=10, init_lora_weights=False, target_modules=targets)
+    model.add_adapter(config)
+    state = get_peft_model_state_dict(model)
+    CogVideoXPipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=state,
+                                        transformer_lora_adapter_metadata=config.to_dict())  # fmt: skip
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    lora_to_sat(file, target=tmp_path / "sat", alpha=2, report=silent)
+    back = factory.states(tmp_path / "sat")
+    place = "model.diffusion_model.transformer.layers.1.attention.query_key_value.matrix_"
+    module = "transformer_blocks.1.attn1.to_k.lora_"
+    ours = state[f"{module}B.weight"] @ state[f"{module}A.weight"] * 10 / 4
+    theirs = back[f"{place}B.1"] @ back[f"{place}A.1"] * 2 / 4
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+
+
+def test_incomplete_and_misshapen_loras_are_refused_by_their_matrices(tmp_path):
+    query = "transformer.layers.1.attention.query_key_value.matrix_A.0"
+    dense = "transformer.layers.0.attention.dense.matrix_"
+    for change, told in (
+        (lambda state: state.pop(query), f"lora.pt is not a whole SAT LoRA: it lacks {query}."),
+        (
+            lambda state: state.update({f"{dense}A.0": torch.ones(5, 8)}),
+            f"lora.pt: {dense}A.0 and its other half are [5, 8] and [8, 4]; in a SAT LoRA of rank 4 and "
+            "width 8 "
+            "they are [4, 8] and [8, 4].",
+        ),
+        (
+            lambda state: state.update(
+                {"transformer.layers.0.mlp.dense_h_to_4h.matrix_A.0": torch.ones(4, 8)}
+            ),
+            "lora.pt has LoRA matrices that are not understood: "
+            "transformer.layers.0.mlp.dense_h_to_4h.matrix_A.0. "
+            "Converted are those of attention, as CogVideo's own training makes them.",
+        ),
+    ):
+        state = factory.sat_lora(layers=2, rank=4)
+        change(state)
+        path = factory.save_sat(tmp_path / "lora.pt", state)
+        assert refusal(lora_to_diffusers, path, tmp_path) == told
+
+
+def test_what_is_no_lora_is_refused(tmp_path):
+    assert refusal(lora_to_diffusers, factory.source("t2v-2b"), tmp_path) == (
+        "t2v-2b.pt is a CogVideoX transformer of SAT; a LoRA was expected."
+    )
+    file = converted(factory.source("lora-t2v-2b"), tmp_path)
+    assert refusal(lora_to_diffusers, file, tmp_path).startswith(
+        "lora.safetensors is a LoRA for diffusers: it is in the layout of diffusers already."
+    )
+    path = factory.save_sat(tmp_path / "only.pt", factory.sat_lora(layers=2, rank=4))
+    with pytest.raises(UserError) as caught:
+        to_diffusers(transformer=path, target=tmp_path / "out", report=silent)
+    assert str(caught.value) == (
+        "only.pt is a SAT LoRA without the model it belongs to; a transformer was expected. A LoRA is "
+        "converted by "
+        "itself, into lora.safetensors."
+    )
+    for alpha in (0, -1, float("inf")):
+        told = refusal(lora_to_diffusers, path, tmp_path, alpha=alpha)
+        assert told == f"alpha={alpha} is not possible; it is a number above 0, 1 unless it was changed."
+
+
+def test_a_lora_of_other_layers_cannot_become_sats(tmp_path):
+    key = "transformer.transformer_blocks.0.ff.net.0.proj.lora_A.weight"
+    save_file({key: torch.ones(4, 8)}, tmp_path / "lora.safetensors")
+    assert refusal(lora_to_sat, tmp_path / "lora.safetensors", tmp_path) == (
+        "lora.safetensors cannot become a SAT LoRA: it has "
+        "transformer_blocks.0.ff.net.0.proj.lora_A.weight, and "
+        "SAT's has only the matrices of attention (to_q, to_k, to_v, to_out.0)."
+    )
+
+
+def test_the_report_names_rank_alpha_and_what_was_left_out(tmp_path):
+    lines: list[str] = []
+    lora_to_diffusers(factory.source("lora-t2v-2b"), target=tmp_path / "out", alpha=2, report=lines.append)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"] == {"rank": 4, "alpha": 2.0}
+    assert report["parts"][0]["dropped"] == {
+        "conditioner.*": "1 tensor: the text encoder; the released T5 is the same",
+        "the model's own weights": "52 tensors: of the model that the LoRA was trained on",
+    }
+    assert "of the kind of cogvideox-2b" in report["variant"] and report["family"] == "cogvideox-2b"
+    assert "lora: dropped conditioner.*, the model's own weights" in lines
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "At strength 1 it does what it did in SAT with alpha 2: alpha / rank, 2 / 4, is multiplied" in readme
+    )

@@ -1,0 +1,96 @@
+import pytest
+
+from lib.distributed.layout import Layout, Team, best_layout, choose_team, divides_evenly, heads_divide
+from lib.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("processes", "heads", "guided", "shared"),
+    [
+        (2, 48, True, "cfg2"),
+        (4, 48, True, "cfg2xulysses2"),
+        (8, 48, True, "cfg2xulysses4"),
+        (8, 30, True, "cfg2xulysses4"),
+        (6, 48, True, "cfg2xulysses3"),
+        (3, 48, True, "ulysses3"),
+        (2, 30, False, "ulysses2"),
+        (8, 48, False, "ulysses8"),
+        (8, 30, False, "ulysses8"),
+        (1, 48, True, "one"),
+    ],
+)
+def test_branches_come_first_and_the_rest_shares_the_sequence(processes, heads, guided, shared):
+    layout = best_layout(processes, heads=heads, guided=guided)
+    assert (str(layout), layout.copies, layout.processes) == (shared, 1, processes)
+
+
+def test_where_heads_allow_no_finer_division_groups_do_the_same_work():
+    assert best_layout(4, heads=6, guided=False) == Layout(sequence=2, copies=2)
+
+
+def test_padded_heads_leave_the_last_process_one_of_its_own():
+    assert heads_divide(30, 4)
+    assert not heads_divide(6, 4)  # 2, 2, 2 and none
+
+
+def test_lengths_that_do_not_divide_are_told_from_those_that_do():
+    assert divides_evenly(2, heads=48, text_tokens=226, video_tokens=17_550)
+    assert not divides_evenly(4, heads=48, text_tokens=226, video_tokens=17_550)
+    assert not divides_evenly(4, heads=30, text_tokens=224, video_tokens=45_696)
+
+
+def test_every_gpu_takes_part_unless_something_else_is_asked_for():
+    assert choose_team("", gpus=8, heads=48) == Team(processes=8, heads=48)
+    assert choose_team("off", gpus=8, heads=48).processes == 1
+    assert choose_team("1", gpus=8, heads=48).processes == 1
+    assert choose_team("4", gpus=8, heads=48).processes == 4
+    assert choose_team("", gpus=0, heads=48).processes == 1
+    assert choose_team("2", gpus=0, heads=48).processes == 2
+
+
+def test_gpus_that_would_only_repeat_are_left_out():
+    assert choose_team("", gpus=7, heads=30).processes == 6
+
+
+def test_a_layout_that_is_asked_for_holds_with_guidance():
+    team = choose_team("cfg2xulysses2", gpus=4, heads=48)
+    assert team.processes == 4
+    assert str(team.layout(guided=True)) == "cfg2xulysses2"
+    assert str(team.layout(guided=False)) == "ulysses4"
+    ulysses = choose_team("ulysses4", gpus=4, heads=48)
+    assert str(ulysses.layout(guided=True)) == "ulysses4"
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "heads", "message"),
+    [
+        (
+            "cfg3",
+            4,
+            48,
+            "COGVIDEOX_PARALLEL=cfg3 is unknown; allowed are off, a number of processes, cfg2, ulysses2 and "
+            "more, cfg2xulysses2 and more.",
+        ),
+        ("4", 2, 48, "COGVIDEOX_PARALLEL=4 needs 4 GPUs; this machine has 2 GPUs."),
+        ("cfg2", 1, 48, "COGVIDEOX_PARALLEL=cfg2 needs 2 GPUs; this machine has 1 GPU."),
+        ("64", 0, 48, "COGVIDEOX_PARALLEL=64: at most 16 processes can share a CPU."),
+        (
+            "7",
+            8,
+            30,
+            "COGVIDEOX_PARALLEL=7: 7 processes cannot share a model with 30 attention heads; the nearest "
+            "number that can is 6.",
+        ),
+        (
+            "ulysses4",
+            4,
+            6,
+            "COGVIDEOX_PARALLEL=ulysses4: 4 processes cannot share a sequence of 6 attention heads; the "
+            "nearest number that can is 3.",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(asked, gpus, heads, message):
+    with pytest.raises(UserError) as refused:
+        choose_team(asked, gpus=gpus, heads=heads)
+    assert str(refused.value) == message

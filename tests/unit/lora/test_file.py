@@ -1,0 +1,138 @@
+"""What is no sound file of weights is refused before anything is loaded, and called by its name."""
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from lib.errors import UserError
+from lib.lora.file import MAX_HEADER_BYTES, kind_of, read_header, refuse_pickle
+
+
+def with_header(header: object, body: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def entry(shape: list[int], first: int, last: int) -> dict:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [first, last]}
+
+
+def old_tar() -> bytes:
+    """The format from before POSIX, whose header has no mark."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("lora.safetensors"))
+    block = bytearray(buffer.getvalue()[:512])
+    block[257:265] = bytes(8)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + bytes(1024)
+
+
+def test_a_sound_header_is_what_safetensors_wrote(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16), "c": torch.tensor(1.0)}
+    save_file(tensors, path, metadata={"note": "x"})
+    assert kind_of(path, name="it") == "safetensors"
+    header = read_header(path, name="it")
+    assert {key: (t.dtype, t.shape) for key, t in header.tensors.items()} == {
+        "a": ("F32", (2, 3)),
+        "b": ("BF16", (4,)),
+        "c": ("F32", ()),
+    }
+    assert header.metadata == {"note": "x"}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_tars_are_known_by_their_content(tmp_path, mode):
+    with tarfile.open(tmp_path / "a", mode) as tar:
+        tar.add(__file__, "x")
+    assert kind_of(tmp_path / "a", name="it") == "tar"
+
+
+def test_an_old_tar_is_known_too(tmp_path):
+    (tmp_path / "a").write_bytes(old_tar())
+    assert kind_of(tmp_path / "a", name="it") == "tar"
+
+
+def zip_bytes() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(1)}, buffer)
+    assert zipfile.is_zipfile(io.BytesIO(buffer.getvalue()))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({"a": 1}), "a pickle, and loading one could run any code"),
+        (zip_bytes(), "a pickle of PyTorch"),
+        (b"<!doctype html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (b"", "empty or cut off: it has 0 bytes"),
+        (b"\0" * 400, "no safetensors file and no tar archive"),
+        (b"PNG and so on, no weights", "no safetensors file and no tar archive"),
+    ],
+)
+def test_other_files_are_called_by_their_name(tmp_path, content, message):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError, match=r"it is .*Give a \.safetensors file") as caught:
+        kind_of(tmp_path / "a", name="it")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.bin", "dir/a.PT", "a.ckpt", "a.pth", "a.pkl"])
+def test_a_name_of_a_pickle_is_refused(name):
+    with pytest.raises(UserError, match="pickle by its name"):
+        refuse_pickle(name, name="it")
+
+
+def test_a_pickle_is_refused_with_what_makes_a_file_of_a_sat_lora():
+    with pytest.raises(UserError) as caught:
+        refuse_pickle("1/mp_rank_00_model_states.pt", name="owner/name")
+    assert str(caught.value) == (
+        "owner/name is a pickle by its name, and loading one could run any code: give a .safetensors file. "
+        "Most repositories hold both. Of a SAT LoRA script/export-lora, or the predictor "
+        "predict_export_lora, makes one."
+    )
+
+
+SOUND = save({"a": torch.zeros(8, 8), "b": torch.zeros(8)})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (SOUND[:-1], "its header speaks of"),
+        (SOUND[:40], "its header alone would have"),
+        (SOUND + b"\0", "its header speaks of"),
+        (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "at most 16.8 MB are read"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "its header would have 18,446,744,073,709,551,615 bytes"),
+        (struct.pack("<Q", 3) + b"{x}", "its header cannot be read"),
+        (struct.pack("<Q", 20_000) + b"[" * 20_000, "its header cannot be read"),
+        (with_header([]), "header cannot be read"),
+        (with_header({"a": 1}), "its header cannot be read"),
+        (with_header({"a": entry([-1], 0, 4)}, bytes(4)), "its header cannot be read"),
+        (with_header({"a": entry([2], 0, 4)}, bytes(4)), "its header cannot be read"),
+        (with_header({"a": entry([1], 4, 8)}, bytes(8)), "bytes that are not its own"),
+        (with_header({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "not its own"),
+    ],
+)
+def test_a_header_that_is_damaged_or_contradicts_the_file_is_refused(tmp_path, content, message):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError, match="it is no whole safetensors file") as caught:
+        read_header(tmp_path / "a", name="it")
+    assert message in str(caught.value)
+
+
+def test_a_web_page_under_the_name_of_safetensors_is_called_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"<!DOCTYPE html><html>")
+    with pytest.raises(UserError, match=r"^it is a web page and not the file itself; copy the address"):
+        read_header(tmp_path / "a", name="it")

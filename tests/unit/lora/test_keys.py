@@ -1,0 +1,276 @@
+"""Every layout comes to the same pairs and scaling; what is not understood, or for another base, is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lib.errors import UserError
+from lib.lora.keys import LoraFile, read_lora
+from lib.models.specs import SPECS
+from tests.lora_factory import as_kohya, lora_state, transformer_config
+
+WIDTH, LAYERS = 192, transformer_config()["num_layers"]
+RANK, ALPHA = 4, 10.0
+
+
+def linear_shapes(width: int = WIDTH, layers: int = LAYERS) -> dict[str, tuple[int, int]]:
+    attention = {
+        f"transformer_blocks.{layer}.attn1.{name}": (width, width)
+        for layer in range(layers)
+        for name in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    return attention | {"proj_out": (128, width), "time_embedding.linear_1": (128, width)}
+
+
+@pytest.fixture(scope="module")
+def state():
+    return lora_state(rank=RANK)[0]
+
+
+def read(tmp_path, tensors, metadata=None, config=None, shapes=None, spec="tiny-t2v") -> LoraFile:
+    path = tmp_path / "lora.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+    return read_lora(
+        path, name="it", shapes=shapes or linear_shapes(), spec=SPECS[spec], adapter_config=config
+    )
+
+
+def complaint(tmp_path, *arguments, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, *arguments, **options)
+    return str(caught.value)
+
+
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def renamed(state, *pairs):
+    for old, new in pairs:
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
+
+
+LAYOUTS = {
+    "diffusers": lambda state: prefixed(state, "transformer."),
+    "diffusers with down and up": lambda state: renamed(
+        prefixed(state, "transformer."), ("lora_A", "lora.down"), ("lora_B", "lora.up")
+    ),
+    "diffusers, older": lambda state: renamed(
+        prefixed(state, "transformer."),
+        ("lora_A", "lora_linear_layer.down"),
+        ("lora_B", "lora_linear_layer.up"),
+    ),
+    "diffusers, oldest": lambda state: renamed(
+        prefixed(state, "transformer."),
+        ("to_out.0.lora_A", "to_out_lora.down"),
+        ("to_out.0.lora_B", "to_out_lora.up"),
+        (".lora_A", "_lora.down"),
+        (".lora_B", "_lora.up"),
+    ),
+    "peft": lambda state: prefixed(state, "base_model.model."),
+    "peft with its adapter's name": lambda state: renamed(
+        prefixed(state, "base_model.model."), (".weight", ".default.weight")
+    ),
+    "peft around diffusers": lambda state: prefixed(state, "base_model.model.transformer."),
+    "wrapper": lambda state: prefixed(state, "diffusion_model."),
+    "wrapper around a model": lambda state: prefixed(state, "model.diffusion_model."),
+    "plain": dict,
+    "kohya": lambda state: as_kohya(state, None),
+    "kohya, one underscore": lambda state: renamed(as_kohya(state, None), ("lora_unet__", "lora_unet_")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_modules_and_matrices(tmp_path, state, name):
+    tensors = LAYOUTS[name](state)
+    file = read(tmp_path, tensors)
+    assert set(file.pairs) == set(linear_shapes()) - {"proj_out", "time_embedding.linear_1"}
+    for module, pair in file.pairs.items():
+        assert torch.equal(tensors[pair.down], state[f"{module}.lora_A.weight"])
+        assert torch.equal(tensors[pair.up], state[f"{module}.lora_B.weight"])
+        assert pair.rank == RANK
+    assert file.layout in name
+    assert file.elements == sum(value.numel() for value in state.values())
+
+
+def diffusers_metadata(**config) -> dict[str, str]:
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": v for key, v in config.items()})}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "kohya"),
+    [
+        (diffusers_metadata(r=RANK, lora_alpha=ALPHA), None, None),
+        ({"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": ALPHA})}, None, None),
+        ({"lora_config": json.dumps({"r": RANK, "lora_alpha": ALPHA})}, None, None),
+        (None, {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}, None),
+        (None, None, ALPHA),
+        (diffusers_metadata(r=RANK, lora_alpha=ALPHA), {"lora_alpha": 99}, None),
+    ],
+)
+def test_alpha_is_found_wherever_a_trainer_left_it(tmp_path, state, metadata, config, kohya):
+    tensors = as_kohya(state, kohya) if kohya else prefixed(state, "transformer.")
+    file = read(tmp_path, tensors, metadata, config)
+    assert file.alphas(None) == dict.fromkeys(file.pairs, ALPHA)
+    with pytest.raises(UserError, match="lora_alpha=3 was given, but it stores its own alpha, 10; leave"):
+        file.alphas(3.0)
+
+
+def test_without_a_stored_alpha_the_given_one_holds_and_else_the_rank(tmp_path, state):
+    file = read(tmp_path, prefixed(state, "transformer."))
+    assert set(file.alphas(None).values()) == {float(RANK)}
+    assert set(file.alphas(64.0).values()) == {64.0}
+
+
+def test_what_our_trainer_records_of_itself_is_no_alpha(tmp_path, state):
+    recorded = {"base": "tiny-t2v", "task": "t2v", "alpha": 99, "trigger_word": "TOK"}
+    file = read(tmp_path, state, {"cogvideox": json.dumps(recorded)})
+    assert file.scaling is None and file.trigger_word == "TOK"
+
+
+def test_ranks_and_alphas_may_differ_between_modules(tmp_path):
+    patterns = {
+        "rank_pattern": {"attn1.to_k": 2, "to_v": 6},
+        "alpha_pattern": {"^transformer_blocks.0.attn1.to_q": 1},
+    }
+    tensors, _ = lora_state(rank=RANK, alpha=ALPHA, rank_pattern={"to_k": 2, "to_v": 6})
+    file = read(tmp_path, tensors, diffusers_metadata(r=RANK, lora_alpha=ALPHA, **patterns))
+    assert file.pairs["transformer_blocks.3.attn1.to_k"].rank == 2
+    assert file.pairs["transformer_blocks.3.attn1.to_v"].rank == 6
+    alphas = file.alphas(None)
+    assert alphas["transformer_blocks.0.attn1.to_q"] == 1
+    assert alphas["transformer_blocks.1.attn1.to_q"] == ALPHA
+    assert file.ranks() == "2 to 6" and file.scaling.summary() == "1 to 10"
+
+
+KEY = "transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({f"{KEY}.dora_scale": torch.ones(1)}, "DoRA"),
+        ({f"{KEY}.lora_magnitude_vector": torch.ones(1)}, "DoRA"),
+        ({f"{KEY}.lokr_w1": torch.ones(1)}, "LoKr"),
+        ({f"{KEY}.hada_w1_a": torch.ones(1)}, "LoHa"),
+        ({f"{KEY}.lora_mid.weight": torch.ones(1)}, "LoCon"),
+        ({"text_encoder.encoder.q.lora_A.weight": torch.ones(4, 4)}, "trains the text encoder"),
+        ({"lora_te_encoder_q.lora_down.weight": torch.ones(4, 4)}, "trains the text encoder"),
+        ({f"{KEY}.weight": torch.ones(1)}, "1 of its 49 tensors are no LoRA matrices: '" + KEY),
+        ({f"{KEY}.lora_B.bias": torch.ones(1)}, "trains biases"),
+        ({f"{KEY}.diff": torch.ones(1)}, "whole differences of weights"),
+        ({"proj_out.lora_A.weight": torch.ones(4, WIDTH)}, "without its other half"),
+        ({f"transformer.{KEY}.lora_A.weight": torch.ones(4, WIDTH)}, "two tensors for one place"),
+        ({"proj_out.alpha": torch.tensor(1.0)}, "an alpha for 'proj_out' but no matrices"),
+    ],
+)
+def test_a_key_that_would_be_left_out_is_refused_by_name(tmp_path, state, extra, message):
+    assert message in complaint(tmp_path, state | extra)
+
+
+def test_a_sat_lora_is_refused_with_what_makes_one_that_can_be_loaded(tmp_path, state):
+    key = "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0"
+    assert complaint(tmp_path, state | {key: torch.ones(1)}) == (
+        "it cannot be loaded: it is a LoRA in SAT's own layout, of which script/export-lora, or the "
+        f"predictor predict_export_lora, makes one that can ('{key}')."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b: (a[:3], b), "do not fit each other: [3, 192] and [192, 4]"),
+        (lambda a, b: (a[:0], b[:, :0]), "do not fit each other"),
+        (lambda a, b: (a[:, :, None, None], b[:, :, None, None]), "has 4 dimensions"),
+        (lambda a, b: (a.to(torch.int32), b), "stored as I32"),
+        (lambda a, b: (a.to(torch.float8_e4m3fn), b), "stored as F8_E4M3"),
+    ],
+)
+def test_matrices_that_are_none_are_refused(tmp_path, state, change, message):
+    down, up = change(state[f"{KEY}.lora_A.weight"], state[f"{KEY}.lora_B.weight"])
+    assert message in complaint(tmp_path, state | {f"{KEY}.lora_A.weight": down, f"{KEY}.lora_B.weight": up})
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    assert "holds no tensors" in complaint(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (diffusers_metadata(r=8, lora_alpha=8), "rank 8 for"),
+        (diffusers_metadata(r=RANK, lora_alpha=-1), "has to be a number above 0"),
+        (diffusers_metadata(r=RANK, lora_alpha="8"), "has to be a number above 0"),
+        (diffusers_metadata(r=RANK, lora_alpha=8, use_dora=True), "DoRA"),
+        (diffusers_metadata(r=RANK, lora_alpha=8, peft_type="LOKR"), "LOKR"),
+        (diffusers_metadata(r=RANK, lora_alpha=8, alpha_pattern={"(a+)+$": 1}), "only names of modules"),
+        (diffusers_metadata(r=RANK, lora_alpha=8, rank_pattern=[]), None),
+        (diffusers_metadata(r=RANK, lora_alpha=8, rank_pattern=[1]), "is no JSON object"),
+        ({"lora_adapter_metadata": "{"}, "is no JSON object"),
+    ],
+)
+def test_metadata_that_contradicts_the_matrices_or_asks_for_more_is_refused(
+    tmp_path, state, metadata, message
+):
+    if message is None:
+        assert read(tmp_path, state, metadata).scaling is not None
+    else:
+        assert message in complaint(tmp_path, state, metadata)
+
+
+def test_alphas_that_contradict_each_other_or_miss_a_module_are_refused(tmp_path, state):
+    tensors = as_kohya(state, 8.0)
+    assert "stores alpha twice and differently: 2 in its metadata and 8 as tensors" in complaint(
+        tmp_path, tensors, diffusers_metadata(r=RANK, lora_alpha=2)
+    )
+    del tensors[next(key for key in tensors if key.endswith(".alpha"))]
+    assert "but none for" in complaint(tmp_path, tensors)
+
+
+def test_a_lora_of_another_shape_is_refused_with_both_bases(tmp_path, state):
+    said = complaint(tmp_path, state, shapes=linear_shapes(width=3072), spec="cogvideox-5b-i2v")
+    assert "it was made for another base: tiny-t2v or tiny-i2v. This model is cogvideox-5b-i2v" in said
+    assert "goes from 3072 to 3072, the LoRA's from 192 to 192" in said
+
+
+@pytest.mark.parametrize(
+    ("width", "base"), [(1920, "cogvideox-2b"), (3072, "cogvideox-5b or "), (512, "of width 512")]
+)
+def test_the_base_is_told_from_the_width_of_attention(tmp_path, width, base):
+    tensors = {f"{KEY}.lora_A.weight": torch.ones(2, width), f"{KEY}.lora_B.weight": torch.ones(width, 2)}
+    said = complaint(tmp_path, tensors)
+    assert "made for another base" in said and base in said and "This model is tiny-t2v" in said
+
+
+def test_more_blocks_than_this_model_has_are_another_base(tmp_path):
+    state, _ = lora_state(model={"num_layers": LAYERS + 2})
+    for tensors in (state, as_kohya(state, 1.0)):
+        said = complaint(tmp_path, tensors)
+        assert "made for another base" in said and "This model is tiny-t2v (which has no module" in said
+
+
+def test_another_family_is_another_base(tmp_path):
+    key = "blocks.3.self_attn.q"
+    tensors = {f"{key}.lora_A.weight": torch.ones(2, 8), f"{key}.lora_B.weight": torch.ones(8, 2)}
+    assert "a model with modules like 'blocks.3.self_attn.q'" in complaint(tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "spec", "named"),
+    [
+        ({"base": "tiny-i2v", "task": "i2v"}, "tiny-t2v", "another base: tiny-i2v. This model is tiny-t2v"),
+        ({"base": "tiny-t2v"}, "tiny-i2v", "another base: tiny-t2v. This model is tiny-i2v"),
+        ({"base": "THUDM/CogVideoX-5b"}, "tiny-i2v", "base: THUDM/CogVideoX-5b. This model is tiny-i2v"),
+        ({"base": "my-own", "task": "i2v"}, "tiny-t2v", "another base: my-own. This model is tiny-t2v"),
+    ],
+)
+def test_bases_of_equal_shapes_are_told_apart_by_the_trainers_record(tmp_path, state, recorded, spec, named):
+    assert named in complaint(tmp_path, state, {"cogvideox": json.dumps(recorded)}, spec=spec)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"base": "tiny-t2v", "task": "t2v"}', '{"base": 3}'])
+def test_a_record_that_fits_or_says_nothing_is_no_obstacle(tmp_path, state, text):
+    assert read(tmp_path, state, {"cogvideox": text}).pairs

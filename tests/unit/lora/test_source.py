@@ -1,0 +1,154 @@
+"""What callers write to name a LoRA, and what they are told when it is the wrong thing."""
+
+import base64
+
+import pytest
+
+from lib.errors import UserError
+from lib.lora.source import parse
+
+MOST = 10**6
+
+
+@pytest.fixture
+def local(monkeypatch):
+    monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
+
+
+def refused(source: str, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(source, max_bytes=MOST, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "repository", "revision", "path"),
+    [
+        ("owner/name", "owner/name", "main", ""),
+        (" owner/name ", "owner/name", "main", ""),
+        ("owner/name/a.safetensors", "owner/name", "main", "a.safetensors"),
+        ("owner/name/sub/a.safetensors", "owner/name", "main", "sub/a.safetensors"),
+        ("owner/name@v1", "owner/name", "v1", ""),
+        ("owner/name@v1/a.safetensors", "owner/name", "v1", "a.safetensors"),
+        ("https://huggingface.co/owner/name", "owner/name", "main", ""),
+        ("huggingface.co/owner/name", "owner/name", "main", ""),
+        ("huggingface.co/owner/name/a.safetensors", "owner/name", "main", "a.safetensors"),
+        ("https://huggingface.co/owner/name/", "owner/name", "main", ""),
+        ("https://www.huggingface.co/owner/name", "owner/name", "main", ""),
+        ("https://hf.co/owner/name/tree/v2", "owner/name", "v2", ""),
+        ("https://huggingface.co/owner/name/tree/main/sub", "owner/name", "main", "sub"),
+        ("https://huggingface.co/owner/name/blob/main/a.safetensors", "owner/name", "main", "a.safetensors"),
+        ("https://hf.co/o/n/resolve/refs%2Fpr%2F1/a%20b.tar?x=1", "o/n", "refs/pr/1", "a b.tar"),
+    ],
+)
+def test_every_way_to_name_a_file_on_the_hub_means_the_same(source, repository, revision, path):
+    address = parse(source, max_bytes=MOST)
+    assert (address.place, address.repository, address.revision, address.path) == (
+        "hub",
+        repository,
+        revision,
+        path,
+    )
+
+
+def test_a_page_and_a_name_share_one_cached_file():
+    names = ("o/n/a.safetensors", "https://huggingface.co/o/n/blob/main/a.safetensors")
+    assert len({parse(name, max_bytes=MOST).key for name in names}) == 1
+
+
+def test_pages_of_the_operators_own_hub_are_hub_pages(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
+    assert parse("https://hub.example/o/n/blob/main/a.safetensors", max_bytes=MOST).repository == "o/n"
+
+
+def test_an_address_is_a_url_whose_secrets_are_not_shown():
+    source = "https://user:password@files.example/a/style.safetensors?token=secret#top"
+    address = parse(source, max_bytes=MOST)
+    assert (address.place, address.url) == ("url", source.removesuffix("#top"))
+    assert address.label == "https://files.example/a/style.safetensors"
+    assert "secret" not in address.given and "password" not in address.given
+
+
+def test_a_civitai_download_is_an_address():
+    url = "https://civitai.com/api/download/models/12345?type=Model"
+    assert parse(url, max_bytes=MOST).url == url
+
+
+def test_a_data_uri_is_its_content():
+    content = bytes(range(256))
+    uri = "data:application/octet-stream;base64," + base64.b64encode(content).decode()
+    address = parse(uri, max_bytes=MOST)
+    assert (address.place, address.content) == ("data", content)
+    assert address.label.startswith("data URI ") and len(address.label) < 30
+    assert parse(uri.replace("octet-stream", "x"), max_bytes=MOST).key == address.key
+
+
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        ("https://replicate.com/owner/model", ["page of Replicate", "https://replicate.delivery/"]),
+        ("replicate.com/owner/model", ["page of Replicate", "trained_model.tar"]),
+        ("owner/model:" + "0" * 64, ["a version of a model on Replicate. ", "https://replicate.delivery/"]),
+        ("https://civitai.com/models/123/name", ["CivitAI", "api/download/models/<modelVersionId>"]),
+        (
+            "https://civitai.com/models/123?modelVersionId=456",
+            ["https://civitai.com/api/download/models/456."],
+        ),
+        ("owner/name/a.bin", ["pickle by its name"]),
+        ("https://x.example/a.ckpt?x=1", ["pickle by its name"]),
+        ("https://huggingface.co/o/n/blob/main/a.pt", ["pickle by its name"]),
+        ("https://huggingface.co/o/n/discussions", ["no file of a Hugging Face repository", "give o/n or"]),
+        ("/etc/passwd", ["is a path on the server", "give an https:// address"]),
+        ("file:///etc/passwd", ["is a path on the server"]),
+        ("./a.safetensors", ["is a path on the server"]),
+        ("~/a.safetensors", ["is a path on the server"]),
+        ("a.safetensors", ["names no LoRA; give an https:// address"]),
+        ("owner/../name", ["names no LoRA"]),
+        ("ftp://x/y", ["names no LoRA"]),
+        ("https://[x/y", ["names no LoRA"]),
+        ("a sentence", ["names no LoRA"]),
+        ("data:text/plain,abc", ["has to be in base64"]),
+        ("data:x;base64,a!b", ["not valid base64"]),
+        ("data:x;base64," + "A" * 2_000_000, ["more than the 1.0 MB that are allowed"]),
+    ],
+)
+def test_what_names_no_lora_is_answered_with_the_right_form(source, messages):
+    said = refused(source)
+    for message in messages:
+        assert message in said
+    assert len(said) < 700
+
+
+def test_local_files_are_for_servers_that_allow_them_and_for_their_owners(tmp_path, monkeypatch):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"x")
+    assert "is a path on the server" in refused(str(file))
+    assert parse(str(file), trusted=True, max_bytes=MOST).file == file
+    monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
+    address = parse(f"file://{file}", max_bytes=MOST)
+    assert (address.place, address.file, address.label) == ("local", file, "a.safetensors")
+    before = address.key
+    file.write_bytes(b"another")
+    assert parse(str(file), max_bytes=MOST).key != before
+    assert "does not exist on the server" in refused(str(tmp_path / "b.safetensors"))
+
+
+def test_a_relative_path_that_exists_is_the_file_where_files_are_allowed(tmp_path, monkeypatch, local):
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    assert parse("owner/name", max_bytes=MOST).place == "local"
+    assert parse("owner/other", max_bytes=MOST).place == "hub"
+
+
+def test_a_relative_path_is_a_hub_name_where_files_are_not_allowed(tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    assert parse("owner/name", max_bytes=MOST).place == "hub"
+
+
+@pytest.mark.parametrize("given", ["r8.im/owner/model", "owner/model:0123abcdef", "r8.im/o/m@sha256:00"])
+def test_names_of_replicate_as_people_copy_them_are_not_asked_of_the_hub(given):
+    with pytest.raises(UserError, match="is a version of a model on Replicate"):
+        parse(given, max_bytes=1000)

@@ -1,0 +1,158 @@
+"""Clips without a caption get one, once, however often a run is stopped and goes on."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lib.cancellation import Stopped
+from lib.datasets.dataset import LeftOut, find_clips
+from lib.errors import UserError
+from tests import training_factory as factory
+from tests.caption_factory import write_captioner
+from tests.clips_factory import write_clips
+from training import autocaption as module
+from training import checkpoints
+from training.autocaption import as_lines, write_captions
+
+ALONE = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0)
+MUTE = ("star-001.mp4", "star-002.mp4", "star-003.mp4")
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory) -> Path:
+    return write_captioner(tmp_path_factory.mktemp("models") / "talker", ends=False)
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """Four clips, of which the first has a caption."""
+    folder = write_clips(tmp_path / "clips", 4)
+    for name in MUTE:
+        (folder / name).with_suffix(".txt").unlink()
+    return folder
+
+
+def captioned(
+    clips: Path, run: Path, captioner: Path | str, *, origin=None, stop=None, report=print, **settings
+):
+    """What write_captions returns for a folder of clips."""
+    plan = factory.plan("tiny-i2v", autocaption=True, autocaption_model=str(captioner), **settings)
+    found, left_out = find_clips(clips, need_captions=False)
+    return write_captions(
+        plan, found, left_out, run, ALONE, origin=origin, stop=stop or threading.Event(), report=report
+    )
+
+
+def emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def test_clips_get_the_captions_that_they_lack_and_keep_those_that_they_have(tmp_path, clips, captioner):
+    said = []
+    made, left_out, rows = captioned(clips, tmp_path / "run", captioner, report=said.append)
+    assert [clip.name for clip in made] == ["star-000.mp4", *MUTE] and left_out == []
+    assert made[0].caption == "a magenta star circles on black"
+    assert all(len(clip.caption.split()) == 20 for clip in made[1:])  # what the base reads
+    assert [row.caption for row in rows] == [clip.caption for clip in made]
+    assert [row.status for row in rows] == ["kept", "captioned", "captioned", "captioned"]
+    assert said[0].startswith("captioning with talker on cpu in float32 (")
+    assert said[-4:] == [
+        "3 of 3 clips without a caption are captioned, 3 of them cut off at 20 tokens:",
+        *(f"  {clip.name}: {clip.caption}" for clip in made[1:]),
+    ]
+    assert captioned(clips, tmp_path / "other", captioner)[0] == made
+
+
+def test_a_run_that_goes_on_captions_nothing_again(tmp_path, clips, captioner):
+    moved = shutil.copytree(captioner, tmp_path / "talker")
+    first, said = captioned(clips, tmp_path / "run", moved), []
+    emptied(moved)  # it is not even looked into
+    assert captioned(clips, tmp_path / "run", moved, report=said.append) == first
+    assert said[0] == "3 of 3 clips without a caption were captioned by an earlier run"
+
+
+def test_neither_does_one_that_goes_on_from_an_output_and_it_keeps_what_that_said(tmp_path, clips, captioner):
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    first = captioned(clips, tmp_path / "run", captioner)
+    (origin / checkpoints.CAPTIONS).write_text(as_lines(first[2]))
+    gone = emptied(tmp_path / "talker")
+    assert captioned(clips, tmp_path / "next", gone, origin=origin) == first
+    assert captioned(clips, tmp_path / "next", gone) == first
+
+
+def test_another_question_is_asked_anew(tmp_path, clips, captioner):
+    first, _, _ = captioned(clips, tmp_path / "run", captioner)
+    other, _, _ = captioned(clips, tmp_path / "run", captioner, autocaption_prompt="What shape is it?")
+    assert other[0] == first[0]
+    assert all(mine.caption != others.caption for mine, others in zip(first[1:], other[1:], strict=True))
+
+
+def test_a_stop_between_batches_loses_nothing(tmp_path, clips, captioner, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 1)
+    whole = captioned(clips, tmp_path / "whole", captioner)
+    stop, said = threading.Event(), []
+
+    def report(line: str) -> None:
+        if line.startswith("progress: captioning 1/3"):
+            stop.set()
+
+    with pytest.raises(Stopped):
+        captioned(clips, tmp_path / "run", captioner, stop=stop, report=report)
+    with (tmp_path / "run" / "captions.jsonl").open("a") as file:
+        file.write('{"file_name": "star-0')  # what a kill leaves
+    assert captioned(clips, tmp_path / "run", captioner, report=said.append) == whole
+    assert said[0] == "1 of 3 clips without a caption were captioned by an earlier run"
+    assert [line.split(",")[0] for line in said if "progress" in line] == [
+        "progress: captioning 1/2", "progress: captioning 2/2",
+    ]  # fmt: skip
+    lines = (tmp_path / "run" / "captions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in lines if line.endswith("}")] == list(MUTE)
+
+
+def test_a_clip_that_cannot_be_captioned_is_left_out_with_the_reason(tmp_path, clips, captioner):
+    (clips / MUTE[0]).write_bytes(b"no video")
+    made, left_out, rows = captioned(clips, tmp_path / "run", captioner)
+    assert [clip.name for clip in made] == ["star-000.mp4", *MUTE[1:]]
+    assert left_out == [LeftOut(name=MUTE[0], reason=f"no caption: {rows[1].error}")]
+    assert rows[1].status == "failed" and rows[1].error.startswith(f"video {MUTE[0]} ")
+
+
+def test_where_no_clip_is_left_that_is_the_error(tmp_path, captioner):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"no clip can be used:\n  a\.mp4: no caption: video a\.mp4 "):
+        captioned(clips, tmp_path / "run", captioner)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"file_name": "a.mp4", "status": "captioned", "caption": 5, "fingerprint": "mark"}',
+        '{"file_name": "a.mp4", "status": "captioned", "caption": "\\ud800", "fingerprint": "mark"}',
+        '{"file_name": "a.mp4", "status": "captioned", "caption": " ", "fingerprint": "mark"}',
+        '{"file_name": "a.mp4", "status": "captioned", "caption": "of another file"}',
+        '{"file_name": "a.mp4", "status": "failed", "error": "no", "fingerprint": "mark"}',
+        '{"file_name": ["a.mp4"], "status": "captioned"}',
+        "[" * 100_000,
+        "\udcff",
+    ],
+)
+def test_what_an_output_holds_counts_only_where_it_is_a_caption_of_the_same_clip(tmp_path, row):
+    text = f"{row}\n".encode(errors="surrogateescape")
+    (tmp_path / checkpoints.CAPTIONS).write_bytes(text)
+    assert module._known(tmp_path / "run", tmp_path, {"a.mp4": "mark"}) == {}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_captioner_that_cannot_be_loaded_is_told_with_the_setting(tmp_path, clips, captioner, monkeypatch):
+    monkeypatch.setenv("COGVIDEOX_QUANTIZATION", "2bit")
+    with pytest.raises(UserError, match=r"autocaption with talker: COGVIDEOX_QUANTIZATION=2bit"):
+        captioned(clips, tmp_path / "run", captioner)

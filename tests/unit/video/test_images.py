@@ -1,0 +1,128 @@
+"""Reading images and fitting them to a size."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.errors import UserError
+from lib.video import images
+
+
+def test_turns_a_photo_upright_by_its_exif_orientation(tmp_path):
+    photo = Image.new("RGB", (40, 20), (0, 0, 255))
+    photo.paste((255, 0, 0), (0, 0, 20, 20))  # red on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    photo.save(tmp_path / "photo.png", exif=exif)
+    upright = images.read_image(tmp_path / "photo.png")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5)) == (255, 0, 0) and upright.getpixel((10, 35)) == (0, 0, 255)
+
+
+def test_shows_transparency_over_white(tmp_path):
+    drawing = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    drawing.putpixel((1, 1), (200, 0, 0, 255))
+    drawing.putpixel((2, 2), (0, 0, 0, 128))
+    drawing.save(tmp_path / "drawing.png")
+    shown = images.read_image(tmp_path / "drawing.png")
+    assert shown.mode == "RGB"
+    assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((1, 1)) == (200, 0, 0)
+    assert shown.getpixel((2, 2)) == (127, 127, 127)
+
+
+def test_shows_a_palette_colour_that_is_transparent_over_white(tmp_path):
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((0, 0), 0)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    shown = images.read_image(tmp_path / "palette.png")
+    assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((3, 3)) == (10, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "name"),
+    [
+        (np.array([[0, 32896, 65535]], np.uint16), "depth16.png"),
+        (np.array([[0, 32896, 65535]], np.int32), "depth32.tif"),
+        (np.array([[0, 128 / 255, 1]], np.float32), "float.tif"),
+    ],
+)
+def test_scales_deep_grey_images_to_eight_bits(tmp_path, pixels, name):
+    Image.fromarray(pixels).save(tmp_path / name)
+    read = np.asarray(images.read_image(tmp_path / name))
+    assert read.tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+
+
+def test_reads_cmyk_and_the_first_frame_of_animations(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=100)
+    red = images.read_image(tmp_path / "print.jpg").getpixel((4, 4))
+    assert red[0] > 220 and max(red[1:]) < 60
+    steps = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    for name in ("steps.gif", "steps.webp"):
+        steps[0].save(tmp_path / name, save_all=True, append_images=steps[1:], lossless=True)
+        assert images.read_image(tmp_path / name).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_refuses_what_is_no_image_by_name(tmp_path):
+    (tmp_path / "notes.png").write_text("not an image")
+    (tmp_path / "empty.jpg").touch()
+    # An EPS file is a program for Ghostscript, which Pillow would run.
+    (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    for name in ("notes.png", "empty.jpg", "page.eps"):
+        with pytest.raises(UserError, match=f"{name} is not an image that can be read"):
+            images.read_image(tmp_path / name)
+    with pytest.raises(UserError, match=r"missing\.png"):
+        images.read_image(tmp_path / "missing.png")
+
+
+def test_refuses_a_truncated_image_and_a_decompression_bomb(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
+    with pytest.raises(UserError, match=r"cut\.png cannot be read"):
+        images.read_image(tmp_path / "cut.png")
+    bomb = bytearray((tmp_path / "whole.png").read_bytes())
+    for side, message in ((9_500, "9500x9500"), (60_000, "megapixels")):
+        struct.pack_into(">II", bomb, 16, side, side)
+        ihdr = bytes(bomb[12:29])
+        struct.pack_into(">I", bomb, 29, zlib.crc32(ihdr))
+        (tmp_path / "bomb.png").write_bytes(bomb)
+        with pytest.raises(UserError, match=message):
+            images.read_image(tmp_path / "bomb.png")
+
+
+def three_stripes() -> Image.Image:
+    """120x40: red, green, blue stripes of 40x40 from left to right."""
+    image = Image.new("RGB", (120, 40), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 40, 40))
+    image.paste((0, 0, 255), (80, 0, 120, 40))
+    return image
+
+
+def test_crop_keeps_the_middle_and_fills_the_frame():
+    pixels = np.asarray(images.fit_image(three_stripes(), 64, 64, "crop"))
+    assert pixels.shape == (64, 64, 3)
+    assert (pixels[:, 4:-4] == (0, 255, 0)).all()
+
+
+def test_pad_keeps_everything_between_black_bars():
+    pixels = np.asarray(images.fit_image(three_stripes(), 60, 60, "pad"))
+    assert pixels.shape == (60, 60, 3)
+    assert (pixels[:20] == 0).all() and (pixels[40:] == 0).all()
+    assert [pixels[30, x].argmax() for x in (10, 30, 50)] == [0, 1, 2]
+
+
+def test_stretch_ignores_proportions():
+    pixels = np.asarray(images.fit_image(three_stripes(), 30, 90, "stretch"))
+    assert pixels.shape == (90, 30, 3)
+    assert [pixels[y, x].argmax() for y in (2, 87) for x in (5, 15, 25)] == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+def test_an_image_of_the_right_size_stays_as_it_is(mode):
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    assert (np.asarray(images.fit_image(Image.fromarray(noise), 64, 48, mode)) == noise).all()
+    assert images.fit_image(Image.fromarray(noise), 1000, 3, mode).size == (1000, 3)
