@@ -8,7 +8,11 @@ that would be shown.
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
+
+Report = Callable[[str], None]
+"""Where lines for the person who waits go: progress lines in the format above, and plain sentences."""
 
 PROGRESS = re.compile(r"progress: (?P<stage>.+) (?P<done>\d+)/(?P<total>\d+)(?:, (?P<note>.+))?$")
 BAR_WIDTH = 30

@@ -6,7 +6,6 @@ captions.1.jsonl and so on), later in checkpoints and the result, and is never a
 
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from lib.datasets.dataset import Clip, LeftOut
 from lib.errors import UserError
 from lib.models import derive, specs
 from lib.predictors.model import Model
+from lib.progress import Report
 from training import checkpoints
 from training.devices import from_main
 from training.memory import free_memory
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from lib.caption.captioner import Captioner, CaptionSettings
 
-Report = Callable[[str], None]
 BATCH = 4
 """Clips described together; where the GPU is too small for it, fewer."""
 SHOWN = 3

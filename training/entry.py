@@ -4,13 +4,14 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
 from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.input_files import check_file
+from lib.progress import Report
 from lib.storage.archive import disk_error
 from lib.storage.lock import lock
 from lib.storage.packing import pack
@@ -21,7 +22,6 @@ from training.config import SECRETS, TrainingConfig
 from training.memory import free_memory
 
 KEPT_RUNS = 3
-Report = Callable[[str], None]
 
 
 class CogTrainer:

@@ -4,13 +4,14 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.errors import UserError
 from lib.network.http import shown
 from lib.network.urls import check_address, local_sources_allowed, request_rules, save_url
+from lib.progress import Report
 from lib.storage.archive import extract_tar
 from training import checkpoints
 from training.devices import from_main
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_OUTPUT_BYTES = 50 * 10**9
-Report = Callable[[str], None]
 
 
 @contextlib.contextmanager

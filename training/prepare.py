@@ -14,6 +14,7 @@ from lib.caption.record import Row
 from lib.datasets.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
 from lib.errors import UserError
 from lib.pipelines.load import silence_libraries
+from lib.progress import Report
 from lib.weights.cache import cache_folder
 from training.config import TrainingConfig
 from training.devices import from_main
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import AutoencoderKLCogVideoX
 
-Report = Callable[[str], None]
 WITHOUT_CAPTION = "no caption: "
 REMEDY = "With autocaption=true a model captions the clips that have no caption."
 

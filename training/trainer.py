@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from torch import nn
 
 from lib.cancellation import Stopped
 from lib.network import offline
+from lib.progress import Report
 from training import checkpoints, objective
 from training.adapter import add_adapter, check_adapter, check_targets, load_adapter, save_adapter
 from training.ahead import Ahead
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import CogVideoXTransformer3DModel
 
-Report = Callable[[str], None]
 REPORT_SECONDS = 1.0
 CHANGES = {
     "seed": "the seed",

@@ -15,11 +15,10 @@ from lib.caption.captioner import Caption, Captioner, CaptionSettings, SampledCl
 from lib.caption.record import Record, Row, fingerprint
 from lib.datasets.dataset import Clip
 from lib.errors import UserError
+from lib.progress import Report
 
 READERS = max(1, min(4, (os.cpu_count() or 2) - 1))
 """Clips decoded at once, in processes of their own, while the model writes."""
-
-Report = Callable[[str], None]
 
 
 def caption_clips(

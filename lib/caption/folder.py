@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from lib.caption.dataset import Captioned
@@ -33,9 +32,8 @@ from lib.datasets.dataset import (
     column_of,
 )
 from lib.datasets.listings import Files, UnreadableError, read_lines, read_table, read_text
+from lib.progress import Report
 from lib.storage.archive import disk_error, require_free_space
-
-Report = Callable[[str], None]
 
 
 def write_folder(made: Captioned, folder: Path, *, videos: bool) -> None:

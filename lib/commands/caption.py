@@ -10,7 +10,6 @@ The same command again goes on where one was stopped (captions.jsonl says what i
 import os
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from lib.caption.place import Place, settled_place
 from lib.commands.common import FAILED, INTERRUPTED, MISUSED, begin, help_status
 from lib.distributed.launched import FirstFailedError, Processes
 from lib.errors import UserError
-from lib.progress import LogView
+from lib.progress import LogView, Report
 from lib.serving.configs import PROJECT
 from lib.serving.inputs import parse_inputs
 from lib.serving.schema import training_inputs
 
 USAGE = "script/caption FOLDER_OR_ARCHIVE [output_dir=PATH] [setting=value ...]"
 SOURCE, OUTPUT_DIR = "input_videos", "output_dir"
-Report = Callable[[str], None]
 
 
 def main(arguments: list[str]) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from lib.distributed.launched import Processes
 from lib.errors import UserError
 from lib.predictors.caption import load, model_mark
 from lib.predictors.model import Model, settle_model
+from lib.progress import Report
 from lib.storage.archive import disk_error
 from lib.storage.lock import lock
 
 UNPACKED, LOCK = ".unpacked", ".captions"
 """In the output folder; names that begin so are not looked at for clips."""
-Report = Callable[[str], None]
 
 
 def caption_dataset(

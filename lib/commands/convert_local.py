@@ -2,17 +2,16 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lib.convert.request import LoraRequest, ModelRequest
 from lib.errors import UserError
 from lib.predictors.convert_files import Given, brought
+from lib.progress import Report
 from lib.storage.archive import disk_error
 from lib.storage.lock import lock
-
-Report = Callable[[str], None]
 
 
 def convert_model(

@@ -4,7 +4,6 @@ All released CogVideoX models have the same T5-XXL; the rest of a released model
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from lib.cancellation import check_stop
@@ -16,6 +15,7 @@ from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch
 from lib.network.offline import forbidden
+from lib.progress import Report
 from lib.storage.archive import Stop, require_free_space
 from lib.storage.lock import lock
 from lib.weights import checkpoints
@@ -25,8 +25,6 @@ from lib.weights.shared_components import TEXT, has_text_encoder
 WIDTH = 4096
 """Of the released text encoder's output."""
 REVISION = "main"
-
-Report = Callable[[str], None]
 
 
 def encoder_for(

@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lib.cancellation import check_stop
 from lib.errors import UserError
+from lib.progress import Report
 from lib.storage.archive import Stop, disk_error, require_free_space, size_text
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ SLACK_BYTES = 4_000_000
 """For headers, configurations and the report."""
 NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 """Of the types that weights are written in, in a safetensors header."""
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

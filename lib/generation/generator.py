@@ -16,6 +16,7 @@ from lib.memory.request import clip_of, lora_bytes
 from lib.models.specs import ModelSpec
 from lib.pipelines.load import build_scheduler
 from lib.pipelines.offload import rest_text_encoder
+from lib.progress import Report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from lib.memory.plan import MemoryPlan
 
-Report = Callable[[str], None]
 Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
 """Of prompt and negative prompt, [1, tokens, width] each."""
 Together = (

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -27,6 +27,7 @@ from lib.lora.source import Address, parse
 from lib.memory.model import Offload
 from lib.models.specs import ModelSpec
 from lib.pipelines.offload import unhooked
+from lib.progress import Report
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 # Three LoRAs of rank 128 on four projections of 5B in 16 bits.
 MAX_ATTACHED_BYTES = 800 * 10**6
 MAX_ATTACHED = 8
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

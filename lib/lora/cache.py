@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +23,7 @@ from lib.network import hub
 from lib.network.download import read, sha256_of
 from lib.network.http import FetchError, Rules
 from lib.network.urls import operator_rules, request_rules, save_url
+from lib.progress import Report
 from lib.storage.archive import NoSpaceError, disk_error, extract_tar, size_text
 from lib.storage.lock import lock
 from lib.weights.cache import cache_folder
@@ -37,8 +38,6 @@ CONFIG_BYTES = 1 << 20
 LOCK_POLL_SECONDS = 0.2
 PREFERRED = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
 LISTED = 10
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from lib.lora.source import HUB_HOSTS
 from lib.network.download import fetch
 from lib.network.urls import local_sources_allowed, request_rules
 from lib.predictors.input_files import check_file
+from lib.progress import Report
 from lib.storage import zip_archive
 from lib.storage.archive import Stop, archive_kind, disk_error, extract_archive
 from lib.storage.lock import lock
@@ -39,8 +40,6 @@ FOLDER = "checkpoints"
 COGS_PREFIX = re.compile(r"tmp[a-z0-9_]{8}")
 """What Cog puts before the name of an upload."""
 LONGEST_NAME = 120
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

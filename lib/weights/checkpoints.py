@@ -23,6 +23,7 @@ from lib.network import hub
 from lib.network.download import fetch, read, remote_size, sha256_of
 from lib.network.http import FetchError, shown
 from lib.network.offline import forbidden
+from lib.progress import Report
 from lib.storage.archive import NoSpaceError, extract_tar, require_free_space
 from lib.storage.lock import lock
 from lib.weights import shared_components
@@ -33,7 +34,6 @@ from lib.weights.manifest import MANIFEST, Source, read_manifest
 UNPACKED_PER_ARCHIVE_BYTE = 10
 INDEX_BYTES = 1 << 20
 
-Report = Callable[[str], None]
 Check = Callable[[dict], None]
 
 
