@@ -1,14 +1,18 @@
-"""Makes Cog fetch URL inputs by this service's rules, and tells files that a request brought from others.
+"""Fetch URL inputs by this service's rules, and tell uploaded files from paths on the server.
 
-Cog turns an input of type Path that is a data URI or a URL into a temporary file, following any redirect
-to any address, without a limit, and leaves the file behind when reading fails; a plain path it passes on as
-it stands. It has no hook for this, so two members of its (pinned) types are replaced, once, at setup.
+Cog turns an input of type Path that is a data URI or a URL into a temporary file. It follows any redirect to
+any address, without a size limit, and leaves the file behind when reading fails; a plain path is passed on as
+it is. Cog has no hook for this, so `install` replaces two members of cog.types once, in setup. Without them
+requests could reach private addresses, so a Cog in which they are missing or changed ends the start.
 """
 
+import inspect
+import io
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import cog.types
 
@@ -19,27 +23,71 @@ from lib.storage.archive import disk_error, size_text
 
 MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
 COPY_BYTES = 1 << 20
+PROBE_URL = "https://probe.invalid/name.bin"
 
-_brought: set[str] = set()
+_fetched: set[str] = set()
+"""Temporary files made of URL inputs that no predictor has accepted yet."""
+
+
+class IncompatibleCogError(RuntimeError):
+    """This version of Cog fetches inputs in a way that cannot be replaced."""
 
 
 def install() -> None:
-    """Replace Cog's fetching of inputs. Safe to repeat."""
-    cog.types.URLFile.__wrapped__ = property(_open)
-    cog.types.URLPath.convert = _convert
+    """Replace Cog's fetching of URL inputs. Safe to repeat. Raises IncompatibleCogError."""
+    try:
+        _check_members()
+        cog.types.URLFile.__wrapped__ = property(_open)  # pyright: ignore[reportAttributeAccessIssue]
+        cog.types.URLPath.convert = _convert
+        _check_probe()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _incompatible(str(error)) from error
 
 
 def check_file(path: Path | str) -> Path:
-    """The path of an input file, if the request brought it or local files are allowed; else UserError."""
+    """Return the path of an input file. Raises UserError for a path on the server unless it may be read."""
     text = str(path).removeprefix("file://")
-    if text in _brought or local_sources_allowed():
-        _brought.discard(text)
+    if text in _fetched or local_sources_allowed():
+        _fetched.discard(text)
         return Path(text)
     raise UserError(f"{text!r} is a path on the server; upload the file or give an https:// address.")
 
 
+def _check_members() -> None:
+    """Check that the members to replace exist and are of the kind that takes their place."""
+    if not isinstance(vars(cog.types.URLFile).get("__wrapped__"), property):
+        raise _incompatible("URLFile.__wrapped__ is not a property")
+    if hasattr(cog.types.URLFile, "read"):  # it must come from what __wrapped__ returns
+        raise _incompatible("URLFile.read does not use __wrapped__")
+    convert = vars(cog.types.URLPath).get("convert")
+    if not inspect.isfunction(convert) or list(inspect.signature(convert).parameters) != ["self"]:
+        raise _incompatible("URLPath.convert is not a method without arguments")
+    if not inspect.isfunction(vars(cog.types.URLPath).get("unlink")):
+        raise _incompatible("URLPath.unlink is not a method")
+
+
+def _check_probe() -> None:
+    """Check on an input that is never fetched that Cog's own code leads to the replacements."""
+    path = cog.types.Path.validate(PROBE_URL)
+    if not isinstance(path, cog.types.URLPath) or not isinstance(path.fileobj, cog.types.URLFile):
+        raise _incompatible("Path.validate does not make a URLPath with a URLFile")
+    url = object.__getattribute__(path.fileobj, "__url__")
+    if (path.source, path.filename, path._path, url) != (PROBE_URL, "name.bin", None, PROBE_URL):
+        raise _incompatible("URLPath.source, filename or _path, or URLFile.__url__ has another meaning")
+    object.__setattr__(path.fileobj, "__target__", io.BytesIO(b"probe"))
+    if path.fileobj.read() != b"probe":
+        raise _incompatible("URLFile.read does not use __wrapped__")
+
+
+def _incompatible(reason: str) -> IncompatibleCogError:
+    return IncompatibleCogError(
+        f"cog {version('cog')} is not supported: in cog.types, {reason}. Inputs could not be restricted to "
+        "public addresses, so nothing is served. Install the version of cog in requirements.txt."
+    )
+
+
 def _open(self: cog.types.URLFile) -> object:
-    """What URLFile reads from; opened once, at the first use."""
+    """Return the stream that URLFile reads from, opened at the first use."""
     try:
         return object.__getattribute__(self, "__target__")
     except AttributeError:
@@ -50,7 +98,7 @@ def _open(self: cog.types.URLFile) -> object:
 
 
 def _convert(self: cog.types.URLPath) -> cog.types.Path:
-    """As Cog's: the input as a temporary file, made once. Bounded, and nothing is left of one that fails."""
+    """Return the input as a temporary file of bounded size, fetched once. A failure leaves no file."""
     if self._path is None:
         try:
             handle, name = tempfile.mkstemp(suffix=self.filename)
@@ -58,12 +106,12 @@ def _convert(self: cog.types.URLPath) -> cog.types.Path:
             raise disk_error(error, Path(tempfile.gettempdir())) from error
         try:
             with open(handle, "wb") as file:
-                _copy(self.fileobj, file, source=self.source)
+                _copy(cast("BinaryIO", self.fileobj), file, source=self.source)
         except BaseException:
             os.unlink(name)
             raise
-        self._path = cog.types.Path(name)  # by this, Cog removes the file after the request
-        _brought.add(name)
+        self._path = cog.types.Path(name)  # from which Cog removes the file after the request
+        _fetched.add(name)
     return self._path
 
 
@@ -84,7 +132,7 @@ def _copy(reader: BinaryIO, file: BinaryIO, *, source: str) -> None:
 def _read(reader: BinaryIO, source: str) -> bytes:
     try:
         block = reader.read(COPY_BYTES)
-        # http.client ends a body that was cut off as if it were whole.
+        # http.client ends a truncated body without an error.
         if not block and (lost := getattr(reader, "length", None)):
             raise TruncatedError(f"the connection ended {lost:,} bytes early")
         return block

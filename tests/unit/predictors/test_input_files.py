@@ -9,12 +9,13 @@ import pytest
 from lib.errors import UserError
 from lib.network import urls
 from lib.predictors import input_files
+from lib.predictors.video import VideoPredictor
 from tests.http_host import Host, Served
 
 
 @pytest.fixture
 def made(monkeypatch, tmp_path) -> Path:
-    """The empty folder where temporary files are made, under the guard and with local addresses allowed."""
+    """Return the empty folder for temporary files, with the hooks installed and local addresses allowed."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -25,24 +26,24 @@ def made(monkeypatch, tmp_path) -> Path:
     return folder
 
 
-def given(url: str) -> cog.types.URLPath:
+def input_path(url: str) -> cog.types.URLPath:
     path = cog.types.Path.validate(url)
     assert isinstance(path, cog.types.URLPath)
     return path
 
 
 def fails_and_leaves_nothing(made: Path, url: str, match: str) -> None:
-    path = given(url)
+    path = input_path(url)
     with pytest.raises(UserError, match=match):
         path.convert()
     assert list(made.iterdir()) == []
     path.unlink(missing_ok=True)  # as Cog does after every request
 
 
-def test_an_input_becomes_a_file_that_is_accepted_once_and_removed_by_cog(made, monkeypatch):
+def test_an_input_becomes_a_file_that_is_accepted_once_and_that_cog_removes(made, monkeypatch):
     body = bytes(range(256)) * 10_000
     with Host({"/picture.png": Served(body)}) as host:
-        path = given(host.url("/picture.png"))
+        path = input_path(host.url("/picture.png"))
         file = path.convert()
         assert path.convert() == file, "it is fetched once"
         assert len(host.requests) == 1
@@ -57,7 +58,7 @@ def test_an_input_becomes_a_file_that_is_accepted_once_and_removed_by_cog(made, 
 
 
 def test_a_data_uri_becomes_a_file_too(made):
-    file = given("data:image/png;base64,aGVsbG8=").convert()
+    file = input_path("data:image/png;base64,aGVsbG8=").convert()
     assert file.read_bytes() == b"hello" and file.suffix == ".png"
 
 
@@ -77,7 +78,7 @@ def test_an_input_that_is_too_large_leaves_no_file(made, monkeypatch, length):
     with Host({"/a.png": Served(bytes(100_001), length=length)}) as host:
         fails_and_leaves_nothing(made, host.url("/a.png?token=x"), r"/a\.png' is larger than 100\.0 kB")
     with Host({"/a.png": Served(bytes(100_000), length=length)}) as host:
-        assert given(host.url("/a.png")).convert().stat().st_size == 100_000
+        assert input_path(host.url("/a.png")).convert().stat().st_size == 100_000
 
 
 def test_a_connection_that_breaks_leaves_no_file(made):
@@ -91,7 +92,7 @@ def test_a_host_that_trickles_leaves_no_file(made, monkeypatch):
         fails_and_leaves_nothing(made, host.url("/a.png"), "too slow")
 
 
-def test_a_full_disk_is_told_and_leaves_no_file(made, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_no_file(made, monkeypatch):
     class Full(io.FileIO):
         def write(self, block: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -110,5 +111,58 @@ def test_a_request_that_is_cancelled_while_it_fetches_leaves_no_file(made, monke
 
     monkeypatch.setattr(input_files, "_read", cancelled)
     with pytest.raises(CancelledError):
-        given("data:image/png;base64,aGVsbG8=").convert()
+        input_path("data:image/png;base64,aGVsbG8=").convert()
     assert list(made.iterdir()) == []
+
+
+def without_fields(self, *, source, filename, fileobj):
+    self.url, self.name_of_file, self.stream, self.temporary = source, filename, fileobj, None
+
+
+def with_an_argument(self, folder):
+    raise AssertionError
+
+
+CHANGES = {
+    "URLFile renamed": ("URLFile", None, None),
+    "URLPath renamed": ("URLPath", None, None),
+    "Path.validate renamed": ("Path", "validate", None),
+    "Path.validate returning text": ("Path", "validate", staticmethod(str)),
+    "__wrapped__ removed": ("URLFile", "__wrapped__", None),
+    "__wrapped__ a method": ("URLFile", "__wrapped__", lambda self: None),
+    "read defined": ("URLFile", "read", lambda self: b""),
+    "__getattr__ removed": ("URLFile", "__getattr__", None),
+    "convert removed": ("URLPath", "convert", None),
+    "convert with an argument": ("URLPath", "convert", with_an_argument),
+    "unlink removed": ("URLPath", "unlink", None),
+    "source, filename, fileobj and _path renamed": ("URLPath", "__init__", without_fields),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cog_with_other_members_ends_the_start(monkeypatch, change):
+    owner, member, value = CHANGES[change]
+    # What install() itself replaces is put back too.
+    monkeypatch.setattr(cog.types.URLFile, "__wrapped__", cog.types.URLFile.__wrapped__)
+    monkeypatch.setattr(cog.types.URLPath, "convert", cog.types.URLPath.convert)
+    if member is None:
+        monkeypatch.delattr(cog.types, owner)
+    elif value is None:
+        monkeypatch.delattr(getattr(cog.types, owner), member)
+    else:
+        monkeypatch.setattr(getattr(cog.types, owner), member, value, raising=False)
+    with pytest.raises(input_files.IncompatibleCogError, match=r"cog .* is not supported: in cog\.types"):
+        VideoPredictor.start(task="t2v")
+
+
+@pytest.mark.parametrize("field", ["source", "filename", "_path", "fileobj"])
+def test_a_cog_whose_inputs_lack_a_field_ends_the_start(monkeypatch, field):
+    original = cog.types.URLPath.__init__
+
+    def without(self, **fields):
+        original(self, **fields)
+        delattr(self, field)
+
+    monkeypatch.setattr(cog.types.URLPath, "__init__", without)
+    with pytest.raises(input_files.IncompatibleCogError, match=field):
+        input_files.install()
