@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel

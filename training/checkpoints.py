@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lib.errors import UserError
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from training.config import TrainingConfig
 
 LORA = "lora.safetensors"

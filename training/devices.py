@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from lib.distributed import launched
 from lib.errors import UserError
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 from training.config import TrainingConfig
 from training.memory import free_memory

@@ -12,7 +12,7 @@ from lib.errors import UserError
 from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.input_files import check_file
 from lib.progress import Report
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 from lib.storage.packing import pack
 from lib.storage.scratch import Scratch

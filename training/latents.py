@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from lib.datasets.dataset import Clip, LeftOut
 from lib.errors import UserError
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from training.adapter import save_tensors
 from training.clips import Sample, Sampling, clip_samples
 from training.config import digest

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from training import checkpoints
 from training.autocaption import as_lines
 from training.checkpoints import State

@@ -25,7 +25,7 @@ from lib.distributed.process import Ended, Process, own_gpu
 from lib.errors import UserError
 from lib.models import specs
 from lib.progress import LogView
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 
 MODULE = "lib.batch.worker"

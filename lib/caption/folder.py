@@ -33,7 +33,7 @@ from lib.datasets.dataset import (
 )
 from lib.datasets.listings import Files, UnreadableError, read_lines, read_table, read_text
 from lib.progress import Report
-from lib.storage.archive import disk_error, require_free_space
+from lib.storage.disk import disk_error, require_free_space
 
 
 def write_folder(made: Captioned, folder: Path, *, videos: bool) -> None:

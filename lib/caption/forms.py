@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from lib.cancellation import check_stop
 from lib.datasets.dataset import CAPTION_LINES, VIDEO_LINES, Clip, LeftOut
-from lib.storage.archive import BLOCK_BYTES, disk_error, require_free_space
+from lib.storage.disk import disk_error, require_free_space
+from lib.storage.member import BLOCK_BYTES
 
 METADATA, VIDEOS, PROMPTS, ERRORS = "metadata.jsonl", VIDEO_LINES[0], CAPTION_LINES[0], "errors.jsonl"
 FILE_NAME, TEXT = "file_name", "text"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib.datasets.dataset import Clip
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 
 Status = Literal["captioned", "kept", "failed"]
 

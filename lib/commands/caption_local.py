@@ -25,7 +25,7 @@ from lib.errors import UserError
 from lib.predictors.caption import load, model_mark
 from lib.predictors.model import Model, settle_model
 from lib.progress import Report
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 
 UNPACKED, LOCK = ".unpacked", ".captions"

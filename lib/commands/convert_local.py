@@ -10,7 +10,7 @@ from lib.convert.request import LoraRequest, ModelRequest
 from lib.errors import UserError
 from lib.predictors.convert_files import Given, brought
 from lib.progress import Report
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 
 

@@ -16,7 +16,8 @@ from lib.network import hub
 from lib.network.download import fetch
 from lib.network.offline import forbidden
 from lib.progress import Report
-from lib.storage.archive import Stop, require_free_space
+from lib.storage.archive import Stop
+from lib.storage.disk import require_free_space
 from lib.storage.lock import lock
 from lib.weights import checkpoints
 from lib.weights.cache import cache_folder

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.storage.archive import require_free_space
+from lib.storage.disk import require_free_space
 from lib.weights.shared_components import TEXT
 
 

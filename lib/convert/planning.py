@@ -21,7 +21,7 @@ from lib.convert.keymap import (
 )
 from lib.convert.writing import NAMES, Planned
 from lib.errors import UserError
-from lib.storage.archive import size_text
+from lib.storage.disk import size_text
 
 if TYPE_CHECKING:
     from torch import Tensor

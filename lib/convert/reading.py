@@ -16,7 +16,8 @@ from lib.convert.locating import Located, is_torch_zip, locate_weights
 from lib.errors import UserError
 from lib.lora.file import read_header
 from lib.storage import zip_archive
-from lib.storage.archive import Stop, size_text
+from lib.storage.archive import Stop
+from lib.storage.disk import size_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lib.convert.writing import Written
 from lib.models.specs import ModelSpec
-from lib.storage.archive import size_text
+from lib.storage.disk import size_text
 
 REPORT, README = "report.json", "README.md"
 SHOWN = 12

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from lib.cancellation import check_stop
 from lib.errors import UserError
 from lib.progress import Report
-from lib.storage.archive import Stop, disk_error, require_free_space, size_text
+from lib.storage.archive import Stop
+from lib.storage.disk import disk_error, require_free_space, size_text
 
 if TYPE_CHECKING:
     import torch

@@ -11,13 +11,8 @@ from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch, sha256_of
 from lib.network.http import until
-from lib.storage.archive import (
-    archive_kind,
-    disk_error,
-    extract_archive,
-    require_free_space,
-    size_text,
-)
+from lib.storage.archive import archive_kind, extract_archive
+from lib.storage.disk import disk_error, require_free_space, size_text
 from lib.storage.lock import lock
 
 UNPACKED_PER_ARCHIVE_BYTE, UNSUSPICIOUS_BYTES = 100, 1 << 30
@@ -31,7 +26,7 @@ def open_data(
 
     An archive is a zip or tar, whatever its name; it is unpacked whole or not at all, and once for the same
     content. It may hold `max_bytes`, and no more than the larger of 1 GiB and a hundred times its own size.
-    Raises UserError naming the archive and the member at fault, as lib.archive.extract_archive does, and
+    Raises UserError naming the archive and the member at fault, as extract_archive does, and
     NoSpaceError when the disk has no room; Stopped soon after `stop` was set.
     """
     source = Path(source)

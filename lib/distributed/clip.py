@@ -17,7 +17,7 @@ from lib.distributed.process_group import Group
 from lib.distributed.shared_clip import Loading, Part, load, take_part
 from lib.errors import UserError
 from lib.progress import LogView
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 
 if TYPE_CHECKING:
     import torch

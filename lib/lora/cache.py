@@ -24,7 +24,8 @@ from lib.network.download import read, sha256_of
 from lib.network.http import FetchError, Rules
 from lib.network.urls import operator_rules, request_rules, save_url
 from lib.progress import Report
-from lib.storage.archive import NoSpaceError, disk_error, extract_tar, size_text
+from lib.storage.archive import extract_tar
+from lib.storage.disk import NoSpaceError, disk_error, size_text
 from lib.storage.lock import lock
 from lib.weights.cache import cache_folder
 
@@ -228,8 +229,7 @@ def _in_folder(folder: Path, *, given: str) -> Found:
     file = folder / choose(paths, given=given)
     if kind_of(file, name=given) != "safetensors":
         raise UserError(f"{given}: {file.name} in it is no safetensors file.")
-    # In an archive the file may be a link; only what it leads to is moved into the cache.
-    return Found(file=file.resolve(), config=_read_config(file.with_name(CONFIG), given=given))
+    return Found(file=file, config=_read_config(file.with_name(CONFIG), given=given))
 
 
 def _read_config(path: Path, *, given: str) -> dict | None:

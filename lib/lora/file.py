@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib.errors import UserError
-from lib.storage.archive import size_text
+from lib.storage.disk import size_text
 
 Kind = Literal["safetensors", "tar"]
 

@@ -23,7 +23,7 @@ from lib.lora.file import refuse_pickle
 from lib.network import hub
 from lib.network.http import shown
 from lib.network.urls import local_sources_allowed
-from lib.storage.archive import size_text
+from lib.storage.disk import size_text
 
 Place = Literal["url", "hub", "data", "local"]
 REPLICATE_HOSTS = frozenset({"replicate.com", "www.replicate.com"})

@@ -24,7 +24,7 @@ from lib.network.http import (
     until,
 )
 from lib.network.partial_file import Part, Progress, Remote
-from lib.storage.archive import NoSpaceError, disk_error, require_free_space, size_text
+from lib.storage.disk import NoSpaceError, disk_error, require_free_space, size_text
 
 BLOCK_BYTES = 256 << 10
 # pget waits for ever on a body that stalls: below this pace it is stopped and Python takes over.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from lib.network.http import Source, shown
-from lib.storage.archive import size_text
+from lib.storage.disk import size_text
 
 # Long enough that setting up a range request does not matter, short enough that an interruption costs
 # seconds; a 21 GB archive is about 660 of them.

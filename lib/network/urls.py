@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from lib.cancellation import Stopped
 from lib.errors import UserError
 from lib.network.http import TRANSIENT, FetchError, Patience, Rules, Source, TruncatedError, shown
-from lib.storage.archive import disk_error, size_text
+from lib.storage.disk import disk_error, size_text
 
 SILENCE_SECONDS = 30.0
 TOTAL_SECONDS = 600.0  # a fetch holds the server's only slot: a byte now and then must not hold it for ever

@@ -17,7 +17,7 @@ from lib.network.download import sha256_of
 from lib.predictors import input_files
 from lib.predictors.caption import Service
 from lib.predictors.model import MetricSink
-from lib.storage.archive import disk_error
+from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 from lib.weights.cache import cache_folder
 

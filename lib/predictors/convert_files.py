@@ -26,7 +26,8 @@ from lib.network.urls import local_sources_allowed, request_rules
 from lib.predictors.input_files import check_file
 from lib.progress import Report
 from lib.storage import zip_archive
-from lib.storage.archive import Stop, archive_kind, disk_error, extract_archive
+from lib.storage.archive import Stop, archive_kind, extract_archive
+from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 from lib.weights.cache import cache_folder
 

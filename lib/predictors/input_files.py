@@ -19,7 +19,7 @@ import cog.types
 from lib.errors import UserError
 from lib.network.http import TRANSIENT, Source, TruncatedError, shown
 from lib.network.urls import local_sources_allowed, open_url
-from lib.storage.archive import disk_error, size_text
+from lib.storage.disk import disk_error, size_text
 
 MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
 COPY_BYTES = 1 << 20

@@ -1,29 +1,26 @@
-"""One process at a time: a lock file beside what it guards."""
+"""A lock between processes: a file next to the path that it guards."""
 
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lib.cancellation import check_stop
+from lib.progress import Report
 
 POLL_SECONDS = 0.2
 
 
 @contextmanager
 def lock(
-    final: Path,
-    report: Callable[[str], None],
-    *,
-    wait: bool = True,
-    stop: threading.Event | None = None,
+    final: Path, report: Report, *, wait: bool = True, stop: threading.Event | None = None
 ) -> Iterator[bool]:
-    """Hold the right to download `final`; False when another process has it and it is not waited for.
+    """Hold the lock for writing `final` and yield True, or False when it is taken and `wait` is False.
 
-    The kernel gives it back when its holder dies, however it dies. Raises Stopped when `stop` is set while
-    waiting.
+    The kernel releases the lock when its holder exits or is killed. Raises Stopped when `stop` is set during
+    the wait.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     path = final.with_name(final.name + ".lock")
@@ -38,7 +35,7 @@ def lock(
                     return
                 report(f"{final.name}: another process is downloading it; waiting for that")
                 _wait_for(handle, stop)
-            # Its last holder removed the file: who waited on it holds a lock that nobody else sees.
+            # The previous holder removed the file: a lock on it would exclude nobody.
             if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
                 continue
             try:

@@ -1,4 +1,4 @@
-"""A folder -> a tar of its content, whole or not at all, without names of this machine in it."""
+"""Pack a folder into a tar without user names of this machine."""
 
 import os
 import tarfile
@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lib.cancellation import check_stop
-from lib.storage.archive import Stop, disk_error, require_free_space
+from lib.storage.archive import Stop
+from lib.storage.disk import disk_error, require_free_space
 
 
 def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None) -> Path:
-    """Write the folder's content as the uncompressed tar `target` (weights do not compress) and return it.
+    """Write the folder's content to the uncompressed tar `target` (weights do not compress) and return it.
 
-    With `consume` each file goes as soon as it is in the tar, so that the disk need not hold all of them
-    twice. Raises UserError when it cannot be written, NoSpaceError when the disk is too full, and Stopped.
+    `target` appears only when it is complete. With `consume` each file is deleted as soon as it is in the
+    tar, so that the disk need not hold all of them twice. Raises UserError when it cannot be written,
+    NoSpaceError when the disk is too full, and Stopped.
     """
     partial = target.with_name(target.name + ".partial")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -46,7 +48,7 @@ def _forget_owner(member: tarfile.TarInfo) -> None:
 
 
 class _Stoppable:
-    """A file whose reading ends when it is told to."""
+    """A file whose `read` raises Stopped once `stop` is set."""
 
     def __init__(self, file: BinaryIO, stop: Stop) -> None:
         self._file, self._stop = file, stop

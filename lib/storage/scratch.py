@@ -1,4 +1,4 @@
-"""Directories for requests' files: at most the last success's remains, and nothing after shutdown."""
+"""Temporary directories of requests: the last result stays until it is read, nothing after shutdown."""
 
 import atexit
 import errno
@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PREFIX = "cogvideox-results-"
-# A file system that knows no locks on directories; no process there takes another's folder for stale.
+# Errors of file systems without locks on directories; there no folder is ever considered stale.
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EINVAL)
 
 
 class Scratch:
-    """A directory of this process under the system's temporary one, gone at exit.
+    """A directory of this process under the system's temporary one, removed at exit.
 
-    Cog reads the returned file after the request's code has ended, so a success's directory stays until
-    `clear`; a failed or cancelled request leaves nothing. What killed processes left is removed at start:
-    each process holds a lock on its directory for as long as it lives, so one whose lock can be had is
-    nobody's. (Process numbers would not tell: containers that share the directory have the same ones.)
+    Cog reads the returned file after the request's code has ended, so the directory of a successful request
+    stays until `clear`; a failed or cancelled request leaves nothing. The directories of killed processes are
+    removed at the next start: each process locks its directory while it lives, so a directory without a
+    lock is stale. (Process numbers do not help: containers that share the directory have the same ones.)
     """
 
     def __init__(self) -> None:
@@ -32,14 +32,14 @@ class Scratch:
         atexit.register(self._remove, os.getpid())
 
     def clear(self) -> None:
-        """Remove what earlier requests left."""
+        """Remove the directories of earlier requests."""
         for entry in self.folder.iterdir():
             shutil.rmtree(entry, ignore_errors=True)
 
     @contextmanager
     def request(self) -> Iterator[Path]:
-        """A fresh directory, removed unless the block succeeds (cancellation is a BaseException)."""
-        # Named before it is made: a cancellation in the middle of making it must know what to remove.
+        """Yield a new directory, removed unless the block succeeds (cancellation is a BaseException)."""
+        # The name is chosen first, so that a cancellation during mkdir knows what to remove.
         folder = self.folder / secrets.token_hex(8)
         try:
             folder.mkdir(mode=0o700)
@@ -54,13 +54,13 @@ class Scratch:
 
 
 def _locked_folder() -> tuple[Path, int]:
-    """A new directory and the open descriptor that holds its lock until the process ends, however it ends."""
+    """Return a new directory and the open descriptor that holds its lock until the process ends."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            continue  # another process took it for stale before it was locked
+            continue  # another process removed it as stale before it was locked
         _lock(descriptor)
         if folder.is_dir():
             return folder, descriptor
@@ -71,7 +71,7 @@ def _remove_if_stale(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        return  # gone meanwhile, or another user's
+        return  # removed meanwhile, or another user's
     try:
         if _lock(descriptor, wait=False):
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +80,7 @@ def _remove_if_stale(folder: Path) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool = True) -> bool:
-    """Whether the lock was had; always after waiting, but on file systems without locks."""
+    """Return whether the lock was taken. After waiting it is, except on file systems without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -24,7 +24,8 @@ from lib.network.download import fetch, read, remote_size, sha256_of
 from lib.network.http import FetchError, shown
 from lib.network.offline import forbidden
 from lib.progress import Report
-from lib.storage.archive import NoSpaceError, extract_tar, require_free_space
+from lib.storage.archive import extract_tar
+from lib.storage.disk import NoSpaceError, require_free_space
 from lib.storage.lock import lock
 from lib.weights import shared_components
 from lib.weights.cache import RECORD, cache_folder, is_whole, lacks, model_folder

@@ -10,7 +10,8 @@ import pytest
 from lib.cancellation import Stopped
 from lib.caption.forms import all_forms, pack, sidecar_names
 from lib.datasets.dataset import Clip, LeftOut, find_clips
-from lib.storage.archive import NoSpaceError, extract_archive
+from lib.storage.archive import extract_archive
+from lib.storage.disk import NoSpaceError
 
 AWKWARD = {
     "a.mp4": "a ball", "a.mov": "another ball", "A.gif": "a ball in capitals", "b.mp4": "plain",

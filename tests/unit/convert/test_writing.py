@@ -24,7 +24,7 @@ from lib.convert.convert import to_diffusers, to_sat
 from lib.convert.pickled import write_pickle
 from lib.convert.writing import Planned, Progress, new_folder, write_safetensors
 from lib.models.layout import missing_files
-from lib.storage.archive import NoSpaceError
+from lib.storage.disk import NoSpaceError
 from tests import convert_factory as factory
 from tests.convert_factory import silent
 
@@ -206,7 +206,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, m
 FULL = """
 import sys
 from pathlib import Path
-from lib.storage.archive import NoSpaceError
+from lib.storage.disk import NoSpaceError
 from lib.convert import convert
 from lib.convert.convert import to_diffusers, to_sat
 from tests import convert_factory as factory

@@ -18,7 +18,7 @@ from lib.errors import UserError
 from lib.network import http, partial_file
 from lib.network.download import fetch, read
 from lib.network.http import FetchError
-from lib.storage.archive import NoSpaceError, require_free_space
+from lib.storage.disk import NoSpaceError, require_free_space
 from tests.http_host import Host, Served
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -407,7 +407,7 @@ def test_an_interrupted_call_stops_its_threads(tmp_path):
 FULL = """
 import sys
 from pathlib import Path
-from lib.storage.archive import NoSpaceError
+from lib.storage.disk import NoSpaceError
 from lib.network.download import fetch
 for name in ("announced", "unannounced"):
     try:

@@ -15,7 +15,8 @@ import pytest
 from lib.cancellation import Stopped
 from lib.errors import UserError
 from lib.storage import archive
-from lib.storage.archive import NoSpaceError, archive_kind, extract_archive, extract_tar
+from lib.storage.archive import archive_kind, extract_archive, extract_tar
+from lib.storage.disk import NoSpaceError
 
 
 def make(path: Path, *members: tarfile.TarInfo | tuple[str, bytes], mode: str = "w") -> Path:
@@ -38,7 +39,7 @@ def special(name: str, kind: bytes, linkname: str = "") -> tarfile.TarInfo:
 
 
 def refuse(tmp_path: Path, *members: tarfile.TarInfo | tuple[str, bytes], match: str) -> None:
-    """Unpack beside somebody's file, expect the refusal, and see that only that file is there afterwards."""
+    """Unpack next to another file, expect the refusal, and check that only that file is left."""
     (tmp_path / "outside.txt").write_bytes(b"mine")
     path = make(tmp_path / "bad.tar", ("good.txt", b"good"), *members)
     with pytest.raises(UserError, match=match):
@@ -48,19 +49,16 @@ def refuse(tmp_path: Path, *members: tarfile.TarInfo | tuple[str, bytes], match:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_unpacks_files_folders_and_inner_links(tmp_path, mode):
+def test_unpacks_files_and_folders(tmp_path, mode):
     path = make(
         tmp_path / "a.tar",
         special("./", tarfile.DIRTYPE),
         special("empty", tarfile.DIRTYPE),
         ("./blobs/one", b"content"),
-        special("snapshots/x/model.bin", tarfile.SYMTYPE, "../../blobs/one"),
-        special("hard.bin", tarfile.LNKTYPE, "blobs/one"),
         mode=mode,
     )
     target = extract_tar(path, tmp_path / "deep" / "target")
-    assert (target / "snapshots/x/model.bin").read_bytes() == b"content"
-    assert (target / "hard.bin").read_bytes() == b"content"
+    assert (target / "blobs/one").read_bytes() == b"content"
     assert (target / "empty").is_dir()
     assert (target / "blobs/one").stat().st_mode & 0o7111 == 0, "modes of the archive are dropped"
     assert [p.name for p in target.parent.iterdir()] == ["target"]
@@ -81,39 +79,14 @@ def test_refuses_devices_and_pipes(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-@pytest.mark.parametrize("goal", ["../outside.txt", "a/../../outside.txt", "/etc/passwd"])
-def test_refuses_links_to_the_outside(tmp_path, kind, goal):
-    refuse(tmp_path, ("a/file", b""), special("link", kind, goal), match="leaves? the target|absolute")
-
-
-def test_refuses_a_chain_of_links_whose_every_name_looks_harmless(tmp_path):
-    members = (
-        ("a/b/c/file", b""),
-        special("short", tarfile.SYMTYPE, "a/b/c"),
-        special("up", tarfile.SYMTYPE, "short/../../../.."),
-        special("out", tarfile.SYMTYPE, "up/outside.txt"),
-    )
-    refuse(tmp_path, *members, match="leaves the target folder")
+@pytest.mark.parametrize("goal", ["good.txt", "../outside.txt", "/etc/passwd", "nowhere", "link"])
+def test_refuses_links_wherever_they_lead(tmp_path, kind, goal):
+    refuse(tmp_path, special("link", kind, goal), match=r"^bad\.tar: 'link' is a link; only files")
 
 
 def test_never_writes_through_a_link(tmp_path):
     members = (special("door", tarfile.SYMTYPE, ".."), ("door/outside.txt", b"evil"))
-    refuse(tmp_path, *members, match="'door' appears twice")
-
-
-def test_refuses_a_hard_link_through_a_link(tmp_path):
-    members = (special("door", tarfile.SYMTYPE, ".."), special("copy", tarfile.LNKTYPE, "door/outside.txt"))
-    refuse(tmp_path, *members, match="links through another link")
-
-
-def test_refuses_a_link_that_lies_behind_a_link(tmp_path):
-    members = (special("door", tarfile.SYMTYPE, ".."), special("door/new", tarfile.SYMTYPE, "outside.txt"))
-    refuse(tmp_path, *members, match="lies behind a link")
-
-
-@pytest.mark.parametrize("goal", ["nowhere", "loop"])
-def test_refuses_links_that_lead_nowhere(tmp_path, goal):
-    refuse(tmp_path, special("loop", tarfile.SYMTYPE, goal), match="leads nowhere")
+    refuse(tmp_path, *members, match="'door' is a link")
 
 
 def test_refuses_a_file_that_appears_twice(tmp_path):
@@ -147,25 +120,25 @@ def test_an_archive_that_was_cut_off_leaves_nothing(tmp_path, mode):
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_something_else_than_an_archive_is_told(tmp_path):
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path):
     (tmp_path / "page.tar").write_bytes(b"<html>not found</html>" * 100)
     with pytest.raises(UserError, match=r"page\.tar is not a whole tar archive"):
         extract_tar(tmp_path / "page.tar", tmp_path / "target")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
-    def created(*args: object) -> io.FileIO:
+    def full(*args: object) -> io.FileIO:
         return io.FileIO("/dev/full", "w")
 
-    monkeypatch.setattr(archive, "_created", created)
+    monkeypatch.setattr(archive, "_create", full)
     path = make(tmp_path / "a.tar", ("file", b"content"))
     with pytest.raises(NoSpaceError, match="The disk is full"):
         extract_tar(path, tmp_path / "target")
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
-class SetAtAsk(threading.Event):
-    """Set from the `number`th time on that anybody asks."""
+class SetAtCheck(threading.Event):
+    """An event that is set from the `number`th check on."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -178,28 +151,26 @@ class SetAtAsk(threading.Event):
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
 @pytest.mark.parametrize(
-    ("members", "asks"), [([b"x"] * 5, 4), ([bytes(5 << 20)], 4)], ids=["between members", "inside one"]
+    ("members", "checks"), [([b"x"] * 5, 4), ([bytes(5 << 20)], 4)], ids=["between members", "inside one"]
 )
-def test_a_stop_is_heard_between_members_and_inside_a_large_one_and_leaves_nothing(
-    tmp_path, kind, members, asks
-):
+def test_a_stop_between_members_or_inside_a_large_one_leaves_nothing(tmp_path, kind, members, checks):
     entries = [(f"{index}.bin", content) for index, content in enumerate(members)]
     path = tmp_path / f"a.{kind}"
     zip_of(path, *entries) if kind == "zip" else make(path, *entries, mode="w:gz" if "gz" in kind else "w")
     with pytest.raises(Stopped):
-        extract_archive(path, tmp_path / "target", stop=SetAtAsk(asks))
+        extract_archive(path, tmp_path / "target", stop=SetAtCheck(checks))
     assert list(tmp_path.iterdir()) == [path]
     assert extract_archive(path, tmp_path / "target", stop=threading.Event()).is_dir()
 
 
-def test_does_not_unpack_over_something(tmp_path):
+def test_does_not_unpack_over_an_existing_folder(tmp_path):
     path = make(tmp_path / "a.tar", ("file", b"new"))
     (tmp_path / "target").mkdir()
     with pytest.raises(UserError, match="exists already"):
         extract_tar(path, tmp_path / "target")
 
 
-def test_begins_anew_after_an_attempt_that_was_killed(tmp_path):
+def test_starts_from_scratch_after_a_killed_attempt(tmp_path):
     (tmp_path / "target.partial").mkdir()
     (tmp_path / "target.partial" / "file").write_bytes(b"half")
     target = extract_tar(make(tmp_path / "a.tar", ("file", b"whole")), tmp_path / "target")
@@ -264,10 +235,8 @@ def patch_sizes(path: Path, *, size: int | None = None, crc: int | None = None) 
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-)
-def test_unpacks_zips_of_every_method(tmp_path, method):
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_unpacks_stored_and_deflated_zips(tmp_path, method):
     noise = os.urandom(50_000) + bytes(50_000)
     path = zip_of(tmp_path / "a.zip", ("empty/", b""), ("deep/er/file", noise), ("none", b""), method=method)
     target = extract_archive(path, tmp_path / "new" / "target")
@@ -276,7 +245,7 @@ def test_unpacks_zips_of_every_method(tmp_path, method):
     assert [p.name for p in target.parent.iterdir()] == ["target"]
 
 
-def test_zip_and_tar_are_told_apart_by_content(tmp_path):
+def test_zip_and_tar_are_recognized_by_content(tmp_path):
     inner = zip_of(tmp_path / "inner.zip", ("a", b"a"))
     # A tar that ends in a stored zip has a zip's end as well.
     tar = make(tmp_path / "tar.zip", ("inner.zip", inner.read_bytes()))
@@ -288,7 +257,7 @@ def test_zip_and_tar_are_told_apart_by_content(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"Rar!\x1a\x07\x00" * 200, b"\x1f\x8b\x08 not gzip" * 100])
-def test_what_is_neither_zip_nor_tar_is_told_what_is_allowed(tmp_path, content):
+def test_a_file_that_is_neither_zip_nor_tar_is_refused_with_what_is_allowed(tmp_path, content):
     (tmp_path / "clips.rar").write_bytes(content)
     with pytest.raises(UserError) as error:
         extract_archive(tmp_path / "clips.rar", tmp_path / "target")
@@ -331,16 +300,21 @@ def test_refuses_encrypted_zips(tmp_path):
     assert str(error.value) == "a.zip: 'clip.mp4' is encrypted. Pack the files without a password."
 
 
-def test_a_link_inside_a_zip_is_kept_and_others_are_refused(tmp_path):
-    link = stat.S_IFLNK | 0o777
-    path = zip_of(tmp_path / "a.zip", ("a/file", b"x"), (unix("b/link", link), b"../a/file"))
-    assert (extract_archive(path, tmp_path / "target") / "b/link").read_bytes() == b"x"
-    shutil.rmtree(tmp_path / "target")
-    path.unlink()
-    for goal in (b"../outside.txt", b"/etc/passwd", b"nowhere", b"a\0b"):
-        refuse_zip(tmp_path, (unix("link", link), goal), match=r"leaves the target|absolute|nowhere|no path")
-        (tmp_path / "bad.zip").unlink()
-    refuse_zip(tmp_path, (unix("link", link), b"x" * 5000), match=r"link 'link' has 5,000 bytes")
+@pytest.mark.parametrize(("method", "name"), [(zipfile.ZIP_BZIP2, "bzip2"), (zipfile.ZIP_LZMA, "LZMA")])
+def test_refuses_zip_members_compressed_with_anything_but_deflate(tmp_path, method, name):
+    path = zip_of(tmp_path / "a.zip", ("clip.mp4", bytes(1000)), method=method)
+    with pytest.raises(UserError) as error:
+        extract_archive(path, tmp_path / "target")
+    assert str(error.value) == (
+        f"a.zip: 'clip.mp4' is compressed with {name}. Pack the files with deflate, the usual method of zip, "
+        "or without compression."
+    )
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("goal", [b"good.txt", b"../outside.txt", b"/etc/passwd", b"a\0b"])
+def test_refuses_links_in_zips_wherever_they_lead(tmp_path, goal):
+    refuse_zip(tmp_path, (unix("link", stat.S_IFLNK | 0o777), goal), match=r"^bad\.zip: 'link' is a link")
 
 
 def test_refuses_devices_duplicates_and_clashes_in_zips(tmp_path):
@@ -351,7 +325,7 @@ def test_refuses_devices_duplicates_and_clashes_in_zips(tmp_path):
 
 
 def test_bounds_what_a_zip_announces_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive.zip_archive, "copy", lambda *args: pytest.fail("it was unpacked"))
+    monkeypatch.setattr(archive, "_write", lambda *args: pytest.fail("it was unpacked"))
     path = zip_of(tmp_path / "bomb.zip", *((str(index), bytes(1_000_000)) for index in range(5)))
     assert path.stat().st_size < 10_000
     with pytest.raises(UserError) as error:
@@ -360,9 +334,8 @@ def test_bounds_what_a_zip_announces_before_anything_is_written(tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["bomb.zip"]
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_zip_whose_header_lies_writes_no_more_than_it_announced(tmp_path, method):
-    path = zip_of(tmp_path / "liar.zip", ("clip.mp4", bytes(100_000_000)), method=method)
+def test_a_zip_whose_header_lies_writes_no_more_than_it_announced(tmp_path):
+    path = zip_of(tmp_path / "liar.zip", ("clip.mp4", bytes(100_000_000)))
     patch_sizes(path, size=1000, crc=zlib.crc32(bytes(1000)))
     tracemalloc.start()
     with pytest.raises(UserError) as error:
@@ -376,7 +349,7 @@ def test_a_zip_whose_header_lies_writes_no_more_than_it_announced(tmp_path, meth
     assert peak < 80_000_000
 
 
-def test_a_zip_member_that_is_short_or_damaged_is_told(tmp_path):
+def test_a_zip_member_that_is_short_or_damaged_is_refused(tmp_path):
     path = zip_of(tmp_path / "a.zip", ("clip.mp4", b"content" * 100))
     patch_sizes(path, size=5000)
     with pytest.raises(UserError, match=r"a\.zip: 'clip\.mp4' ends early; the archive is not whole"):
@@ -394,8 +367,8 @@ def test_a_zip_that_was_cut_off_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_zips_damaged_anywhere_unpack_right_or_are_refused(tmp_path, method):
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zips_damaged_anywhere_unpack_correctly_or_are_refused(tmp_path, method):
     content = os.urandom(300) + bytes(700)
     whole = zip_of(tmp_path / "a.zip", ("clip.mp4", content), ("clip.txt", b"a clip"), method=method)
     data, path = whole.read_bytes(), tmp_path / "b.zip"
@@ -410,7 +383,7 @@ def test_zips_damaged_anywhere_unpack_right_or_are_refused(tmp_path, method):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "b.zip"]
 
 
-def test_tars_damaged_anywhere_unpack_right_or_are_refused(tmp_path):
+def test_tars_damaged_anywhere_unpack_correctly_or_are_refused(tmp_path):
     data = make(tmp_path / "a.tar", ("x" * 150, os.urandom(600)), ("clip.txt", b"a clip")).read_bytes()
     for place in range(0, 4096, 17):
         (tmp_path / "b.tar").write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
@@ -427,7 +400,7 @@ def test_bounds_the_number_of_zip_members_and_the_table_of_contents(tmp_path, mo
     refuse_zip(tmp_path, ("b", b""), match=r"its table of contents claims \d+ bytes")
 
 
-def test_an_archive_that_the_disk_has_no_room_for_is_told_before(tmp_path, monkeypatch):
+def test_an_archive_that_the_disk_has_no_room_for_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=999)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     zipped = zip_of(tmp_path / "a.zip", ("a", bytes(1000)))

@@ -1,5 +1,3 @@
-"""A folder's content becomes a tar, whole or not at all."""
-
 import tarfile
 import threading
 from pathlib import Path
@@ -29,7 +27,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("consume", [False, True])
-def test_the_content_stands_at_the_top_and_says_nothing_of_this_machine(folder, tmp_path, consume):
+def test_a_tar_has_the_content_at_its_root_and_no_user_of_this_machine(folder, tmp_path, consume):
     before = contents(folder)
     tar = pack(folder, tmp_path / "out.tar", consume=consume)
     assert tar == tmp_path / "out.tar"
@@ -41,7 +39,7 @@ def test_the_content_stands_at_the_top_and_says_nothing_of_this_machine(folder, 
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_one_that_cannot_be_written_or_is_stopped_leaves_nothing(folder, tmp_path):
+def test_a_tar_that_cannot_be_written_or_is_stopped_leaves_nothing(folder, tmp_path):
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):

@@ -16,10 +16,10 @@ def temporary_root(tmp_path, monkeypatch):
 
 
 class Cancelled(BaseException):
-    """What Cog raises in a cancelled request: no Exception."""
+    """Like the exception of a cancelled request in Cog, not an Exception."""
 
 
-def test_a_success_stays_until_the_next_clear():
+def test_the_result_of_a_successful_request_stays_until_the_next_clear():
     scratch = Scratch()
     with scratch.request() as folder:
         (folder / "video.mp4").write_bytes(b"x")
@@ -70,7 +70,7 @@ sys.stdin.read()
 """
 
 
-def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_path):
+def test_removes_the_directory_of_a_killed_process_and_not_of_a_running_one(tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", OWNER]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -85,23 +85,23 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_pat
         assert not folder.exists()
 
 
-def test_a_folder_is_stale_when_nobody_holds_it_whatever_process_runs_under_its_owners_number(tmp_path):
+def test_a_directory_without_a_lock_is_stale_even_if_its_process_number_is_in_use(tmp_path):
     left = tmp_path / f"{PREFIX}{os.getpid()}"
     (left / "request").mkdir(parents=True)
     other = tmp_path / "cogvideox-server-abc"
     other.mkdir()
     Scratch()
     assert not left.exists()
-    assert other.exists(), "only results' folders are ours to remove"
+    assert other.exists(), "only directories with the prefix are removed"
 
 
-def test_two_in_one_process_leave_each_other_alone():
+def test_two_scratch_directories_of_one_process_are_independent():
     first, second = Scratch(), Scratch()
     assert first.folder != second.folder
     assert first.folder.is_dir() and second.folder.is_dir()
 
 
-def test_a_folder_that_was_taken_for_stale_before_it_was_locked_is_made_again(monkeypatch):
+def test_a_directory_that_was_removed_before_it_was_locked_is_made_again(monkeypatch):
     real, taken = tempfile.mkdtemp, []
 
     def take_the_first(**options: str) -> str:
@@ -116,7 +116,7 @@ def test_a_folder_that_was_taken_for_stale_before_it_was_locked_is_made_again(mo
     assert scratch.folder.is_dir() and str(scratch.folder) != taken[0]
 
 
-def test_without_locks_on_the_file_system_nothing_is_taken_for_stale(tmp_path, monkeypatch):
+def test_on_a_file_system_without_locks_no_directory_is_stale(tmp_path, monkeypatch):
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOTSUP, "no locks here")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.storage.archive import NoSpaceError
+from lib.storage.disk import NoSpaceError
 from tests.training_factory import config
 from training import checkpoints
 from training.checkpoints import LORA, STATE, TENSORS, State
@@ -175,7 +175,7 @@ FULL = """
 import sys
 from pathlib import Path
 import torch
-from lib.storage.archive import NoSpaceError
+from lib.storage.disk import NoSpaceError
 from lib.errors import UserError
 from tests.unit.training.test_checkpoints import state
 from training import checkpoints
