@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,19 @@ from lib.caption.preprocessing import MEAN, STD, clip_pixel_values, pixel_values
 from lib.caption.prompt import Prompt, build_prompt
 
 CASES = Path(__file__).resolve().parents[2] / "data" / "caption"
+BF16_LEAD_STEPS = 3
+"""How far behind the original's best logit our token may lie, in bfloat16 steps of that logit.
+
+Measured with the AVX2, AVX-512 and AVX512-BF16 kernels, every logit of that magnitude (4 to 8, so a step is
+1/32) is within one step of the original's: two logits can exchange their order where one leads by two steps
+or fewer. One more is allowed for other processors; torch's generic kernels need it. All logits, the small
+ones included, are within 0.2 (see the test of every step's logits).
+"""
+
+
+def cases_of(dtype: str) -> list[str]:
+    paths = sorted(CASES.iterdir())
+    return [path.name for path in paths if json.loads((path / "case.json").read_text())["dtype"] == dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +118,57 @@ def test_vision_tokens_and_logits_are_the_originals(case):
         inputs = case.model.embed([case.own_prompt()], [case.pixels()])
         logits = case.model.language(**inputs, use_cache=False).logits[0, -1].float()
     assert seen.dtype == case.dtype
-    # In bfloat16 a processor's own rounding shows; there the tokens below have to be equal.
-    vision, logit = (1e-4, 1e-4) if case.dtype == torch.float32 else (0.1, 0.2)
-    assert (seen.float() - case.expected["vision"].float()).abs().max() < vision
+    off = seen.float() - case.expected["vision"].float()
+    if case.dtype == torch.float32:
+        assert off.abs().max() < 1e-4
+    else:  # rounded differently by every processor: 0.001 with AVX2 and AVX-512, 0.015 with generic kernels
+        assert off.norm() < 0.03 * case.expected["vision"].float().norm()
+    logit = 1e-4 if case.dtype == torch.float32 else 0.2
     difference = logits[case.expected["vocab_columns"]] - case.expected["prefill_last_logits"][0]
     assert difference.abs().max() < logit
 
 
-def test_every_generated_token_is_the_originals(case):
+@pytest.mark.parametrize("name", cases_of("torch.float32"))
+def test_every_generated_token_is_the_originals(name, tmp_path):
+    case = read_case(name, tmp_path)
     decoding = Decoding(max_new_tokens=case.settings["max_new_tokens"])
     tokens = case.model.generate([case.own_prompt()], [case.pixels()], decoding)
     assert tokens == [case.expected["tokens"].tolist()]
+
+
+@pytest.mark.parametrize("name", cases_of("torch.bfloat16"))
+def test_in_bfloat16_every_token_that_rounding_cannot_change_is_the_originals(name, tmp_path):
+    """Follow the original's tokens: generate one token after each prefix of them."""
+    case = read_case(name, tmp_path)
+    prompt, tokens = case.own_prompt(), case.expected["tokens"]
+    columns = case.expected["vocab_columns"].tolist()
+    decided = 0
+    for step, logits in enumerate(case.expected["step_logits"]):
+        [[token]] = case.model.generate(
+            [continued(prompt, tokens[:step])], [case.pixels()], Decoding(max_new_tokens=1)
+        )
+        best, second = logits.topk(2).values.tolist()
+        allowed = BF16_LEAD_STEPS * bfloat16_step(best)
+        assert best - logits[columns.index(token)].item() <= allowed, f"step {step}"
+        if best - second > allowed:
+            assert token == tokens[step]
+            decided += 1
+    assert decided > len(tokens) / 2
+
+
+def continued(prompt: Prompt, tokens: torch.Tensor) -> Prompt:
+    """Return the prompt followed by an answer's first tokens."""
+    positions = prompt.position_ids[-1] + 1 + torch.arange(len(tokens))
+    return Prompt(
+        input_ids=torch.cat([prompt.input_ids, tokens]),
+        token_type_ids=torch.cat([prompt.token_type_ids, torch.zeros_like(tokens)]),
+        position_ids=torch.cat([prompt.position_ids, positions]),
+    )
+
+
+def bfloat16_step(value: float) -> float:
+    """Return the distance between neighbouring bfloat16 numbers of this magnitude (8 bits of mantissa)."""
+    return 2.0 ** (math.floor(math.log2(abs(value))) - 7)
 
 
 def test_the_logits_of_every_step_are_the_originals(case):
