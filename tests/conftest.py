@@ -1,30 +1,62 @@
-"""The suite behaves the same whatever the user's environment is set to, and wherever it is started."""
+"""Settings of the whole suite: its environment, its marks, and which worker runs which file."""
 
 import os
 import signal
 from collections.abc import MutableMapping
+from pathlib import Path
+
+import pytest
+from xdist.scheduler import LoadFileScheduling
 
 SETTINGS = ("COGVIDEOX_", "HF_", "TRANSFORMERS_")
+INTEGRATION = Path(__file__).parent / "integration"
+SLOW_SECONDS = 900
+"""The timeout of a slow test; pyproject.toml has that of the others."""
+SERVERS = frozenset(
+    f"tests/integration/{name}.py"
+    for name in ("test_video_http", "test_alternating_http", "test_caption_http", "test_parallel_http")
+)
+"""Files that use the servers of the embedded models with default settings: one worker starts each once."""
+
+
+class Scheduling(LoadFileScheduling):
+    """Run a file on one worker, and the files of SERVERS on the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "servers" if file in SERVERS else file
+
+
+def pytest_xdist_make_scheduler(config, log) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the integration tests, and give slow tests more time."""
+    for item in items:
+        if INTEGRATION in item.path.parents:
+            item.add_marker("integration")
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 def pytest_configure() -> None:
-    """Runs before any test module is imported and any server inherits the environment.
+    """Set the environment before a test module is imported and a server inherits it.
 
-    One thread each: on a machine with other work, threads that spin for one another take a hundred times
-    as long.
+    Each process gets one thread: on a busy machine, threads that spin while they wait for each other take
+    a hundred times as long.
     """
     forget_settings(os.environ)
     os.environ["OMP_NUM_THREADS"] = "1"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # So a shell starts what it sends to the background, and every process of the tests would inherit it.
+        # A shell starts background jobs this way, and every process of the tests would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def forget_settings(environment: MutableMapping[str, str]) -> None:
-    """Removes what chooses a model, opens a server, or redirects the Hub; tests set what they need.
+    """Remove the settings of the service and the Hub; tests set what they need.
 
-    GPUs are hidden because the suite compares frames with references that are computed in float32 on the
-    CPU; a GPU would compute others in half precision.
+    GPUs are hidden because the suite compares frames with references computed in float32 on the CPU.
     """
     for name in [name for name in environment if name.startswith(SETTINGS)]:
         del environment[name]

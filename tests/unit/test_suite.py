@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from lib.serving.configs import PROJECT
+from tests.conftest import SERVERS
 
 # A pytest plugin: by the time tests are collected, what they and the servers they start would inherit.
 PLUGIN = """
@@ -49,3 +50,7 @@ def test_ctrl_c_works_in_the_tests_although_the_suite_runs_in_the_background(tmp
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     assert seen_by_the_suite(tmp_path, {}, preexec_fn=in_the_background)["Ctrl-C ends"]
+
+
+def test_files_that_share_servers_exist():
+    assert [file for file in sorted(SERVERS) if not (PROJECT / file).is_file()] == []
