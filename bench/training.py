@@ -97,9 +97,6 @@ def run(name: str, options: argparse.Namespace, folder: Path, clips: Path) -> di
 
 def measure_service(options: argparse.Namespace, clips: Path) -> None:
     """The service's trainer in this process: from decoding to the last step."""
-    from lib.predictors.compute_thread import limit_spinning
-
-    limit_spinning()
     seconds = seconds_per_step(clips, options, max_num_frames=options.frames)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"steps_per_second": 1 / seconds, "peak_bytes": peak}))

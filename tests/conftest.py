@@ -48,6 +48,7 @@ def pytest_configure() -> None:
     """
     forget_settings(os.environ)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # as in script/_env.sh and the cog*.yaml files
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell starts background jobs this way, and every process of the tests would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Trains the embedded models: `python -m tiny all`, or one stage at a time.
+"""Train the embedded models: `script/tiny all`, or one stage at a time.
 
 Stages, each resumable from runs/tiny: vae, t2v, i2v, decoder, caption, export.
 """
@@ -11,7 +11,7 @@ from tiny import loop
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tiny", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="script/tiny", description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=["vae", "t2v", "i2v", "decoder", "caption", "export", "all"])
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))

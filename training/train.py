@@ -5,9 +5,7 @@ from typing import Optional
 from cog import BaseModel, Input, Path, Secret
 
 from lib.predictors import input_files
-from lib.predictors.compute_thread import limit_spinning
 
-limit_spinning()
 input_files.install()  # Cog fetches inputs before train() is called, and trainers have no setup()
 
 from training.entry import CogTrainer  # noqa: E402

@@ -7,7 +7,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-from lib.predictors.compute_thread import limit_spinning
 from lib.serving.inputs import describe_inputs
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -32,7 +31,6 @@ def begin(stopping: str) -> threading.Event:
     Returns the event that the first Ctrl-C or SIGTERM sets, which is answered with `stopping` (empty: by
     nothing); the second raises KeyboardInterrupt.
     """
-    limit_spinning()
     os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
     stop = threading.Event()
 

@@ -76,10 +76,7 @@ def load(loading: Loading) -> "tuple[Generator, Loras]":
     from lib.generation.generator import Generator
     from lib.lora.attach import Loras
     from lib.pipelines.load import load_pipeline
-    from lib.predictors.compute_thread import keep_memory
 
-    if loading.machine.device == "cpu" and loading.plan.light:
-        keep_memory()
     pipeline = load_pipeline(
         loading.spec,
         loading.folder,

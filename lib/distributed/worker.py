@@ -8,12 +8,10 @@ from lib.cancellation import Stopped
 from lib.distributed.process import messages, send
 from lib.distributed.process_group import Group
 from lib.distributed.shared_clip import Failed, Joining, Loading, Part, Ready, load, take_part
-from lib.predictors.compute_thread import limit_spinning
 
 
 def main(descriptor: int) -> int:
     """Load, join and take part in clips until the first process is gone or something fails."""
-    limit_spinning()
     connection, told = messages(descriptor)
     try:
         loading: Loading = told.get()

@@ -20,8 +20,6 @@ USABLE = 0.95
 """Of what is free; the rest is left to others."""
 GPU_RESERVE = 2**28
 """Workspaces of cuBLAS and cuDNN, and modules that CUDA loads when they are first used."""
-LIGHT = 2**30
-"""Less than this is little."""
 FRAGMENTS = 0.1
 """Of a stage's tensors: what PyTorch's allocator on a GPU cannot use between them. Weights lie close."""
 
@@ -45,12 +43,6 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return f"{self.offload}, VAE {'in tiles' if self.tiling else 'whole'} ({self.reason})"
-
-    @property
-    def light(self) -> bool:
-        """Whether so little is needed that a process may keep the memory it frees. The gaps
-        between large tensors would cost more than what is predicted allows for."""
-        return self.need < LIGHT
 
     def tiled(self, clip: Clip, *, lora_bytes: int = 0) -> bool:
         """Whether to decode in tiles: only when the clip does not fit whole.

@@ -45,10 +45,10 @@ def stage_bytes(
 
 def text_encoding(shape: ModelShape, kernels: Kernels) -> int:
     """One prompt after the other. The most is alive in the activation of the feed-forward, which is written
-    out: 5 tensors of its width and 4 of the model's, beside the bias of all pairs of tokens."""
+    out: 4 tensors of its width and 4 of the model's, beside the bias of all pairs of tokens."""
     encoder, tokens = shape.text_encoder, shape.transformer.text_tokens
     bias = encoder.heads * tokens**2
-    return (bias + tokens * (5 * encoder.feed_forward + 4 * encoder.width)) * kernels.itemsize
+    return (bias + tokens * (4 * encoder.feed_forward + 4 * encoder.width)) * kernels.itemsize
 
 
 def denoising(shape: ModelShape, kernels: Kernels, clip: Clip, *, fused: bool = False) -> int:

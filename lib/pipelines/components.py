@@ -1,80 +1,68 @@
-"""A checkpoint's parts, read from its folder to the device where they will be, without the network."""
+"""A checkpoint's components, read from its folder straight to the device where they will be used."""
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lib.pipelines.lean_imports import import_diffusers
-from lib.pipelines.text_encoder import TextEncoder, is_ours, load_text_encoder, read_tensors
-from lib.pipelines.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import torch
+import diffusers
+import torch
+import transformers
+from safetensors.torch import load_file
 
 OFFLINE = {"local_files_only": True}
 
 
 def load_components(
-    folder: Path, *, dtype: "torch.dtype", device: str = "cpu", text_encoder: bool = True
+    folder: Path, *, dtype: torch.dtype, device: str = "cpu", text_encoder: bool = True
 ) -> dict[str, Any]:
-    """Name -> part, as a diffusers pipeline takes them; models in `dtype` on `device`, for inference.
+    """Return name -> component, as a diffusers pipeline takes them; models in `dtype` on `device`.
 
-    Without the text encoder, it and the tokenizer are None. On a GPU it is read beside the others. Raises
-    OSError or RuntimeError for parts that are missing or incomplete.
+    The text encoder's weights are read while the other models are built. Without `text_encoder`, it and the
+    tokenizer are None. Raises OSError or RuntimeError for components that are missing or incomplete.
     """
-    diffusers = import_diffusers()
     classes = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    text_folder = folder / "text_encoder"
-    ours = text_encoder and is_ours(text_folder)
-    # On a CPU only one thread may compute, see lib/predictors/compute_thread.py.
-    reading = _begin_reading(text_folder, dtype, device) if ours and device != "cpu" else None
-    options = {"use_safetensors": True, "torch_dtype": dtype, **OFFLINE}
-    if device != "cpu":
-        options["device_map"] = {"": device}
-    components: dict[str, Any] = {
-        name: getattr(diffusers, classes[name][1]).from_pretrained(folder / name, **options)
-        for name in ("transformer", "vae")
-    }
-    scheduler = getattr(diffusers, classes["scheduler"][1])
-    components["scheduler"] = scheduler.from_pretrained(folder / "scheduler", **OFFLINE)
-    if not text_encoder:
-        return components | {"tokenizer": None, "text_encoder": None}
-    components["tokenizer"] = load_tokenizer(folder / "tokenizer", classes["tokenizer"][1])
-    if ours:
-        tensors = reading.result() if reading else read_tensors(text_folder, dtype=dtype, device=device)
-        components["text_encoder"] = load_text_encoder(text_folder, tensors)
-    else:
-        components["text_encoder"] = _other_text_encoder(
-            text_folder, classes["text_encoder"][1], dtype, device
+    # from_pretrained changes process-wide state of torch, so that only files may be read in another thread.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        reading = pool.submit(_read_tensors, folder / "text_encoder", device) if text_encoder else None
+        options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": dtype, **OFFLINE}
+        if device != "cpu":
+            options["device_map"] = {"": device}
+        components: dict[str, Any] = {
+            name: getattr(diffusers, classes[name][1]).from_pretrained(folder / name, **options)
+            for name in ("transformer", "vae")
+        }
+        scheduler = getattr(diffusers, classes["scheduler"][1])
+        components["scheduler"] = scheduler.from_pretrained(folder / "scheduler", **OFFLINE)
+        if reading is None:
+            return components | {"tokenizer": None, "text_encoder": None}
+        components["tokenizer"] = getattr(transformers, classes["tokenizer"][1]).from_pretrained(
+            folder / "tokenizer", **OFFLINE
+        )
+        components["text_encoder"] = _build_text_encoder(
+            folder / "text_encoder", classes["text_encoder"][1], reading.result(), dtype=dtype, device=device
         )
     return components
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """Ours if it can read the folder, else transformers' class `name`."""
-    ours = Tokenizer.load(folder)
-    if ours is not None:
-        return ours
-    import transformers
-
-    return getattr(transformers, name).from_pretrained(folder, **OFFLINE)
+def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of all safetensors files of a folder, as they are stored, on `device`."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise OSError(f"{folder} has no safetensors file.")
+    return {name: tensor for file in files for name, tensor in load_file(file, device=device).items()}
 
 
-def _other_text_encoder(folder: Path, name: str, dtype: "torch.dtype", device: str) -> "TextEncoder | Any":
-    import transformers
-
-    from lib.pipelines.load import silence_libraries
-
-    silence_libraries()
-    encoder = getattr(transformers, name).from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, **OFFLINE
+def _build_text_encoder(
+    folder: Path, kind: str, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, device: str
+) -> Any:
+    """Return transformers' model `kind` with these weights. Raises RuntimeError where some are missing."""
+    options: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+    model_class = getattr(transformers, kind)
+    config = model_class.config_class.from_pretrained(folder, **OFFLINE)
+    model, loading = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
     )
-    return encoder.to(device)
-
-
-def _begin_reading(folder: Path, dtype: "torch.dtype", device: str) -> Future:
-    pool = ThreadPoolExecutor(max_workers=1)
-    future = pool.submit(read_tensors, folder, dtype=dtype, device=device)
-    pool.shutdown(wait=False)
-    return future
+    if missing := sorted(loading["missing_keys"]):
+        raise RuntimeError(f"{folder} is incomplete: it has no {', '.join(missing[:5])}.")
+    return model

@@ -13,7 +13,6 @@ from lib.pipelines.acceleration import PLAIN, Acceleration
 from lib.pipelines.machine import Machine
 from lib.pipelines.machine import inspect_machine as inspect_machine
 from lib.pipelines.offload import place
-from lib.predictors.compute_thread import return_memory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -47,19 +46,15 @@ def load_pipeline(
 
     Without its text encoder the pipeline takes embeddings only.
     """
+    acceleration.prepare(settings)
+
+    import diffusers
     import torch
 
+    from lib.pipelines import attention
     from lib.pipelines.components import load_components
-    from lib.pipelines.lean_imports import import_diffusers
-
-    acceleration.prepare(settings)
-    diffusers = import_diffusers()  # before lib.attention, which imports more of it
-
-    from lib.pipelines import attention, convolution
 
     silence_libraries()
-    if machine.device == "cpu" and not plan.light:
-        return_memory()
     # What will be quantised may not fit on the device as it is.
     stays = plan.offload in ("resident", "text")
     straight = stays and settings.quantization == "none"
@@ -73,8 +68,6 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     _widen_grid(pipeline)
     attention.install(pipeline.transformer)
-    if machine.device == "cpu":
-        convolution.install(pipeline.vae)
     acceleration.shrink(pipeline, settings, device=machine.device if stays else "cpu")
     acceleration.hasten(pipeline.transformer, settings)  # inside of what moves the weights
     place(pipeline, plan.offload, device=machine.device)

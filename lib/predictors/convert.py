@@ -14,7 +14,7 @@ from lib.errors import UserError
 from lib.network import offline
 from lib.network.download import sha256_of
 from lib.predictors import input_files
-from lib.predictors.compute_thread import ComputeThread, limit_spinning
+from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.convert_files import Given, brought
 from lib.predictors.video import MetricSink
 from lib.storage.packing import pack
@@ -35,7 +35,6 @@ class Service:
     @classmethod
     def start(cls) -> "Service":
         """Import what converts, so that requests need not wait for it."""
-        limit_spinning()
         input_files.install()
         offline.go_offline()
         started, compute = time.perf_counter(), ComputeThread()

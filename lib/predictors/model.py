@@ -9,7 +9,6 @@ from lib.models import derive, specs
 from lib.models.specs import ModelSpec, Task
 from lib.network import offline
 from lib.predictors import input_files
-from lib.predictors.compute_thread import limit_spinning
 from lib.weights import checkpoints
 
 
@@ -41,7 +40,6 @@ def settle_model(task: Task) -> Model:
     To be called before torch is imported; afterwards the libraries are offline. Raises UserError for a model
     that is none, cannot be had, or does another task.
     """
-    limit_spinning()
     input_files.install()
     return model_called(os.environ.get("COGVIDEOX_MODEL") or specs.DEFAULT_MODELS[task], task)
 

@@ -13,7 +13,7 @@ from lib.lora import cache, source
 from lib.models.specs import ModelSpec, Task
 from lib.pipelines.prefetch import read_ahead
 from lib.predictors import input_files
-from lib.predictors.compute_thread import ComputeThread, keep_memory
+from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.model import MetricSink, Model, settle_model
 from lib.progress import PROGRESS
 from lib.storage.scratch import Scratch
@@ -80,8 +80,6 @@ class VideoPredictor:
 
         loading = settled(model)
         machine, plan, settings = loading.machine, loading.plan, loading.settings
-        if machine.device == "cpu" and plan.light:
-            keep_memory()
         crew = (crew_for or Crew.for_server)(loading)
         if crew:
             crew.start()

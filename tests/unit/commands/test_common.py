@@ -17,7 +17,6 @@ DOCUMENT = {
 def handlers(monkeypatch):
     """The signals and variables of the tests' own process, as they were."""
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

@@ -11,8 +11,7 @@ from lib.commands import parallel as command
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     """The signals and variables of the tests' own process, which a command makes its own."""
-    for name in ("COGVIDEOX_LOCAL_SOURCES", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

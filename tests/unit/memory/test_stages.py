@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from peft import LoraConfig
+from transformers import T5Config, T5EncoderModel
 
 from lib.memory import stages, vae
 from lib.memory.live import Kernels
@@ -20,7 +21,6 @@ from lib.memory.shapes import (
 from lib.memory.stages import Clip
 from lib.models.specs import RELEASED_TEXT_ENCODER, RELEASED_VAE, SPECS
 from lib.pipelines import attention
-from lib.pipelines.text_encoder import TextEncoder, TextEncoderConfig
 from tests.live_bytes import LiveBytes
 
 NARROW_VAE = RELEASED_VAE | {
@@ -48,7 +48,7 @@ def kernels(dtype):
 def test_a_released_checkpoint_has_as_many_weights_as_its_model_without_a_file_of_it(name):
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel(**released_transformer(SPECS[name])).float()
-        encoder = TextEncoder(TextEncoderConfig(**RELEASED_TEXT_ENCODER))
+        encoder = T5EncoderModel(T5Config(**RELEASED_TEXT_ENCODER))
         autoencoder = AutoencoderKLCogVideoX(**RELEASED_VAE)
     model = MemoryModel(
         name=name, shape=ModelShape.from_spec(SPECS[name]), device="cpu", dtype="float32", image=False
@@ -156,7 +156,7 @@ def step(transformer, shape, clip, dtype):
 def test_encoding_a_prompt_takes_what_the_text_encoder_holds_at_once(dtype):
     config = RELEASED_TEXT_ENCODER | {"num_layers": 2}
     with torch.device("meta"):
-        encoder = TextEncoder(TextEncoderConfig(**config)).to(dtype).eval()
+        encoder = T5EncoderModel(T5Config(**config)).to(dtype).eval()
         tokens = torch.empty(1, 226, dtype=torch.long)
     with torch.inference_mode(), LiveBytes() as live:
         encoder(tokens)

@@ -1,5 +1,6 @@
 """The cog*.yaml files hold only what Cog knows, agree with each other, and fit the project."""
 
+import os
 import re
 from typing import Any
 
@@ -151,6 +152,17 @@ def test_the_image_gets_what_the_project_pins(name):
     # Cog copies only this one file into the build.
     assert not [line for line in requirements if line.startswith("-")]
     assert all("==" in line for line in requirements if line and not line.startswith("#"))
+
+
+def test_every_process_gets_the_same_openmp_settings():
+    setting = "GOMP_SPINCOUNT=1000"
+    for name, document in load_all().items():
+        assert setting in document["environment"], name
+    assert 'export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"' in (PROJECT / "script" / "_env.sh").read_text()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"  # tests/conftest.py
+    for script in (PROJECT / "script").iterdir():
+        starts_python = not script.name.startswith("_") and script.name != "setup"
+        assert not starts_python or "_env.sh" in script.read_text(), script.name
 
 
 def test_every_file_names_a_predictor_that_exists():
