@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from lib.serving.configs import PROJECT
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_benchmark_writes_models_of_its_own_and_compares_the_service_with_diffusers(tmp_path):

@@ -5,7 +5,11 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from lib.serving.configs import PROJECT
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_benchmark_writes_a_base_of_its_own_and_trains_it(tmp_path):

@@ -126,6 +126,7 @@ def test_a_folder_gets_its_captions_in_place(folder, unbroken):
         assert (folder / "whole" / name).with_suffix(".txt").read_text() == f"{text}\n"
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_no_clip_and_does_none_twice(folder, environment, unbroken):
     notes = {"NOTES": str(folder / "calls")}
     command = ("clips.zip", "output_dir=killed", *SETTINGS, "batch_size=2")
@@ -195,6 +196,7 @@ def test_two_processes_make_the_captions_of_one_and_each_clip_once(folder, envir
     assert names == {path.name for path in (folder / "whole").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_and_says_why(folder, environment):
     status, out, err = finished(
         folder, environment | {"MODEL_OF_PROCESS_1": "tiny-t2v"}, "clips", "output_dir=odd", *SLOW,
@@ -205,6 +207,7 @@ def test_a_process_that_fails_ends_the_others_and_says_why(folder, environment):
     assert "tiny-t2v is a model for text-to-video" in told
 
 
+@pytest.mark.slow
 def test_what_the_first_process_meets_is_told_once(folder, environment):
     status, out, err = finished(folder, environment, "nonsense", launch=two_processes())
     assert (status, out) == (1, "")
@@ -212,6 +215,7 @@ def test_what_the_first_process_meets_is_told_once(folder, environment):
     assert "process 1:" not in err
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_what_both_did_is_not_done_again(folder, environment, unbroken):
     with started(
         folder, environment, "clips", "output_dir=half", *SLOW, launch=two_processes(),

@@ -4,6 +4,8 @@ import json
 import os
 import zipfile
 
+import pytest
+
 from lib.datasets.dataset import find_clips
 from lib.serving.client import request, wait_until_idle
 from lib.serving.configs import PROJECT
@@ -11,6 +13,8 @@ from lib.serving.outputs import save_output
 from tests.caption_factory import write_captioner
 from tests.clips_factory import data_uri, write_clips, zip_of
 from tests.training_commands import finished, losses
+
+pytestmark = pytest.mark.slow
 
 TRAIN = (str(PROJECT / "script" / "train"),)
 

@@ -164,7 +164,7 @@ def test_help_wrong_command_lines_and_refusals(folder):
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_one_that_was_stopped_leaves_no_folder_that_loads_and_the_same_command_begins_again(folder, number):
     target = folder / f"stopped-{number.name}"
     command = ("model", *LARGE, f"output={target.name}")

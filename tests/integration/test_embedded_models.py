@@ -28,7 +28,7 @@ def generated(task: str) -> list[Result]:
     return list(evaluate(generator, task, trained=12, held_out=8, seed=11, num_inference_steps=20))
 
 
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("task", ["t2v", pytest.param("i2v", marks=pytest.mark.slow)])
 def test_clips_show_what_the_prompt_says_held_out_combinations_included(task):
     results = generated(task)
     assert sum(is_held_out(result.asked) for result in results) == 8

@@ -15,6 +15,8 @@ from tiny.evaluate import load_generator
 from training.config import TrainingConfig
 from training.trainer import train
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"guidance_scale": 2.0, "num_inference_steps": 20}
 
 

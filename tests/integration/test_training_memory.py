@@ -1,6 +1,10 @@
 """The data set is never whole in memory."""
 
+import pytest
+
 from bench.training_memory import peak_bytes, render_clips
+
+pytestmark = pytest.mark.slow
 
 FRAMES = 97
 COUNTS = (1, 6)

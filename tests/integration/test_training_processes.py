@@ -116,6 +116,7 @@ def test_two_processes_train_what_one_with_the_double_batch_does_and_one_of_them
     assert written[1] == []
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_the_output_of_one(folder, environment, alone):
     status, _, err = finished(
         folder, environment, "input_videos=clips", "output_dir=continued", *SETTINGS, "max_train_steps=6",
@@ -138,6 +139,7 @@ def test_what_only_another_process_meets_is_told_with_its_number(folder, environ
     assert told[0].startswith("process 1: COGVIDEOX_MODEL=cogvlm2-caption is a model for captioning; ")
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_soon(folder, environment):
     with started(
         folder, environment, "input_videos=clips", "output_dir=killed", *SETTINGS, "max_train_steps=5000",

@@ -329,6 +329,7 @@ def resident_bytes(server) -> int:
     return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
 
 
+@pytest.mark.slow
 def test_memory_after_fifty_requests_is_within_a_tenth_of_that_after_ten(server, inputs):
     sizes = {}
     for count in range(1, 51):
