@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.lora import attach, source
+from lib.lora.attach import Loras
+from lib.lora.source import Choice, parse
 from tiny import concept
 from tiny.evaluate import evaluate, load_generator, summarise
 from training.config import TrainingConfig
@@ -69,11 +70,11 @@ def show(file: Path, options: argparse.Namespace) -> None:
     """Judge the base, then the LoRA at every strength."""
     settings = {"guidance_scale": options.guidance, "num_inference_steps": options.inference_steps}
     generator = load_generator(options.base)
-    loras = attach.Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
-    address = source.parse(str(file.resolve()), max_bytes=2**32)
+    loras = Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
+    address = parse(str(file.resolve()))
 
     def at(strength: float):
-        return loras.applied([attach.Choice(address=address, scale=strength)])
+        return loras.applied([Choice(address=address, scale=strength)])
 
     def new() -> tuple[np.ndarray, float]:
         clips, right = zip(*concept.generate_concept(generator, options.clips, **settings), strict=True)

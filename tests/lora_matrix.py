@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
-from lib.lora.attach import Choice, Loras
-from lib.lora.source import parse
+from lib.lora.attach import Loras
+from lib.lora.source import Choice, parse
 from lib.models.specs import SPECS, Pace
 from lib.pipelines.acceleration import Acceleration
 from lib.pipelines.compilation import compile_blocks
@@ -109,7 +109,7 @@ def loaded(kind: str, computed: str, offload: str) -> tuple[Generator, Loras]:
 def outcome(kind: str, computed: str, offload: str, speed: str, file: Path) -> dict[str, Any]:
     """How far from diffusers' latents those with the LoRA and, before and after it, without it are."""
     generator, loras = loaded(kind, computed, offload)
-    choice = Choice(address=parse(str(file), max_bytes=10**9), scale=SCALE)
+    choice = Choice(address=parse(str(file)), scale=SCALE)
     base, with_lora = (expected(kind, speed, each) for each in (None, file))
     before = latents(generator, speed)
     with loras.applied([choice]):

@@ -17,9 +17,8 @@ from lib.convert.planning import planned
 from lib.convert.reading import MODEL, Checkpoint
 from lib.convert.writing import Planned
 from lib.errors import UserError
-from lib.lora.base import RECORD
-from lib.lora.keys import PREFIXES
-from lib.lora.scaling import BAKED, declared_scaling
+from lib.lora.keys import RECORD, without_prefix
+from lib.lora.scaling import BAKED, resolve_scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +118,7 @@ def job_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None
     hold: of other layers than attention's four, or of several ranks.
     """
     name, metadata = checkpoint.name, checkpoint.metadata
-    tensors = {_without_prefix(key): tensor for key, tensor in checkpoint.tensors.items()}
+    tensors = {_diffusers_key(key): tensor for key, tensor in checkpoint.tensors.items()}
     plan = plan_to_sat(list(tensors), LORA)
     if plan.unknown:
         raise UserError(
@@ -129,13 +128,12 @@ def job_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None
     matrices = {target: tensors[pieces[0].source] for target, pieces in plan.outputs.items()}
     rank, layers = _check(tensors, matrices, name)
     modules = {key.partition(".lora_")[0]: rank for key in tensors}
-    scaling = declared_scaling(metadata, None, ranks=modules, alphas={}, name=name)
+    scaling = resolve_scaling(metadata, ranks=modules, alpha_tensors={}, name=name)
     used = (_recorded_alpha(metadata) or DEFAULT_ALPHA) if alpha is None else float(alpha)
 
     def factor(target: str) -> float:
         module = plan.outputs[target][0].source.partition(".lora_")[0]
-        here = scaling.alphas[module] if scaling else rank
-        return here * (math.sqrt(rank) if scaling and scaling.rslora else 1.0) / used
+        return scaling.alphas[module] * (math.sqrt(rank) if scaling.rslora else 1.0) / used
 
     stored = metadata.get(SOURCE_DTYPE) if BAKED in metadata else None
     dtype = dtype or (stored if stored in ("float16", "bfloat16", "float32") else None)
@@ -207,9 +205,8 @@ def _recorded_alpha(metadata: Mapping[str, str]) -> float | None:
     return found if 0 < found < math.inf else None
 
 
-def _without_prefix(key: str) -> str:
-    while prefix := next((each for each in PREFIXES if key.startswith(each)), None):
-        key = key.removeprefix(prefix)
+def _diffusers_key(key: str) -> str:
+    _, key = without_prefix(key)
     for side, written in (("A", "lora.down"), ("B", "lora.up")):
         key = key.replace(f".{written}.weight", f".lora_{side}.weight")
     return key

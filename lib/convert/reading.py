@@ -108,7 +108,7 @@ def _from_safetensors(located: Located) -> Checkpoint:
                 for key in opened.keys():  # noqa: SIM118 (it is no mapping)
                     tensors[key] = _plain(opened.get_tensor(key), key, name)
         except SafetensorError as error:
-            raise UserError(f"{name} is no whole safetensors file: {error}.") from error
+            raise UserError(f"{name} is not a complete safetensors file: {error}.") from error
     if not tensors:
         raise UserError(f"{located.name} is no checkpoint: it holds no tensors.")
     config = None
@@ -166,9 +166,9 @@ def _check_is_pickle(path: Path, name: str) -> bool:
             )
         return False
     if start.lstrip()[:1] == b"<":
-        wrong = "a web page and not the file itself; copy the address of the download"
+        wrong = "a web page, not the file itself; copy the address of the download"
     elif start.startswith(b"version https://git-lfs"):
-        wrong = "a Git LFS pointer and not the file that it stands for"
+        wrong = "a Git LFS pointer, not the file that it stands for"
     elif not start:
         wrong = "empty"
     elif start[:1] == b"\x80":

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lib.generation.generator import Embeddings
     from lib.generation.request import Request
-    from lib.lora.attach import Choice
+    from lib.lora.source import Choice
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from lib.generation.generator import Embeddings, Generator
     from lib.generation.request import Request
-    from lib.lora.attach import Choice, Loras
+    from lib.lora.attach import Loras
+    from lib.lora.source import Choice
     from lib.models.specs import ModelSpec
     from lib.pipelines.load import Machine, MemoryPlan
 

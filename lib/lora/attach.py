@@ -1,13 +1,12 @@
-"""LoRAs on a loaded pipeline: attached beside the weights, never mixed into them, and off between requests.
+"""LoRAs on a loaded pipeline: attached as adapters, never merged into the weights, off between requests.
 
     loras = Loras(pipeline=pipeline, spec=spec, offload=plan.offload)
-    with loras.applied(choices(lora_weights="owner/name", lora_scale=0.8, ...)):
+    with loras.applied(parse_choices(lora_weights="owner/name", lora_scale=0.8, ...)):
         ...  # the pipeline generates with it
 
-Those used last stay attached, so that another strength, or going back and forth, loads nothing.
+Recently used adapters stay attached, so that another strength, or switching back and forth, loads nothing.
 """
 
-import math
 import re
 import sys
 import time
@@ -16,22 +15,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import Any
 
-from lib.cancellation import Stopped
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.peft_utils import delete_adapter_layers
+from safetensors import SafetensorError, safe_open
+
+from lib.cancellation import check_stop
 from lib.errors import UserError
-from lib.lora import cache
-from lib.lora.cache import Found
+from lib.lora.cache import locate
 from lib.lora.keys import LoraFile, read_lora
-from lib.lora.source import Address, parse
+from lib.lora.source import Choice
 from lib.memory.model import Offload
 from lib.models.specs import ModelSpec
 from lib.pipelines.offload import unhooked
 from lib.progress import Report
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import DiffusionPipeline
 
 # Three LoRAs of rank 128 on four projections of 5B in 16 bits.
 MAX_ATTACHED_BYTES = 800 * 10**6
@@ -39,106 +38,55 @@ MAX_ATTACHED = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """One LoRA of a request."""
-
-    address: Address
-    scale: float
-    alpha: float | None = None
-    """For a file that stores none."""
-    slot: str = "lora"
-    """lora or extra_lora: how the inputs and metrics that belong to it begin."""
-
-
-def choices(
-    *,
-    lora_weights: str,
-    lora_scale: float,
-    lora_alpha: float | None,
-    extra_lora: str,
-    extra_lora_scale: float,
-    extra_lora_alpha: float | None,
-    default: Address | None = None,
-) -> list[Choice]:
-    """The LoRAs that a request asks for, in order; `default` (COG_WEIGHTS) is meant by empty lora_weights.
-
-    Raises UserError for what names no LoRA, and for an alpha without one.
-    """
-    chosen = []
-    for source, scale, alpha, name, fallback in (
-        (lora_weights, lora_scale, lora_alpha, "lora_weights", default),
-        (extra_lora, extra_lora_scale, extra_lora_alpha, "extra_lora", None),
-    ):
-        slot = name.removesuffix("_weights")
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise UserError(f"{slot}_alpha={alpha:g} is out of range: it has to be above 0.")
-        address = parse(source, max_bytes=cache.max_bytes()) if source.strip() else fallback
-        if address is not None:
-            chosen.append(Choice(address=address, scale=scale, alpha=alpha, slot=slot))
-        elif alpha is not None:
-            raise UserError(f"{slot}_alpha={alpha:g} was given without {name}; leave it out.")
-    return chosen
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attached:
+class Adapter:
     """One adapter on the transformer."""
 
     name: str
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Applied:
-    """What a request runs with, for its metrics and its file's metadata."""
-
-    label: str
-    scale: float
-    trigger_word: str
-
-
 @dataclass(kw_only=True, slots=True)
 class Loras:
-    """The LoRAs of one pipeline. Not for several threads at once."""
+    """The LoRAs of one pipeline. Not thread-safe."""
 
-    pipeline: "DiffusionPipeline"
+    pipeline: DiffusionPipeline
     spec: ModelSpec
     offload: Offload = "resident"
     report: Report = print
     _shapes: dict[str, tuple[int, int]] = field(init=False)
     """Linear modules of the transformer as it was loaded: name -> (outputs, inputs)."""
-    _attached: dict[str, Attached] = field(default_factory=dict)
-    """By what they hold, the least recently used first; only those that were attached whole."""
+    _attached: dict[str, Adapter] = field(default_factory=dict)
+    """By the key of their content, the least recently used first; only complete ones."""
 
     def __post_init__(self) -> None:
-        import torch
-
         self._shapes = {
             name: (module.out_features, module.in_features)
-            for name, module in self.pipeline.transformer.named_modules()
+            for name, module in self.transformer.named_modules()
             if isinstance(module, torch.nn.Linear)
         }
 
-    @contextmanager
-    def applied(self, choices: Sequence[Choice], *, stop: Event | None = None) -> Iterator[list[Applied]]:
-        """Generate with these LoRAs inside the block; after it, and when anything fails, with the base alone.
+    @property
+    def transformer(self) -> Any:
+        return self.pipeline.transformer
 
-        A LoRA with scale 0 is fetched and checked like any other but takes no part, so that the frames are
-        the base's bit for bit. Raises UserError for a LoRA that cannot be used, and Stopped.
+    @contextmanager
+    def applied(self, choices: Sequence[Choice], *, stop: Event | None = None) -> Iterator[dict[str, object]]:
+        """Generate with these LoRAs inside the block; afterwards, also after an error, with the base alone.
+
+        Yields what metrics and the video's metadata say of them. A LoRA with scale 0 is downloaded and
+        checked but not applied: the frames are bit-equal to the base's. Raises UserError for a LoRA that
+        cannot be used, and Stopped.
         """
-        files = [self._checked(choice, stop) for choice in choices]
-        keys = [_key(file, choice.alpha) for file, choice in zip(files, choices, strict=True)]
+        files = [self._read(choice, stop) for choice in choices]
+        keys = [_content_key(file) for file in files]
         try:
             strengths: dict[str, float] = {}
             for key, file, choice in zip(keys, files, choices, strict=True):
                 if choice.scale != 0:
-                    name = self._attach(key, file, choice, stop, keep=keys)
-                    strengths[name] = strengths.get(name, 0.0) + choice.scale  # the same one twice
+                    name = self._attach(key, file, choice.address.label, stop, keep=keys)
+                    strengths[name] = strengths.get(name, 0.0) + choice.scale  # the same one may come twice
             self._activate(strengths)
-            yield [
-                Applied(label=choice.address.label, scale=choice.scale, trigger_word=file.trigger_word)
-                for choice, file in zip(choices, files, strict=True)
-            ]
+            yield _facts(choices, files)
         finally:
             self._activate({})
 
@@ -147,33 +95,33 @@ class Loras:
         with self.applied([choice], stop=stop):
             pass
 
-    def _checked(self, choice: Choice, stop: Event | None) -> LoraFile:
-        found = cache.locate(choice.address, stop=stop, report=self.report)
+    def _read(self, choice: Choice, stop: Event | None) -> LoraFile:
         try:
-            file = self._read(found, choice)
-        except FileNotFoundError:  # another process made room in the cache at this very moment
-            file = self._read(cache.locate(choice.address, stop=stop, report=self.report), choice)
-        file.alphas(choice.alpha, slot=choice.slot)
-        return file
+            return self._read_once(choice, stop)
+        except FileNotFoundError:  # another process has just removed it from the cache
+            return self._read_once(choice, stop)
 
-    def _read(self, found: Found, choice: Choice) -> LoraFile:
+    def _read_once(self, choice: Choice, stop: Event | None) -> LoraFile:
+        found = locate(choice.address, stop=stop, report=self.report)
         return read_lora(
             found.file,
-            name=choice.address.given,
+            name=choice.address.name,
             shapes=self._shapes,
             spec=self.spec,
             adapter_config=found.config,
+            alpha=choice.alpha,
+            alpha_name=f"{choice.slot}_alpha",
         )
 
     def _attach(
-        self, key: str, file: LoraFile, choice: Choice, stop: Event | None, *, keep: Sequence[str]
+        self, key: str, file: LoraFile, label: str, stop: Event | None, *, keep: Sequence[str]
     ) -> str:
         """Return the adapter's name, loading it unless it is attached already."""
         if key in self._attached:
-            self._attached[key] = self._attached.pop(key)  # now the last that was used
+            self._attached[key] = self._attached.pop(key)  # now the most recently used
             return self._attached[key].name
         started = time.perf_counter()
-        dtype = self.pipeline.transformer.dtype
+        dtype = self.transformer.dtype
         tensors = _load_tensors(file, dtype, stop)
         size = file.elements * dtype.itemsize
         self._make_room(size, keep=keep)
@@ -182,41 +130,39 @@ class Loras:
             with unhooked(self.pipeline, self.offload):
                 self.pipeline.load_lora_into_transformer(
                     {f"transformer.{tensor}": value for tensor, value in tensors.items()},
-                    transformer=self.pipeline.transformer,
+                    transformer=self.transformer,
                     adapter_name=name,
-                    metadata=_adapter_config(file, choice),
+                    metadata=_adapter_config(file),
                     low_cpu_mem_usage=True,
-                    _pipeline=None,  # with one diffusers would put its own offloading in place of the plan's
+                    _pipeline=None,  # with one, diffusers would replace the plan's offloading by its own
                 )
             self._check_attached(name, file)
         except BaseException:
             self._detach(name)
             raise
-        self._attached[key] = Attached(name=name, bytes=size)
+        self._attached[key] = Adapter(name=name, bytes=size)
         trigger = f", trigger word {file.trigger_word!r}" if file.trigger_word else ""
         self.report(
-            f"lora: {choice.address.label} ({file.layout} layout, rank {file.ranks()}, "
+            f"lora: {label} ({file.layout} layout, rank {file.rank_summary()}, "
             f"{len(file.pairs)} modules{trigger}) loaded in {time.perf_counter() - started:.1f} s"
         )
         return name
 
     def _check_attached(self, name: str, file: LoraFile) -> None:
         """Raise RuntimeError unless the adapter is there with every pair of the file."""
-        from peft.tuners.lora import LoraLayer
-
-        there = {
+        present = {
             module
-            for module, layer in self.pipeline.transformer.named_modules()
-            if isinstance(layer, LoraLayer) and name in layer.lora_A
+            for module, layer in self.transformer.named_modules()
+            if name in getattr(layer, "lora_A", {})
         }
-        if name not in self.pipeline.get_list_adapters().get("transformer", []) or there != set(file.pairs):
+        if name not in self.pipeline.get_list_adapters().get("transformer", []) or present != set(file.pairs):
             raise RuntimeError(
-                f"{file.name} was loaded in part only: {len(there & set(file.pairs))} of {len(file.pairs)} "
+                f"{file.name} was only partly loaded: {len(present & set(file.pairs))} of {len(file.pairs)} "
                 "modules."
             )
 
     def _make_room(self, needed: int, *, keep: Sequence[str]) -> None:
-        """Detach what was used least recently, never `keep`, until `needed` more bytes are within bounds."""
+        """Detach the least recently used, but none of `keep`, until `needed` more bytes fit the limit."""
         for key in [key for key in self._attached if key not in keep]:
             used = sum(adapter.bytes for adapter in self._attached.values())
             if used + needed <= MAX_ATTACHED_BYTES and len(self._attached) < MAX_ATTACHED:
@@ -224,10 +170,8 @@ class Loras:
             self._detach(self._attached.pop(key).name)
 
     def _detach(self, name: str) -> None:
-        """Remove an adapter, also one that was attached in part."""
-        from diffusers.utils.peft_utils import delete_adapter_layers
-
-        transformer = self.pipeline.transformer
+        """Remove an adapter, also a partly attached one."""
+        transformer = self.transformer
         with unhooked(self.pipeline, self.offload):
             delete_adapter_layers(transformer, name)
             getattr(transformer, "peft_config", {}).pop(name, None)
@@ -236,53 +180,61 @@ class Loras:
         if strengths:
             self.pipeline.enable_lora()
             self.pipeline.set_adapters(list(strengths), list(strengths.values()))
-        elif "peft" in sys.modules:  # otherwise nothing was ever attached, and it would be imported for that
+        elif "peft" in sys.modules:  # otherwise nothing was ever attached
             self.pipeline.disable_lora()
 
 
-def _key(file: LoraFile, alpha: float | None) -> str:
-    """What tells one adapter from another: the file as it is on the disk now, and how it is scaled."""
+def _content_key(file: LoraFile) -> str:
+    """Return what identifies an adapter: the file as it is on the disk now, and its scaling."""
     status = file.path.stat()
-    facts = (str(file.path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, file.alphas(alpha))
+    facts = (str(file.path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, file.scaling)
     return sha256(repr(facts).encode()).hexdigest()
 
 
-def _load_tensors(file: LoraFile, dtype: "torch.dtype", stop: Event | None) -> "dict[str, torch.Tensor]":
-    """The file's matrices under peft's names, in `dtype`. Raises UserError for values that are no numbers."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
+def _load_tensors(file: LoraFile, dtype: torch.dtype, stop: Event | None) -> dict[str, torch.Tensor]:
+    """Load the file's matrices under peft's names, in `dtype`. Raises UserError for NaN and infinity."""
     tensors = {}
     try:
         with safe_open(file.path, "pt", device="cpu") as opened:
             for module, pair in file.pairs.items():
-                if stop is not None and stop.is_set():
-                    raise Stopped
+                check_stop(stop)
                 for side, key in (("lora_A", pair.down), ("lora_B", pair.up)):
-                    # A copy: the file's own pages go with the file when the cache makes room.
+                    # A copy: the file's own pages go with the file when the cache removes it.
                     tensor = opened.get_tensor(key).to(dtype, copy=True).contiguous()
                     if not torch.isfinite(tensor).all():
                         raise UserError(
-                            f"{file.name} cannot be used: {key[:120]!r} holds values that are no finite "
-                            f"numbers in {str(dtype).removeprefix('torch.')}; its training may have diverged."
+                            f"{file.name} cannot be used: {key[:120]!r} contains NaN or infinity in "
+                            f"{str(dtype).removeprefix('torch.')}; its training may have diverged."
                         )
                     tensors[f"{module}.{side}.weight"] = tensor
     except SafetensorError as error:
-        raise UserError(f"{file.name} is no whole safetensors file: {error}. Get it again.") from error
+        raise UserError(
+            f"{file.name} is not a complete safetensors file: {error}. Download it again."
+        ) from error
     return tensors
 
 
-def _adapter_config(file: LoraFile, choice: Choice) -> dict[str, object]:
-    """Rank and alpha of each module for peft, and nothing else of what a stranger's file asks for."""
-    alphas = file.alphas(choice.alpha, slot=choice.slot)
+def _adapter_config(file: LoraFile) -> dict[str, object]:
+    """Return rank and alpha of each module for peft, and nothing else that an untrusted file asks for."""
     exact = {module: f"^{re.escape(module)}" for module in file.pairs}
     first = next(iter(file.pairs))
     config = {
         "r": file.pairs[first].rank,
-        "lora_alpha": alphas[first],
+        "lora_alpha": file.scaling.alphas[first],
         "rank_pattern": {exact[module]: pair.rank for module, pair in file.pairs.items()},
-        "alpha_pattern": {exact[module]: alpha for module, alpha in alphas.items()},
+        "alpha_pattern": {exact[module]: alpha for module, alpha in file.scaling.alphas.items()},
         "target_modules": list(file.pairs),
-        "use_rslora": file.scaling is not None and file.scaling.rslora,
+        "use_rslora": file.scaling.rslora,
     }
     return {f"transformer.{key}": value for key, value in config.items()}
+
+
+def _facts(choices: Sequence[Choice], files: Sequence[LoraFile]) -> dict[str, object]:
+    """Return lora, lora_scale and lora_alpha, the same of extra_lora, and the trigger words."""
+    facts: dict[str, object] = {}
+    for choice in choices:
+        facts |= {choice.slot: choice.address.label, f"{choice.slot}_scale": choice.scale}
+        if choice.alpha is not None:
+            facts[f"{choice.slot}_alpha"] = choice.alpha
+    words = dict.fromkeys(file.trigger_word for file in files if file.trigger_word)
+    return facts | ({"trigger_word": ", ".join(words)} if words else {})

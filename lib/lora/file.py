@@ -1,4 +1,4 @@
-"""Whether a file is a sound safetensors file, told from its first bytes and its header alone."""
+"""Tell safetensors files from other files by their first bytes, and read their headers."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import struct
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lib.errors import UserError
 from lib.storage.disk import size_text
@@ -26,7 +26,7 @@ TAR_MAGIC_AT = 257
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """What a header says of one tensor."""
+    """One tensor as the header describes it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,65 +34,70 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What a safetensors file holds, before any of it is loaded."""
+    """The names, types and shapes of a safetensors file's tensors, and its metadata."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 def refuse_pickle(path: str, *, name: str) -> None:
-    """Raise UserError when a file's name already says that it is a pickle; `name` is what was given."""
+    """Raise UserError when a path ends like a pickle's; `name` is what the message calls the file."""
     if path.lower().endswith(PICKLES):
         raise UserError(
             f"{name} is a pickle by its name, and loading one could run any code: give a .safetensors file. "
-            "Most repositories hold both. Of a SAT LoRA script/export-lora, or the predictor "
-            "predict_export_lora, makes one."
+            "Most repositories hold both. script/export-lora, or the predictor predict_export_lora, converts "
+            "a SAT LoRA to one."
         )
 
 
 def kind_of(path: Path, *, name: str) -> Kind:
-    """Tell a safetensors file from a tar archive by content. Raises UserError naming anything else."""
+    """Return whether a file is safetensors or a tar archive. Raises UserError saying what else it is."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(TAR_MAGIC_AT + 8)
     if start.startswith(COMPRESSED) or start[TAR_MAGIC_AT:].startswith(b"ustar"):
         return "tar"
     if start.startswith(b"PK\x03\x04"):
-        wrong = "a zip archive or a pickle of PyTorch, which is a zip too; pickles could run any code"
+        wrong = "a zip archive or a PyTorch pickle, which is a zip too; pickles could run any code"
     elif start.startswith(PICKLE_STARTS):
         wrong = "a pickle, and loading one could run any code"
-    elif start.lstrip()[:1] == b"<":
-        wrong = "a web page and not the file itself; copy the address of the download"
-    elif start.startswith(b"version https://git-lfs"):
-        wrong = "a Git LFS pointer and not the file that it stands for"
+    elif found := describe_text(start):
+        wrong = found
     elif size < 10:
         wrong = f"empty or cut off: it has {size} bytes"
-    elif start[8:9] != b"{":
-        if _is_old_tar(path):
-            return "tar"
-        wrong = "no safetensors file and no tar archive"
-    else:
+    elif start[8:9] == b"{":
         return "safetensors"
+    elif _is_old_tar(path):
+        return "tar"
+    else:
+        wrong = "neither a safetensors file nor a tar archive"
     raise UserError(f"{name} is {wrong}. Give a .safetensors file or the tar of a training.")
 
 
+def describe_text(start: bytes) -> str | None:
+    """Return what a file is that begins as a web page or a Git LFS pointer, None for other files."""
+    if start.lstrip()[:1] == b"<":
+        return "a web page, not the file itself; copy the address of the download"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file that it stands for"
+    return None
+
+
 def read_header(path: Path, *, name: str) -> Header:
-    """Return a safetensors file's header. Raises UserError unless it is whole and agrees with the length."""
+    """Read a safetensors file's header. Raises UserError unless it is valid and describes the whole file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         (length,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
-        if length > MAX_HEADER_BYTES and start.lstrip()[:1] == b"<":
-            raise UserError(
-                f"{name} is a web page and not the file itself; copy the address of the download."
-            )
+        if length > MAX_HEADER_BYTES and (text := describe_text(start)):
+            raise UserError(f"{name} is {text}.")
         if length > MAX_HEADER_BYTES:
             raise _damaged(
                 name,
-                f"its header would have {length:,} bytes; at most {size_text(MAX_HEADER_BYTES)} are read",
+                f"its header would be {length:,} bytes long; at most {size_text(MAX_HEADER_BYTES)} are read",
             )
         if 8 + length > size:
-            raise _damaged(name, f"it has {size:,} bytes and its header alone would have {length:,}")
+            raise _damaged(name, f"it has {size:,} bytes but its header alone would have {length:,}")
         raw = file.read(length)
     try:
         entries = json.loads(raw)
@@ -105,23 +110,23 @@ def read_header(path: Path, *, name: str) -> Header:
     end = 0
     for key, (_, first, last) in sorted(spans.items(), key=lambda item: item[1][1:]):
         if first != end:
-            raise _damaged(name, f"its header gives {key[:120]!r} bytes that are not its own")
+            raise _damaged(name, f"the bytes of {key[:120]!r} overlap or leave a gap")
         end = last
     if 8 + length + end != size:
-        raise _damaged(name, f"it has {size:,} bytes and its header speaks of {8 + length + end:,}")
+        raise _damaged(name, f"it has {size:,} bytes but its header describes {8 + length + end:,}")
     return Header(
         tensors={key: tensor for key, (tensor, _, _) in spans.items()},
         metadata={key: value for key, value in metadata.items() if isinstance(value, str)},
     )
 
 
-def _tensor(entry: dict) -> tuple[Tensor, int, int]:
-    """One entry of a header, its first and end byte. Raises ValueError when they contradict each other."""
+def _tensor(entry: dict[str, Any]) -> tuple[Tensor, int, int]:
+    """Return a header's entry with its first and end byte. Raises ValueError when they do not agree."""
     dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
     first, last = entry["data_offsets"]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, first, last)):
         raise ValueError
-    # Kinds that no LoRA is stored in have no size here; they are refused by name when the keys are read.
+    # Types without a size here are refused by name when the keys are read.
     if dtype in DTYPE_BYTES and last - first != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise ValueError
     if last < first:
@@ -130,7 +135,7 @@ def _tensor(entry: dict) -> tuple[Tensor, int, int]:
 
 
 def _damaged(name: str, reason: str) -> UserError:
-    return UserError(f"{name} is no whole safetensors file: {reason}. It is damaged or cut off.")
+    return UserError(f"{name} is not a complete safetensors file: {reason}. It is damaged or cut off.")
 
 
 def _is_old_tar(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A LoRA file's keys, in whatever layout a trainer wrote them -> pairs of matrices per module, and scaling.
+"""Read a LoRA file: keys in whatever layout a trainer wrote them -> pairs of matrices per module.
 
 | layout | key |
 |---|---|
@@ -8,23 +8,26 @@
 | plain | transformer_blocks.0.attn1.to_q.lora_A.weight |
 | kohya (VideoX-Fun) | lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight, .alpha |
 
-Every key is used or the file is refused: what a loader leaves out silently is found only in the video.
+Every key is used or the file is refused: a part that a loader silently skips shows up only in the video.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
-from lib.lora import base
 from lib.lora.file import FLOATS, Header, Tensor, read_header
-from lib.lora.scaling import Scaling, declared_scaling
-from lib.models.specs import ModelSpec
+from lib.lora.scaling import Scaling, read_alphas, resolve_scaling
+from lib.models.specs import SPECS, TASK_NAMES, ModelSpec
 
 Shapes = Mapping[str, tuple[int, int]]
 """Linear modules of a transformer: name -> (outputs, inputs)."""
 
+RECORD = "cogvideox"
+"""The metadata in which our trainer records base, task and trigger word."""
 PREFIXES = {
     "base_model.model.": "peft",
     "model.diffusion_model.": "wrapper",
@@ -37,22 +40,23 @@ PAIR = re.compile(
     r"|(?:\.lora[._]|\.lora_linear_layer\.|_lora\.)(?P<way>down|up))(?:\.weight)?"
 )
 ALPHA = re.compile(r"(?P<module>.+)\.(?:lora_)?alpha")
-# What these keys belong to, and why it is not loaded.
+BLOCK = re.compile(r"(?:^|[._])(?:transformer_)?(?:blocks|layers)[._](\d+)[._]")
 UNSUPPORTED = {
     r"\.dora_scale": "it is a DoRA; its magnitudes would be left out",
     r"\.lora_magnitude_vector": "it is a DoRA; its magnitudes would be left out",
-    r"\.lokr_": "it is a LoKr, which is another method than LoRA",
-    r"\.hada_": "it is a LoHa, which is another method than LoRA",
-    r"\.oft_": "it is an OFT, which is another method than LoRA",
-    r"\.lora_mid": "it has a third matrix (LoCon), which linear layers have not",
-    r"\.lora_embedding_": "it trains embeddings, which these transformers have not",
-    r"\.lora_(?:B|up)(?:\.\w+)?\.bias$": "it trains biases beside its matrices",
-    r"\.diff(?:_b)?$": "it holds whole differences of weights, not LoRA pairs",
-    r"\.matrix_[AB]\.": "it is a LoRA in SAT's own layout, of which script/export-lora, or the predictor "
-    "predict_export_lora, makes one that can",
+    r"\.lokr_": "it is a LoKr, not a LoRA",
+    r"\.hada_": "it is a LoHa, not a LoRA",
+    r"\.oft_": "it is an OFT, not a LoRA",
+    r"\.lora_mid": "it has a third matrix (LoCon), which linear layers do not have",
+    r"\.lora_embedding_": "it trains embeddings, which these transformers do not have",
+    r"\.lora_(?:B|up)(?:\.\w+)?\.bias$": "it trains biases in addition to its matrices",
+    r"\.diff(?:_b)?$": "it stores full weight differences, not LoRA pairs",
+    r"\.matrix_[AB]\.": "it is a LoRA in SAT's layout; convert it with script/export-lora or the predictor "
+    "predict_export_lora",
 }
+"""Keys that are not loaded, and why."""
 TEXT_ENCODERS = ("text_encoder", "lora_te", "te_", "te1_", "te2_")
-NAMED = 3
+LISTED = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +70,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraFile:
-    """A file whose every key is understood and fits the transformer; no tensor of it is loaded yet."""
+    """A file whose every key is known and fits the transformer. None of its tensors is loaded yet."""
 
     path: Path
     name: str
@@ -74,62 +78,67 @@ class LoraFile:
     layout: str
     pairs: dict[str, Pair]
     """Module name -> its matrices."""
-    scaling: Scaling | None
-    """What the file, or the configuration beside it, says about alpha; None when it says nothing."""
+    scaling: Scaling
     recorded: dict[str, object]
-    """What our trainer wrote about itself: base, task, trigger word, steps."""
+    """What our trainer recorded: base, task, trigger word, steps."""
     elements: int
 
     @property
     def trigger_word(self) -> str:
         return str(self.recorded.get("trigger_word") or "")
 
-    def alphas(self, given: float | None, *, slot: str = "lora") -> dict[str, float]:
-        """Return alpha per module; `given` is the input {slot}_alpha, refused where the file has its own."""
-        if self.scaling is None:
-            return {module: float(given or pair.rank) for module, pair in self.pairs.items()}
-        if given is not None:
-            raise UserError(
-                f"{slot}_alpha={given:g} was given, but {self.name} stores its own alpha, "
-                f"{self.scaling.summary()}; leave {slot}_alpha out."
-            )
-        return self.scaling.alphas
-
-    def ranks(self) -> str:
+    def rank_summary(self) -> str:
+        """Return the ranks as messages show them: "4" or "2 to 6"."""
         ranks = sorted({pair.rank for pair in self.pairs.values()})
         return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
 def read_lora(
-    path: Path, *, name: str, shapes: Shapes, spec: ModelSpec, adapter_config: dict | None = None
+    path: Path,
+    *,
+    name: str,
+    shapes: Shapes,
+    spec: ModelSpec,
+    adapter_config: dict[str, Any] | None = None,
+    alpha: float | None = None,
+    alpha_name: str = "lora_alpha",
 ) -> LoraFile:
-    """Read a file's header and match it with the transformer of `shapes`; `name` is what was given.
+    """Read a file's header, match its keys with a transformer's modules and resolve its scaling.
 
-    `adapter_config` is the adapter_config.json beside it, if there is one. Raises UserError for a file that
-    is damaged, of another kind, made for another base, or that holds a key without a meaning here.
+    Args:
+        name: What messages call the file.
+        shapes: The transformer's linear modules.
+        adapter_config: The adapter_config.json that came with the file.
+        alpha: The request's alpha, for a file that stores none; the input is called `alpha_name`.
+
+    Raises:
+        UserError: The file is damaged, of another kind, made for another base, holds an unknown key, or
+            stores an alpha although `alpha` was given.
     """
     header = read_header(path, name=name)
-    recorded = base.recorded_facts(header.metadata)
+    recorded = recorded_facts(header.metadata)
     _refuse_unsupported(list(header.tensors), name)
-    layout, sides, alpha_keys = _sorted_keys(header, shapes, name)
-    pairs = _pairs(header, sides, name)
+    layout, matrix_keys, alpha_keys = _sort_keys(header, shapes, name)
+    pairs = _pair_matrices(header, matrix_keys, name)
     found = {
         module: (header.tensors[pair.up].shape[0], header.tensors[pair.down].shape[1])
         for module, pair in pairs.items()
     }
-    base.check_base(found, shapes, recorded, spec, name=name)
+    _check_base(found, shapes, recorded, spec, name)
     if stray := sorted(set(alpha_keys) - set(pairs)):
-        raise UserError(f"{name} has an alpha for {stray[0]!r} but no matrices; the file is not whole.")
+        raise UserError(f"{name} is incomplete: it has an alpha for {stray[0]!r} but no matrices.")
     return LoraFile(
         path=path,
         name=name,
         layout=layout,
         pairs=pairs,
-        scaling=declared_scaling(
+        scaling=resolve_scaling(
             header.metadata,
             adapter_config,
             ranks={module: pair.rank for module, pair in pairs.items()},
-            alphas=_read_alphas(path, alpha_keys, name),
+            alpha_tensors=read_alphas(path, alpha_keys, name),
+            alpha_input=alpha,
+            input_name=alpha_name,
             name=name,
         ),
         recorded=recorded,
@@ -137,88 +146,91 @@ def read_lora(
     )
 
 
+def recorded_facts(metadata: Mapping[str, str]) -> dict[str, object]:
+    """Return what our trainer recorded in a file's metadata; empty for other files."""
+    try:
+        facts = json.loads(metadata.get(RECORD, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def without_prefix(key: str) -> tuple[str, str]:
+    """Return the layout that a key's prefixes show, and the key without them."""
+    layout = "plain"
+    while prefix := next((each for each in PREFIXES if key.startswith(each)), None):
+        layout = PREFIXES[prefix] if layout == "plain" else layout
+        key = key.removeprefix(prefix)
+    return layout, key
+
+
 def _refuse_unsupported(keys: list[str], name: str) -> None:
     if not keys:
-        raise UserError(f"{name} holds no tensors at all.")
+        raise UserError(f"{name} holds no tensors.")
     for key in keys:
-        for mark, reason in UNSUPPORTED.items():
-            if re.search(mark, key):
+        for pattern, reason in UNSUPPORTED.items():
+            if re.search(pattern, key):
                 raise UserError(f"{name} cannot be loaded: {reason} ({key[:120]!r}).")
         if key.startswith(TEXT_ENCODERS):
             raise UserError(
                 f"{name} cannot be loaded: it trains the text encoder too ({key[:120]!r}), and only LoRAs of "
-                "the transformer are used here. Train or export it without."
+                "the transformer are supported. Train or export it without."
             )
 
 
-def _sorted_keys(
+def _sort_keys(
     header: Header, shapes: Shapes, name: str
 ) -> tuple[str, dict[tuple[str, str], str], dict[str, str]]:
     """Return the layout, (module, "down" or "up") -> key, and module -> key of its alpha."""
     flattened = {module.replace(".", "_"): module for module in shapes}
-    sides: dict[tuple[str, str], str] = {}
+    matrices: dict[tuple[str, str], str] = {}
     alphas: dict[str, str] = {}
     layouts: list[str] = []
-    unknown = []
+    unknown: list[str] = []
     for key in header.tensors:
-        layout, rest = _without_prefix(key)
+        flat = FLAT.match(key)
+        layout, rest = ("kohya", key[flat.end() :]) if flat else without_prefix(key)
         if match := PAIR.fullmatch(rest):
             side = match["way"] or {"A": "down", "B": "up"}[match["letter"]]
-            place, target = (_module(match["module"], flattened), side), sides
+            place = (_module(match["module"], flattened), side)
+            earlier = matrices.setdefault(place, key)
         elif match := ALPHA.fullmatch(rest):
-            place, target = _module(match["module"], flattened), alphas
+            earlier = alphas.setdefault(_module(match["module"], flattened), key)
         else:
             unknown.append(key)
             continue
-        if place in target:
-            raise UserError(
-                f"{name} has two tensors for one place: {target[place][:120]!r} and {key[:120]!r}."
-            )
-        target[place] = key
+        if earlier != key:
+            raise UserError(f"{name} has two tensors for one matrix: {earlier[:120]!r} and {key[:120]!r}.")
         layouts.append(layout)
     if unknown:
-        some = ", ".join(repr(key[:120]) for key in unknown[:NAMED]) + " ..." * (len(unknown) > NAMED)
+        some = ", ".join(repr(key[:120]) for key in unknown[:LISTED]) + " ..." * (len(unknown) > LISTED)
         raise UserError(
-            f"{name} is not a LoRA that is understood here: {len(unknown)} of its {len(header.tensors)} "
-            f"tensors are no LoRA matrices: {some}. It may be a whole model, or trained with more than LoRA."
+            f"{name} is not a supported LoRA: {len(unknown)} of its {len(header.tensors)} tensors are not "
+            f"LoRA matrices: {some}. It may be a full model, or trained with more than LoRA."
         )
-    return max(set(layouts), key=layouts.count), sides, alphas
-
-
-def _without_prefix(key: str) -> tuple[str, str]:
-    layout = "plain"
-    if match := FLAT.match(key):
-        return "kohya", key[match.end() :]
-    found = True
-    while found:
-        found = False
-        for prefix, meaning in PREFIXES.items():
-            if key.startswith(prefix):
-                layout = meaning if layout == "plain" else layout
-                key, found = key.removeprefix(prefix), True
-    return layout, key
+    return max(set(layouts), key=layouts.count), matrices, alphas
 
 
 def _module(written: str, flattened: Mapping[str, str]) -> str:
-    """The module's name in the transformer, or what was written when it has no such module."""
+    """Return the module's name in the transformer, or what was written when it has no such module."""
     module = written if "." in written else flattened.get(written, written)
     return f"{module}.0" if module.endswith(".to_out") else module
 
 
-def _pairs(header: Header, sides: Mapping[tuple[str, str], str], name: str) -> dict[str, Pair]:
-    pairs = {}
-    for module in dict.fromkeys(module for module, _ in sides):
-        keys = [sides.get((module, side)) for side in ("down", "up")]
-        if None in keys:
-            there = next(key for key in keys if key is not None)
-            raise UserError(f"{name} has {there[:120]!r} without its other half; the file is not whole.")
-        down, up = (_matrix(key, header.tensors[key], name) for key in keys)
+def _pair_matrices(header: Header, keys: Mapping[tuple[str, str], str], name: str) -> dict[str, Pair]:
+    pairs: dict[str, Pair] = {}
+    for module in dict.fromkeys(module for module, _ in keys):
+        down_key, up_key = keys.get((module, "down")), keys.get((module, "up"))
+        if down_key is None or up_key is None:
+            present = (down_key or up_key or "")[:120]
+            raise UserError(f"{name} is incomplete: it has {present!r} without its other half.")
+        down, up = (_matrix(key, header.tensors[key], name) for key in (down_key, up_key))
         if down.shape[0] != up.shape[1] or not all((*down.shape, *up.shape)):
             raise UserError(
                 f"{name}: the matrices of {module[:120]!r} do not fit each other: "
                 f"{list(down.shape)} and {list(up.shape)}."
             )
-        pairs[module] = Pair(down=keys[0], up=keys[1], rank=down.shape[0])
+        pairs[module] = Pair(down=down_key, up=up_key, rank=down.shape[0])
     if not pairs:
         raise UserError(f"{name} holds no LoRA matrices.")
     return pairs
@@ -227,8 +239,8 @@ def _pairs(header: Header, sides: Mapping[tuple[str, str], str], name: str) -> d
 def _matrix(key: str, tensor: Tensor, name: str) -> Tensor:
     if len(tensor.shape) != 2:
         raise UserError(
-            f"{name} cannot be loaded: {key[:120]!r} has {len(tensor.shape)} dimensions, and only LoRAs of "
-            "linear layers, with 2, are."
+            f"{name} cannot be loaded: {key[:120]!r} has {len(tensor.shape)} dimensions; only LoRAs of "
+            "linear layers, with 2 dimensions, are supported."
         )
     if tensor.dtype not in FLOATS:
         raise UserError(
@@ -238,17 +250,57 @@ def _matrix(key: str, tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _read_alphas(path: Path, keys: Mapping[str, str], name: str) -> dict[str, float]:
-    if not keys:
-        return {}
-    from safetensors import SafetensorError, safe_open
+def _check_base(
+    found: Shapes, shapes: Shapes, recorded: Mapping[str, object], spec: ModelSpec, name: str
+) -> None:
+    """Raise UserError, naming both bases, unless the LoRA's modules are the transformer's.
 
-    try:
-        with safe_open(path, "pt") as file:
-            return {module: _scalar(file.get_tensor(key)) for module, key in keys.items()}
-    except SafetensorError as error:
-        raise UserError(f"{name} is no whole safetensors file: {error}. Get it again.") from error
+    Bases with the same shapes (text-to-video and image-to-video 5B) are told apart by the trainer's record.
+    """
+    reason = _mismatch(found, shapes)
+    base, task = _known_base(recorded.get("base")), str(recorded.get("task") or "")
+    if reason is None and base and spec.name in SPECS and base != spec.name:
+        reason = "the shapes are the same, but the training recorded the other base"
+    if reason is None and task in TASK_NAMES and task != spec.task:
+        reason = f"it was trained for {TASK_NAMES[task]} and this model does {TASK_NAMES[spec.task]}"
+    if reason is not None:
+        made_for = str(recorded.get("base") or "")[:100] or _guess_base(found)
+        raise UserError(
+            f"{name} was made for another base: {made_for}. This model is {spec.name} ({reason}). Use it "
+            "with its own base, or a LoRA made for this one."
+        )
 
 
-def _scalar(tensor) -> float:  # type: ignore[no-untyped-def]
-    return float(tensor.double()) if tensor.numel() == 1 else float("nan")
+def _mismatch(found: Shapes, shapes: Shapes) -> str | None:
+    for module, sides in found.items():
+        if module not in shapes:
+            return f"which has no module {module[:120]!r}"
+        if sides != shapes[module]:
+            here, there = ("{1} to {0}".format(*pair) for pair in (shapes[module], sides))
+            return f"whose {module[:120]!r} maps {here}, the LoRA's {there}"
+    return None
+
+
+def _known_base(base: object) -> str | None:
+    """Return the spec that a recorded base names: by its name, or by its repository under any owner."""
+    text = str(base or "").partition("@")[0].lower()
+    for spec in SPECS.values():
+        repository = (spec.repository or "").lower().rpartition("/")[2]
+        if text == spec.name or (repository and text.rpartition("/")[2] == repository and "/" in text):
+            return spec.name
+    return None
+
+
+def _guess_base(found: Shapes) -> str:
+    """Return the known models of the LoRA's attention width, else the sizes that it shows."""
+    widths = [sides[1] for module, sides in found.items() if re.search(r"attn1[._]to_[qkv]$", module)]
+    depths = [int(match[1]) for module in found if (match := BLOCK.search(module))]
+    width = max(widths, default=None)
+    named = [spec.name for spec in SPECS.values() if width is not None and spec.attention_width == width]
+    if any(module.startswith("ofs_embedding") for module in found):
+        named = [model for model in named if SPECS[model].task == "i2v"] or named
+    if named and not any(module.startswith("blocks") for module in found):
+        return " or ".join(named)
+    if width is None:
+        return f"a model with modules like {next(iter(found))[:120]!r}"
+    return f"a model of width {width}" + (f" with {max(depths) + 1} or more blocks" if depths else "")

@@ -1,63 +1,110 @@
-"""How strongly a LoRA counts: alpha / rank per module, from whichever record its trainer left."""
+"""How strongly a LoRA counts: its alpha per module, resolved once, when its file is read.
+
+The product of a module's two matrices is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank)).
+"""
 
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from lib.errors import UserError
 
 BAKED = "alpha_over_rank_applied"
-"""Metadata of a file whose B matrices were multiplied by alpha / rank already: not to be scaled again."""
-LITERAL = re.compile(r"[\w.]+", re.ASCII)
+"""Metadata of a converted file whose B matrices are already multiplied by alpha / rank."""
+MODULE_NAME = re.compile(r"[\w.]+", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """Alpha per module as a file stores it, and whether it is divided by the rank or by its root."""
+    """Alpha of every module, and whether it is divided by the rank's square root instead of the rank."""
 
     alphas: dict[str, float]
     rslora: bool = False
 
     def summary(self) -> str:
+        """Return the alphas as messages show them: "8" or "1 to 10"."""
         low, high = min(self.alphas.values()), max(self.alphas.values())
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def declared_scaling(
+def resolve_scaling(
     metadata: Mapping[str, str],
-    adapter_config: dict | None,
+    adapter_config: dict[str, Any] | None = None,
     *,
     ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
+    alpha_tensors: Mapping[str, float],
+    alpha_input: float | None = None,
+    input_name: str = "lora_alpha",
+    name: str,
+) -> Scaling:
+    """Return the scaling that a file declares, else `alpha_input`, else the ranks (strength 1).
+
+    A file declares its alpha in the first of these that is present: `lora_adapter_metadata` (diffusers) or
+    `lora_config` (finetrainers) in its metadata, the adapter_config.json that came with it (peft),
+    `alpha_tensors` (kohya). A converted file, with alpha / rank multiplied in, counts with its ranks.
+
+    Raises:
+        UserError: two declarations contradict each other, one contradicts the ranks, or `alpha_input` was
+            given for a file that declares its own. `name` is what the message calls the file.
+    """
+    declared = _declared(metadata, adapter_config, ranks=ranks, alpha_tensors=alpha_tensors, name=name)
+    if declared is None:
+        return Scaling(alphas={module: float(alpha_input or rank) for module, rank in ranks.items()})
+    if alpha_input is not None:
+        raise UserError(
+            f"{input_name}={alpha_input:g} was given, but {name} stores its own alpha, "
+            f"{declared.summary()}; leave {input_name} out."
+        )
+    return declared
+
+
+def read_alphas(path: Path, keys: Mapping[str, str], name: str) -> dict[str, float]:
+    """Read the alphas that are stored as tensors; NaN stands for one that is not a single number."""
+    if not keys:
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {module: file.get_tensor(key) for module, key in keys.items()}
+    except SafetensorError as error:
+        raise UserError(f"{name} is not a complete safetensors file: {error}. Download it again.") from error
+    return {
+        module: float(tensor.double()) if tensor.numel() == 1 else float("nan")
+        for module, tensor in tensors.items()
+    }
+
+
+def _declared(
+    metadata: Mapping[str, str],
+    adapter_config: dict[str, Any] | None,
+    *,
+    ranks: Mapping[str, int],
+    alpha_tensors: Mapping[str, float],
     name: str,
 ) -> Scaling | None:
-    """Return what a file declares, None when it declares nothing.
-
-    A converted file says that its alpha is applied: then alpha is the rank. Else, in this order:
-    `lora_adapter_metadata` in the file (diffusers), `lora_config` in the file (finetrainers),
-    adapter_config.json beside it (peft); `alphas` are those stored as tensors (kohya). Raises UserError when
-    two of them contradict each other, or one contradicts the ranks of the matrices.
-    """
     if BAKED in metadata:
         return Scaling(alphas={module: float(rank) for module, rank in ranks.items()})
     config = (
-        _parsed(metadata.get("lora_adapter_metadata"), name)
-        or _parsed(metadata.get("lora_config"), name)
+        _parse_object(metadata.get("lora_adapter_metadata"), name)
+        or _parse_object(metadata.get("lora_config"), name)
         or adapter_config
         or {}
     )
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    declared = _from_config(config, ranks, name) if config.get("lora_alpha") is not None else None
-    if not alphas:
-        return declared
-    if missing := [module for module in ranks if module not in alphas]:
-        raise UserError(f"{name} stores alphas, but none for {missing[0][:120]!r}; the file is not whole.")
-    stored = Scaling(alphas={module: _positive(alphas[module], name) for module in ranks})
-    if declared is not None and (declared.rslora or not _agree(declared.alphas, stored.alphas)):
+    configured = _from_config(config, ranks, name) if config.get("lora_alpha") is not None else None
+    if not alpha_tensors:
+        return configured
+    if missing := [module for module in ranks if module not in alpha_tensors]:
+        raise UserError(f"{name} is incomplete: it stores alphas, but none for {missing[0][:120]!r}.")
+    stored = Scaling(alphas={module: _positive(alpha_tensors[module], name) for module in ranks})
+    if configured is not None and (configured.rslora or not _agree(configured.alphas, stored.alphas)):
         raise UserError(
-            f"{name} stores alpha twice and differently: {declared.summary()} in its metadata and "
+            f"{name} stores two different alphas: {configured.summary()} in its metadata and "
             f"{stored.summary()} as tensors."
         )
     return stored
@@ -68,7 +115,7 @@ def _agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     return all(math.isclose(one[module], other[module], rel_tol=0.01) for module in one)
 
 
-def _parsed(text: str | None, name: str) -> dict | None:
+def _parse_object(text: str | None, name: str) -> dict[str, Any] | None:
     if not text:
         return None
     try:
@@ -76,11 +123,11 @@ def _parsed(text: str | None, name: str) -> dict | None:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{name}: the metadata that should hold its rank and alpha is no JSON object.")
+        raise UserError(f"{name}: the metadata with its rank and alpha is not a JSON object.")
     return content
 
 
-def _from_config(config: Mapping[str, object], ranks: Mapping[str, int], name: str) -> Scaling:
+def _from_config(config: Mapping[str, Any], ranks: Mapping[str, int], name: str) -> Scaling:
     kind = str(config.get("peft_type") or "LORA")
     if kind.rpartition(".")[2].upper() != "LORA":
         raise UserError(f"{name} cannot be loaded: its metadata calls it a {kind[:40]}, not a LoRA.")
@@ -91,33 +138,33 @@ def _from_config(config: Mapping[str, object], ranks: Mapping[str, int], name: s
     rank, alpha = config.get("r"), _positive(config["lora_alpha"], name)
     rank_pattern, alpha_pattern = (_pattern(config, key, name) for key in ("rank_pattern", "alpha_pattern"))
     for module, found in ranks.items():
-        said = _looked_up(rank_pattern, module, rank)
-        if said is not None and said != found:
+        declared = _look_up(rank_pattern, module, rank)
+        if declared is not None and declared != found:
             raise UserError(
-                f"{name}: its metadata says rank {said!s:.20} for {module[:120]!r} and its "
-                f"matrices have {found}."
+                f"{name}: its metadata says rank {declared!s:.20} for {module[:120]!r}, but its matrices "
+                f"have rank {found}."
             )
     return Scaling(
-        alphas={module: _positive(_looked_up(alpha_pattern, module, alpha), name) for module in ranks},
+        alphas={module: _positive(_look_up(alpha_pattern, module, alpha), name) for module in ranks},
         rslora=bool(config.get("use_rslora")),
     )
 
 
-def _pattern(config: Mapping[str, object], key: str, name: str) -> dict[str, object]:
-    """One of peft's patterns. They are regular expressions there; from strangers only names are taken."""
+def _pattern(config: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+    """Return one of peft's patterns, which are regular expressions there; here they may only be names."""
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict):
-        raise UserError(f"{name}: {key} in its metadata is no JSON object.")
+        raise UserError(f"{name}: {key} in its metadata is not a JSON object.")
     names = {written.removeprefix("^").removesuffix("$"): value for written, value in pattern.items()}
-    if odd := [written for written in names if not LITERAL.fullmatch(written)]:
+    if odd := [written for written in names if not MODULE_NAME.fullmatch(written)]:
         raise UserError(
-            f"{name} cannot be loaded: {key} in its metadata holds {odd[0][:120]!r}, and only names of "
-            "modules are understood there."
+            f"{name} cannot be loaded: {key} in its metadata contains {odd[0][:120]!r}, but only names of "
+            "modules are supported there."
         )
     return names
 
 
-def _looked_up(pattern: Mapping[str, object], module: str, default: object) -> object:
+def _look_up(pattern: Mapping[str, Any], module: str, default: object) -> object:
     for written, value in pattern.items():
         if module == written or module.endswith(f".{written}"):
             return value

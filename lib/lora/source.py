@@ -1,4 +1,4 @@
-"""What a caller may write to name a LoRA, and which address each form means; nothing is fetched here.
+"""What a request may write to name a LoRA: its inputs -> addresses. Nothing is fetched here.
 
 https://replicate.delivery/.../trained_model.tar          the output of a training
 https://example.com/style.safetensors                     any https address
@@ -11,6 +11,7 @@ data:application/octet-stream;base64,...                  the file itself
 import base64
 import binascii
 import hashlib
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lib.errors import UserError
 from lib.lora.file import refuse_pickle
 from lib.network import hub
 from lib.network.http import shown
-from lib.network.urls import local_sources_allowed
+from lib.settings import current
 from lib.storage.disk import size_text
 
 Place = Literal["url", "hub", "data", "local"]
@@ -42,22 +43,24 @@ REPLICATE_HINT = (
     "For a model trained on Replicate give the address of its weights, "
     "https://replicate.delivery/.../trained_model.tar, which is the output of its training."
 )
-NAMED_CHARACTERS = 200
+SHOWN_CHARACTERS = 200
+# A LoRA of rank 128 on four projections of 5B has 132 M parameters: 0.5 GB in float32.
+MAX_FILE_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """Where a LoRA is, with one meaning."""
+    """Where a LoRA is."""
 
     place: Place
-    given: str
-    """What was given, as messages may show it: without secrets."""
+    name: str
+    """What messages call it: the input without secrets."""
     label: str
-    """As metrics and the video's metadata name it: without secrets and without paths of this machine."""
+    """What metrics and the video's metadata call it: without secrets and paths of this machine."""
     key: str
-    """What the cache knows it by; equal for what is the same file."""
+    """The cache's key, equal for all ways to write the same file."""
     trusted: bool = False
-    """Set by the server's owner, who may name local paths and http addresses."""
+    """Whether the server's owner set it, who may name local paths and http addresses."""
     url: str = ""
     repository: str = ""
     revision: str = "main"
@@ -69,19 +72,66 @@ class Address:
     """On this machine."""
 
 
-def parse(source: str, *, trusted: bool = False, max_bytes: int) -> Address:
-    """Return the address that `source` means. Raises UserError naming the forms, or the right one of them."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One LoRA of a request."""
+
+    address: Address
+    scale: float
+    alpha: float | None = None
+    """For a file that stores none."""
+    slot: str = "lora"
+    """lora or extra_lora: the prefix of its inputs and metrics."""
+
+
+def parse_choices(
+    *,
+    lora_weights: str,
+    lora_scale: float,
+    lora_alpha: float | None,
+    extra_lora: str,
+    extra_lora_scale: float,
+    extra_lora_alpha: float | None,
+    default: Address | None = None,
+) -> list[Choice]:
+    """Return the LoRAs that a request's inputs name; an empty lora_weights means `default` (COG_WEIGHTS).
+
+    Raises UserError for text that names no LoRA, and for an alpha without a LoRA.
+    """
+    chosen = []
+    for slot, input_name, source, scale, alpha, fallback in (
+        ("lora", "lora_weights", lora_weights, lora_scale, lora_alpha, default),
+        ("extra_lora", "extra_lora", extra_lora, extra_lora_scale, extra_lora_alpha, None),
+    ):
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise UserError(f"{slot}_alpha={alpha:g} is out of range: it has to be above 0.")
+        address = parse(source) if source.strip() else fallback
+        if address is not None:
+            chosen.append(Choice(address=address, scale=scale, alpha=alpha, slot=slot))
+        elif alpha is not None:
+            raise UserError(f"{slot}_alpha={alpha:g} was given without {input_name}; leave it out.")
+    return chosen
+
+
+def max_bytes() -> int:
+    """Return the largest size of a LoRA: MAX_FILE_BYTES, or that of the cache where it is smaller."""
+    return min(MAX_FILE_BYTES, current().lora_cache_bytes)
+
+
+def parse(source: str, *, trusted: bool = False) -> Address:
+    """Return the address that `source` means. Raises UserError naming the allowed forms, or the right one."""
     source = source.strip()
-    if source.partition("/")[0].lower() in (*HUB_HOSTS, *REPLICATE_HOSTS):  # as people copy them
+    if source.partition("/")[0].lower() in (*HUB_HOSTS, *REPLICATE_HOSTS):  # copied without https://
         source = f"https://{source}"
     if source.startswith("data:"):
-        return _data(source, trusted, max_bytes)
+        return _data(source, trusted)
     scheme = source.partition("://")[0].lower() if "://" in source else ""
     local = scheme == "file" or source.startswith(("/", "./", "../", "~"))
     if not local and scheme:
         return _url(source, scheme, trusted)
+    local_sources = current().local_sources
     if local or os.path.exists(source):
-        if trusted or local_sources_allowed():
+        if trusted or local_sources:
             return _local(source, trusted)
         if local:
             raise UserError(
@@ -91,32 +141,32 @@ def parse(source: str, *, trusted: bool = False, max_bytes: int) -> Address:
         raise UserError(f"{_cut(source)!r} is a version of a model on Replicate. {REPLICATE_HINT}")
     if (match := HUB_NAME.fullmatch(source)) and ".." not in source:
         return _hub(match["repository"], match["revision"], match["path"], source, trusted)
-    here = f"; there is no such file in {Path.cwd()} either" if local_sources_allowed() else ""
-    raise UserError(f"{_cut(source)!r} names no LoRA; give {FORMS}{here}.")
+    here = f"; {Path.cwd()} has no such file either" if local_sources else ""
+    raise UserError(f"{_cut(source)!r} does not name a LoRA; give {FORMS}{here}.")
 
 
 def _cut(text: str) -> str:
-    return text[:NAMED_CHARACTERS]
+    return text[:SHOWN_CHARACTERS]
 
 
-def _data(source: str, trusted: bool, max_bytes: int) -> Address:
+def _data(source: str, trusted: bool) -> Address:
     head, comma, body = source.partition(",")
     if not comma or not head.endswith(";base64"):
         raise UserError("The LoRA's data: URI has to be in base64: data:application/octet-stream;base64,...")
-    if len(body) * 3 // 4 > max_bytes + 3:
+    if len(body) * 3 // 4 > (limit := max_bytes()) + 3:
         raise UserError(
-            f"The data: URI of the LoRA holds more than the {size_text(max_bytes)} that are allowed; give an "
-            "https:// address."
+            f"The LoRA's data: URI holds more than the {size_text(limit)} that are allowed; give an https:// "
+            "address."
         )
     try:
         content = base64.b64decode(unquote(body) if "%" in body else body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError("The data: URI of the LoRA is damaged: it is not valid base64.") from error
+        raise UserError("The LoRA's data: URI is damaged: it is not valid base64.") from error
     digest = hashlib.sha256(content).hexdigest()
     label = f"data URI {digest[:12]}"
     return Address(
         place="data",
-        given=f"The LoRA of {label}",
+        name=f"The LoRA of {label}",
         label=label,
         key=f"data:{digest}",
         trusted=trusted,
@@ -128,12 +178,12 @@ def _local(source: str, trusted: bool) -> Address:
     path = Path(unquote(source[len("file://") :]) if source.lower().startswith("file://") else source)
     path = path.expanduser()
     if not path.exists():
-        raise UserError(f"{_cut(source)!r} does not exist on the server; give the whole path of a LoRA.")
+        raise UserError(f"{_cut(source)!r} does not exist on the server; give the absolute path of a LoRA.")
     refuse_pickle(path.name, name=repr(_cut(source)))
     status = path.stat()
     return Address(
         place="local",
-        given=repr(_cut(source)),
+        name=repr(_cut(source)),
         label=path.name,
         key=f"local:{path.resolve()}:{status.st_size}:{status.st_mtime_ns}",
         trusted=trusted,
@@ -142,65 +192,63 @@ def _local(source: str, trusted: bool) -> Address:
 
 
 def _url(source: str, scheme: str, trusted: bool) -> Address:
-    given = repr(_cut(shown(source)))
+    name = repr(_cut(shown(source)))
     try:
         parts = urlsplit(source)
         host = (parts.hostname or "").lower()
     except ValueError:
         parts, host = None, ""
     if parts is None or not host or scheme not in ("http", "https"):
-        raise UserError(f"{given} names no LoRA; give {FORMS}.")
+        raise UserError(f"{name} does not name a LoRA; give {FORMS}.")
     steps = [unquote(step) for step in parts.path.split("/") if step]
     if host in REPLICATE_HOSTS:
-        raise UserError(f"{given} is a page of Replicate, not a file. {REPLICATE_HINT}")
+        raise UserError(f"{name} is a page on Replicate, not a file. {REPLICATE_HINT}")
     if CIVITAI.fullmatch(host) and steps[:1] == ["models"]:
-        raise UserError(_civitai_page(given, parse_qs(parts.query)))
+        raise UserError(_civitai_page(name, parse_qs(parts.query)))
     ours = f"{scheme}://{parts.netloc}".rstrip("/") == hub.endpoint()
     if (host in HUB_HOSTS or ours) and len(steps) >= 2 and steps[0] not in ("datasets", "spaces", "api"):
         return _hub_page(steps, source, trusted)
-    refuse_pickle(parts.path, name=given)
+    refuse_pickle(parts.path, name=name)
     url = source.partition("#")[0]
-    return Address(
-        place="url", given=given, label=_cut(shown(url)), key=f"url:{url}", trusted=trusted, url=url
-    )
+    return Address(place="url", name=name, label=_cut(shown(url)), key=f"url:{url}", trusted=trusted, url=url)
 
 
-def _civitai_page(given: str, query: dict[str, list[str]]) -> str:
+def _civitai_page(name: str, query: dict[str, list[str]]) -> str:
     version = query.get("modelVersionId", [""])[0]
     known = version.isdecimal() and len(version) < 20
     address = f"https://civitai.com/api/download/models/{version if known else '<modelVersionId>'}"
-    where = "" if known else ", with the number behind modelVersionId= in the address of the version's page"
+    where = "" if known else ", with the number after modelVersionId= in the address of the version's page"
     return (
-        f"{given} is a page of CivitAI, and the number in it is the model's, not a version's. Give the "
-        f"address of the download: {address}{where}."
+        f"{name} is a page on CivitAI, and its number is the model's, not a version's. Give the address of "
+        f"the download: {address}{where}."
     )
 
 
 def _hub_page(steps: list[str], source: str, trusted: bool) -> Address:
     repository, kind, rest = "/".join(steps[:2]), steps[2:3], steps[4:]
-    given = shown(source)
+    shown_source = shown(source)
     if not hub.REPOSITORY.fullmatch(repository) or ".." in "/".join(steps):
-        raise UserError(f"{_cut(given)!r} is no address of a Hugging Face repository.")
+        raise UserError(f"{_cut(shown_source)!r} is not the address of a Hugging Face repository.")
     if not kind:
-        return _hub(repository, None, None, given, trusted)
+        return _hub(repository, None, None, shown_source, trusted)
     if steps[-1].endswith(".safetensors") and kind[0] not in HUB_PAGES:
-        return _hub(repository, None, "/".join(steps[2:]), given, trusted)
+        return _hub(repository, None, "/".join(steps[2:]), shown_source, trusted)
     if kind[0] not in HUB_PAGES or len(steps) < 4:
         raise UserError(
-            f"{_cut(given)!r} is no file of a Hugging Face repository; give {repository} or "
+            f"{_cut(shown_source)!r} is not a file of a Hugging Face repository; give {repository} or "
             f"{repository}/file.safetensors."
         )
-    return _hub(repository, steps[3], "/".join(rest), given, trusted)
+    return _hub(repository, steps[3], "/".join(rest), shown_source, trusted)
 
 
 def _hub(repository: str, revision: str | None, path: str | None, source: str, trusted: bool) -> Address:
-    given, path = repr(_cut(source)), (path or "").strip("/")
-    refuse_pickle(path, name=given)
+    name, path = repr(_cut(source)), (path or "").strip("/")
+    refuse_pickle(path, name=name)
     revision = revision or "main"
     label = repository + (f"@{revision}" if revision != "main" else "") + (f"/{path}" if path else "")
     return Address(
         place="hub",
-        given=given,
+        name=name,
         label=_cut(label),
         key=f"hub:{hub.endpoint()}:{repository}@{revision}:{path}",
         trusted=trusted,

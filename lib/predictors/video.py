@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.lora import cache, source
+from lib.lora.source import Address, Choice, parse, parse_choices
 from lib.models.specs import ModelSpec, Task
 from lib.pipelines.prefetch import read_ahead
 from lib.predictors import input_files
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lib.distributed.worker_pool import Crew
     from lib.generation.generator import Generator, Together
     from lib.generation.request import Request
-    from lib.lora.attach import Applied, Choice, Loras
+    from lib.lora.attach import Loras
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class VideoPredictor:
     spec: ModelSpec
     generator: "Generator"
     loras: "Loras"
-    default_lora: source.Address | None
+    default_lora: Address | None
     """What COG_WEIGHTS names: used by every request that names no other."""
     compute: ComputeThread
     crew: "Crew | None"
@@ -68,12 +68,11 @@ class VideoPredictor:
         spec, folder = model.spec, model.folder
         read_ahead(folder)
         weights_url = str(weights_url or os.environ.get("COG_WEIGHTS") or "")
-        largest = cache.max_bytes()  # a setting that is none ends the start, not the first request
-        default_lora = source.parse(weights_url, trusted=True, max_bytes=largest) if weights_url else None
+        default_lora = parse(weights_url, trusted=True) if weights_url else None
 
         from lib.distributed.worker_pool import Crew
         from lib.generation.generator import Generator
-        from lib.lora.attach import Choice, Loras
+        from lib.lora.attach import Loras
         from lib.memory.model import GIB
         from lib.pipelines.compilation import warm_up
         from lib.pipelines.load import load_pipeline
@@ -139,11 +138,10 @@ class VideoPredictor:
         """Make one video and return its path, which stays until the next request or shutdown."""
         from lib.generation.request import build_request
         from lib.generation.step_cache import steps_to_forecast
-        from lib.lora.attach import choices
         from lib.video.images import read_image
 
         self.scratch.clear()
-        chosen = choices(
+        chosen = parse_choices(
             lora_weights=lora_weights,
             lora_scale=lora_scale,
             lora_alpha=lora_alpha,
@@ -184,9 +182,8 @@ class VideoPredictor:
         from lib.video.stream_writer import StreamedVideo
 
         started = time.perf_counter()
-        with self.loras.applied(chosen, stop=stop) as applied:
+        with self.loras.applied(chosen, stop=stop) as facts:
             seconds = time.perf_counter() - started
-            facts = _lora_facts(chosen, applied)
             metadata = {
                 "model": self.setup_facts["model"],
                 "prompt": request.prompt,
@@ -199,7 +196,7 @@ class VideoPredictor:
                 self.generator.stream(request, video, stop=stop, together=self._together(chosen))
                 with self.generator.timed("writing"):
                     video.finish()
-        if applied:
+        if facts:
             self.generator.timings["lora"] = round(seconds, 3)
         return facts
 
@@ -223,17 +220,6 @@ def settled(model: Model) -> "Loading":
     plan = plan_memory(spec, folder, machine, forced=forced, weights=settings.weights)
     check_plan(settings, plan)
     return Loading(spec=spec, folder=folder, machine=machine, plan=plan, settings=settings)
-
-
-def _lora_facts(chosen: "list[Choice]", applied: "list[Applied]") -> dict[str, object]:
-    """Metrics and metadata: lora, lora_scale and the same of extra_lora, and the words they listen to."""
-    facts: dict[str, object] = {}
-    for choice, lora in zip(chosen, applied, strict=True):
-        facts |= {choice.slot: lora.label, f"{choice.slot}_scale": lora.scale}
-        if choice.alpha is not None:
-            facts[f"{choice.slot}_alpha"] = choice.alpha
-    words = dict.fromkeys(lora.trigger_word for lora in applied if lora.trigger_word)
-    return facts | ({"trigger_word": ", ".join(words)} if words else {})
 
 
 def thinned(report: Callable[[str], None]) -> Callable[[str], None]:

@@ -258,7 +258,7 @@ def test_every_refusal_names_the_file_and_the_reason_and_the_next_request_works(
         ({"transformer": upload(tmp_path / "unet.safetensors")}, "is a UNet, as of Stable Diffusion"),
         ({"transformer": upload(tmp_path / "bad.pt")}, "Nothing of it was executed."),
         ({"transformer": upload(tmp_path / "plain.pkl")}, "is a pickle, but none that torch.save wrote"),
-        ({"transformer": upload(tmp_path / "page.html")}, "is a web page and not the file itself"),
+        ({"transformer": upload(tmp_path / "page.html")}, "is a web page, not the file itself"),
         ({"transformer_url": host.url("/cut.pt")}, "cut.pt is damaged or cut off"),
         ({"transformer_url": host.url("/none.pt")}, "the host has nothing at this address (HTTP 404)"),
         ({"transformer_url": str(tmp_path / "none.pt")}, "There is no file or folder"),

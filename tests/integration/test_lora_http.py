@@ -155,7 +155,7 @@ def test_two_loras_are_applied_and_reported_apart(server, host, folder):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"lora_weights": "/cut.safetensors"}, "is no whole safetensors file"),
+        ({"lora_weights": "/cut.safetensors"}, "is not a complete safetensors file"),
         ({"lora_weights": "/missing.safetensors"}, "the host has nothing at this address"),
         ({"lora_weights": "/other.safetensors"}, "made for another base: tiny-i2v. This model is tiny-t2v"),
         ({"lora_weights": "/lora.safetensors", "lora_alpha": 3}, "stores its own alpha, 8; leave"),

@@ -15,7 +15,8 @@ from lib.distributed.process_group import Group
 from lib.distributed.shared_clip import Part, take_part
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
-from lib.lora.attach import Loras, choices
+from lib.lora.attach import Loras
+from lib.lora.source import parse_choices
 from tests.lora_factory import save_lora
 from tests.parallel_factory import in_processes, save_model
 from tiny.evaluate import DEFAULTS, load_generator
@@ -46,7 +47,7 @@ def _made(group: Group, folder: Path, layout: Layout, settings: dict, lora: Path
     asked = {"prompt": "a red circle moves right", "seed": 3, "num_inference_steps": 2, "image": image}
     request = build_request(generator.spec, **DEFAULTS | asked | settings)
     rest = {"lora_alpha": None, "extra_lora": "", "extra_lora_scale": 1.0, "extra_lora_alpha": None}
-    chosen = choices(lora_weights=str(lora or ""), lora_scale=0.8, **rest)
+    chosen = parse_choices(lora_weights=str(lora or ""), lora_scale=0.8, **rest)
     with torch.inference_mode():
         embeddings = generator._prompts.encode(
             request.prompt, request.negative_prompt if request.guidance_scale > 1 else None

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.lora import attach, source
+from lib.lora.attach import Loras
+from lib.lora.source import Choice, parse
 from lib.serving.configs import PROJECT
 from tiny.concept import generate_concept, write_concept_clips
 from tiny.evaluate import load_generator
@@ -41,11 +42,11 @@ def learnt(tmp_path_factory) -> Path:
 def test_the_new_concept_appears_with_the_lora_and_only_with_it(learnt, monkeypatch):
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     generator = load_generator(PROJECT / "weights" / "tiny-i2v")
-    loras = attach.Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
-    address = source.parse(str(learnt), max_bytes=2**30)
+    loras = Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
+    address = parse(str(learnt))
 
     def at(strength: float, count: int) -> tuple[np.ndarray, float]:
-        with loras.applied([attach.Choice(address=address, scale=strength)]):
+        with loras.applied([Choice(address=address, scale=strength)]):
             clips, right = zip(*generate_concept(generator, count, **SETTINGS), strict=True)
         return np.stack(clips).astype(float), float(np.mean(right))
 

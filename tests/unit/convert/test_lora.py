@@ -131,11 +131,11 @@ def test_the_service_applies_nothing_twice(tmp_path):
     modules = ("to_q", "to_k", "to_v", "to_out.0")
     shapes = {f"transformer_blocks.{layer}.attn1.{each}": (32, 32) for layer in (0, 1) for each in modules}
     found = read_lora(file, name="lora.safetensors", shapes=shapes, spec=SPECS["tiny-t2v"])
-    assert set(found.alphas(None).values()) == {8.0}  # the rank: a factor of 1
+    assert set(found.scaling.alphas.values()) == {8.0}  # the rank: a factor of 1
     with pytest.raises(
         UserError, match=r"^lora_alpha=4 was given, but lora\.safetensors stores its own alpha, 8;"
     ):
-        found.alphas(4)
+        read_lora(file, name="lora.safetensors", shapes=shapes, spec=SPECS["tiny-t2v"], alpha=4)
 
 
 def test_an_alpha_that_was_assumed_is_said(tmp_path):

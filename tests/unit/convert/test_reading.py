@@ -186,7 +186,7 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
     save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
     assert refusal(tmp_path / "model.safetensors", tmp_path).startswith(
-        "model.safetensors is no whole safetensors file: it has "
+        "model.safetensors is not a complete safetensors file: it has "
     )
 
 
@@ -194,10 +194,10 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "png")
     for content, wrong in (
-        (b"<!DOCTYPE html><html>", "a web page and not the file itself; copy the address of the download"),
+        (b"<!DOCTYPE html><html>", "a web page, not the file itself; copy the address of the download"),
         (
             b"version https://git-lfs.github.com/spec/v1\n",
-            "a Git LFS pointer and not the file that it stands for",
+            "a Git LFS pointer, not the file that it stands for",
         ),
         (b"", "empty"),
         (picture.getvalue(), "no checkpoint: neither a file of torch.save nor safetensors"),

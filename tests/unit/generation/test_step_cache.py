@@ -17,8 +17,8 @@ from lib.errors import UserError
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.generation.step_cache import SPEEDS, applied, steps_to_forecast
-from lib.lora.attach import Choice, Loras
-from lib.lora.source import parse
+from lib.lora.attach import Loras
+from lib.lora.source import Choice, parse
 from lib.models.specs import SPECS
 from tests.lora_factory import WEIGHTS, save_lora
 from tests.unit.generation.test_second_family import save_pipeline
@@ -220,7 +220,7 @@ def test_a_lora_works_as_in_plain_diffusers_with_the_same_forecasts(
     file = save_lora(tmp_path / "lora.safetensors", alpha=8)
     request = request_for(speed=speed)
     loras = Loras(pipeline=t2v.pipeline, spec=t2v.spec, report=lambda line: None)
-    with loras.applied([Choice(address=parse(str(file), max_bytes=10**9), scale=0.7)]):
+    with loras.applied([Choice(address=parse(str(file)), scale=0.7)]):
         frames = t2v.frames(request)
     assert np.array_equal(t2v.frames(request_for()), exact_frames)
     t2v.pipeline.unload_lora_weights()

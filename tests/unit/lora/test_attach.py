@@ -16,13 +16,11 @@ from lib.errors import UserError
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.lora import attach
-from lib.lora.attach import Choice, Loras, choices
-from lib.lora.source import parse
+from lib.lora.attach import Loras
+from lib.lora.source import Choice, parse, parse_choices
 from lib.models.specs import SPECS
 from tests.lora_factory import WEIGHTS, as_kohya, lora_state, save_lora
 from tiny.evaluate import DEFAULTS, load_generator
-
-MOST = 10**9
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +47,7 @@ def request_for(name: str = "tiny-t2v", **settings):
 
 
 def choice(path: Path, scale: float = 1.0, alpha: float | None = None) -> Choice:
-    return Choice(address=parse(str(path), max_bytes=MOST), scale=scale, alpha=alpha)
+    return Choice(address=parse(str(path)), scale=scale, alpha=alpha)
 
 
 def frames_with(generator, loras, *chosen: Choice) -> np.ndarray:
@@ -225,7 +223,7 @@ def test_a_bad_lora_leaves_the_good_ones_as_they_were(tmp_path, generator, loras
     state, _ = lora_state(seed=2)
     state["transformer_blocks.5.attn1.to_v.lora_B.weight"][0, 0] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    with pytest.raises(UserError, match=r"lora_B\.weight' holds values that are no finite numbers"):
+    with pytest.raises(UserError, match=r"lora_B\.weight' contains NaN or infinity"):
         frames_with(generator, loras, choice(good), choice(tmp_path / "nan.safetensors"))
     assert adapters(generator) == before
     assert np.array_equal(generator.frames(request_for()), base_frames)
@@ -259,7 +257,7 @@ def test_an_attaching_that_breaks_off_leaves_nothing(
 def test_an_adapter_that_diffusers_attached_in_part_is_no_success(tmp_path, generator, loras, monkeypatch):
     file = save_lora(tmp_path / "lora.safetensors")
     monkeypatch.setattr(generator.pipeline, "load_lora_into_transformer", lambda *a, **k: None, raising=False)
-    with pytest.raises(RuntimeError, match="loaded in part only: 0 of 24 modules"):
+    with pytest.raises(RuntimeError, match="only partly loaded: 0 of 24 modules"):
         frames_with(generator, loras, choice(file))
     assert adapters(generator) == []
 
@@ -352,15 +350,15 @@ def test_the_trigger_word_is_told_once_and_reported_each_time(tmp_path, loras, m
     lines = []
     monkeypatch.setattr(loras, "report", lines.append)
     for _ in range(2):
-        with loras.applied([choice(file, 0.5)]) as applied:
-            assert [(a.label, a.scale, a.trigger_word) for a in applied] == [("lora.safetensors", 0.5, "TOK")]
+        with loras.applied([choice(file, 0.5)]) as facts:
+            assert facts == {"lora": "lora.safetensors", "lora_scale": 0.5, "trigger_word": "TOK"}
     assert len(lines) == 1 and "trigger word 'TOK'" in lines[0]
 
 
 def chosen(**inputs) -> list[Choice]:
     empty = {"lora_weights": "", "lora_scale": 1.0, "lora_alpha": None}
     empty |= {"extra_lora": "", "extra_lora_scale": 1.0, "extra_lora_alpha": None}
-    return choices(**empty | inputs)
+    return parse_choices(**empty | inputs)
 
 
 def test_inputs_become_choices_in_order():
@@ -374,7 +372,7 @@ def test_inputs_become_choices_in_order():
 
 
 def test_the_default_is_used_unless_another_is_named():
-    default = parse("the/default", trusted=True, max_bytes=MOST)
+    default = parse("the/default", trusted=True)
     assert [c.address.label for c in chosen(default=default, extra_lora="c/d")] == ["the/default", "c/d"]
     assert [c.address.label for c in chosen(default=default, lora_weights="a/b")] == ["a/b"]
 
@@ -385,7 +383,7 @@ def test_the_default_is_used_unless_another_is_named():
         ({"lora_alpha": 4.0}, "lora_alpha=4 was given without lora_weights"),
         ({"extra_lora_alpha": 4.0}, "extra_lora_alpha=4 was given without extra_lora"),
         ({"lora_weights": "a/b", "lora_alpha": 0.0}, "lora_alpha=0 is out of range: it has to be above 0"),
-        ({"lora_weights": "nothing"}, "'nothing' names no LoRA"),
+        ({"lora_weights": "nothing"}, "'nothing' does not name a LoRA"),
     ],
 )
 def test_inputs_that_make_no_sense_are_refused_at_the_door(inputs, message):

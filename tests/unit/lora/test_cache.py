@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 from lib.cancellation import Stopped
 from lib.errors import UserError
 from lib.lora import cache as lora_cache
-from lib.lora.cache import choose, locate
+from lib.lora import source as lora_source
+from lib.lora.cache import LocalLora, choose, locate
 from lib.lora.source import parse
 from lib.network import http
 from tests.http_host import Host, Served, hub_of
@@ -38,13 +39,13 @@ def cache(monkeypatch, tmp_path) -> Path:
     return tmp_path / "cache" / "loras"
 
 
-def located(source: str, **options) -> lora_cache.Found:
+def located(source: str, **options) -> LocalLora:
     trusted = options.pop("trusted", False)
-    address = parse(source, max_bytes=lora_cache.max_bytes(), trusted=trusted)
+    address = parse(source, trusted=trusted)
     return locate(address, report=lambda line: None, **options)
 
 
-def value_of(found: lora_cache.Found) -> float:
+def value_of(found: LocalLora) -> float:
     return load_file(found.file)["a"][0, 0].item()
 
 
@@ -179,8 +180,8 @@ def test_a_name_that_the_hub_does_not_know_may_be_replicates(hub):
     ("files", "source", "message"),
     [
         (["a.safetensors", "b.safetensors"], "o/n", "several .safetensors files: a.safetensors, b"),
-        (["lora.bin", "x.txt"], "o/n", "no .safetensors file; lora.bin could run any code"),
-        (["x.txt"], "o/n", "holds no .safetensors file. Give"),
+        (["lora.bin", "x.txt"], "o/n", "has no .safetensors file; lora.bin could run any code"),
+        (["x.txt"], "o/n", "has no .safetensors file. Give"),
         (["a.safetensors"], "o/n/b.safetensors", "has no file 'b.safetensors' at main. It has: a.saf"),
     ],
 )
@@ -205,10 +206,10 @@ def test_a_repository_without_a_clear_lora_is_refused_with_what_it_has(hub, cach
 )
 def test_the_lora_among_several_files_is_the_nearest_with_a_usual_name(paths, chosen):
     if chosen is None:
-        with pytest.raises(UserError, match="holds several"):
-            choose(paths, given="it")
+        with pytest.raises(UserError, match="has several"):
+            choose(paths, name="it")
     else:
-        assert choose(paths, given="it") == chosen
+        assert choose(paths, name="it") == chosen
 
 
 def test_an_operators_address_may_be_private_and_unencrypted(monkeypatch):
@@ -223,7 +224,7 @@ def test_an_operators_address_may_be_private_and_unencrypted(monkeypatch):
     ("served", "message"),
     [
         (Served(b"", status=404), "the host has nothing at this address"),
-        (Served(b"<html>"), "a web page and not the file itself"),
+        (Served(b"<html>"), "a web page, not the file itself"),
         (Served(weights(1), truncate_at=3000), "the connection ended"),
         (Served(weights(1), fail_first=99), "overloaded or failing"),
         (Served(bytes(200_000)), "larger than the 100.0 kB that are allowed"),
@@ -231,7 +232,7 @@ def test_an_operators_address_may_be_private_and_unencrypted(monkeypatch):
     ],
 )
 def test_a_fetch_that_fails_says_why_and_leaves_nothing(cache, monkeypatch, served, message):
-    monkeypatch.setattr(lora_cache, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(lora_source, "MAX_FILE_BYTES", 100_000)
     with Host({"/a.safetensors": served}) as host, pytest.raises(UserError) as caught:
         located(host.url("/a.safetensors"))
     assert message in str(caught.value)
@@ -305,7 +306,7 @@ def test_a_lora_larger_than_the_whole_cache_is_refused(monkeypatch):
 def test_a_size_of_the_cache_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("COGVIDEOX_LORA_CACHE_GB", text)
     with pytest.raises(UserError, match="is not a size in GB above 0"):
-        lora_cache.max_bytes()
+        lora_source.max_bytes()
 
 
 def test_what_a_killed_process_left_goes_when_room_is_made(cache):
@@ -320,7 +321,7 @@ CHILD = """
 import sys
 from lib.lora.cache import locate
 from lib.lora.source import parse
-print(locate(parse(sys.argv[1], max_bytes=10**9), report=lambda line: None).file)
+print(locate(parse(sys.argv[1]), report=lambda line: None).file)
 """
 
 

@@ -73,12 +73,12 @@ def zip_bytes() -> bytes:
     ("content", "message"),
     [
         (pickle.dumps({"a": 1}), "a pickle, and loading one could run any code"),
-        (zip_bytes(), "a pickle of PyTorch"),
+        (zip_bytes(), "a PyTorch pickle"),
         (b"<!doctype html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         (b"", "empty or cut off: it has 0 bytes"),
-        (b"\0" * 400, "no safetensors file and no tar archive"),
-        (b"PNG and so on, no weights", "no safetensors file and no tar archive"),
+        (b"\0" * 400, "neither a safetensors file nor a tar archive"),
+        (b"PNG and so on, no weights", "neither a safetensors file nor a tar archive"),
     ],
 )
 def test_other_files_are_called_by_their_name(tmp_path, content, message):
@@ -99,8 +99,8 @@ def test_a_pickle_is_refused_with_what_makes_a_file_of_a_sat_lora():
         refuse_pickle("1/mp_rank_00_model_states.pt", name="owner/name")
     assert str(caught.value) == (
         "owner/name is a pickle by its name, and loading one could run any code: give a .safetensors file. "
-        "Most repositories hold both. Of a SAT LoRA script/export-lora, or the predictor "
-        "predict_export_lora, makes one."
+        "Most repositories hold both. script/export-lora, or the predictor predict_export_lora, converts a "
+        "SAT LoRA to one."
     )
 
 
@@ -110,29 +110,29 @@ SOUND = save({"a": torch.zeros(8, 8), "b": torch.zeros(8)})
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (SOUND[:-1], "its header speaks of"),
+        (SOUND[:-1], "its header describes"),
         (SOUND[:40], "its header alone would have"),
-        (SOUND + b"\0", "its header speaks of"),
+        (SOUND + b"\0", "its header describes"),
         (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "at most 16.8 MB are read"),
-        (struct.pack("<Q", 2**64 - 1) + b"{}", "its header would have 18,446,744,073,709,551,615 bytes"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "its header would be 18,446,744,073,709,551,615 bytes long"),
         (struct.pack("<Q", 3) + b"{x}", "its header cannot be read"),
         (struct.pack("<Q", 20_000) + b"[" * 20_000, "its header cannot be read"),
         (with_header([]), "header cannot be read"),
         (with_header({"a": 1}), "its header cannot be read"),
         (with_header({"a": entry([-1], 0, 4)}, bytes(4)), "its header cannot be read"),
         (with_header({"a": entry([2], 0, 4)}, bytes(4)), "its header cannot be read"),
-        (with_header({"a": entry([1], 4, 8)}, bytes(8)), "bytes that are not its own"),
-        (with_header({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "not its own"),
+        (with_header({"a": entry([1], 4, 8)}, bytes(8)), "the bytes of 'a' overlap or leave a gap"),
+        (with_header({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "overlap or leave a gap"),
     ],
 )
 def test_a_header_that_is_damaged_or_contradicts_the_file_is_refused(tmp_path, content, message):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(UserError, match="it is no whole safetensors file") as caught:
+    with pytest.raises(UserError, match="it is not a complete safetensors file") as caught:
         read_header(tmp_path / "a", name="it")
     assert message in str(caught.value)
 
 
 def test_a_web_page_under_the_name_of_safetensors_is_called_one(tmp_path):
     (tmp_path / "a").write_bytes(b"<!DOCTYPE html><html>")
-    with pytest.raises(UserError, match=r"^it is a web page and not the file itself; copy the address"):
+    with pytest.raises(UserError, match=r"^it is a web page, not the file itself; copy the address"):
         read_header(tmp_path / "a", name="it")

@@ -29,11 +29,16 @@ def state():
     return lora_state(rank=RANK)[0]
 
 
-def read(tmp_path, tensors, metadata=None, config=None, shapes=None, spec="tiny-t2v") -> LoraFile:
+def read(tmp_path, tensors, metadata=None, config=None, shapes=None, spec="tiny-t2v", alpha=None) -> LoraFile:
     path = tmp_path / "lora.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
     return read_lora(
-        path, name="it", shapes=shapes or linear_shapes(), spec=SPECS[spec], adapter_config=config
+        path,
+        name="it",
+        shapes=shapes or linear_shapes(),
+        spec=SPECS[spec],
+        adapter_config=config,
+        alpha=alpha,
     )
 
 
@@ -114,21 +119,21 @@ def diffusers_metadata(**config) -> dict[str, str]:
 def test_alpha_is_found_wherever_a_trainer_left_it(tmp_path, state, metadata, config, kohya):
     tensors = as_kohya(state, kohya) if kohya else prefixed(state, "transformer.")
     file = read(tmp_path, tensors, metadata, config)
-    assert file.alphas(None) == dict.fromkeys(file.pairs, ALPHA)
+    assert file.scaling.alphas == dict.fromkeys(file.pairs, ALPHA)
     with pytest.raises(UserError, match="lora_alpha=3 was given, but it stores its own alpha, 10; leave"):
-        file.alphas(3.0)
+        read(tmp_path, tensors, metadata, config, alpha=3.0)
 
 
 def test_without_a_stored_alpha_the_given_one_holds_and_else_the_rank(tmp_path, state):
-    file = read(tmp_path, prefixed(state, "transformer."))
-    assert set(file.alphas(None).values()) == {float(RANK)}
-    assert set(file.alphas(64.0).values()) == {64.0}
+    tensors = prefixed(state, "transformer.")
+    assert set(read(tmp_path, tensors).scaling.alphas.values()) == {float(RANK)}
+    assert set(read(tmp_path, tensors, alpha=64.0).scaling.alphas.values()) == {64.0}
 
 
 def test_what_our_trainer_records_of_itself_is_no_alpha(tmp_path, state):
     recorded = {"base": "tiny-t2v", "task": "t2v", "alpha": 99, "trigger_word": "TOK"}
     file = read(tmp_path, state, {"cogvideox": json.dumps(recorded)})
-    assert file.scaling is None and file.trigger_word == "TOK"
+    assert set(file.scaling.alphas.values()) == {float(RANK)} and file.trigger_word == "TOK"
 
 
 def test_ranks_and_alphas_may_differ_between_modules(tmp_path):
@@ -140,10 +145,10 @@ def test_ranks_and_alphas_may_differ_between_modules(tmp_path):
     file = read(tmp_path, tensors, diffusers_metadata(r=RANK, lora_alpha=ALPHA, **patterns))
     assert file.pairs["transformer_blocks.3.attn1.to_k"].rank == 2
     assert file.pairs["transformer_blocks.3.attn1.to_v"].rank == 6
-    alphas = file.alphas(None)
+    alphas = file.scaling.alphas
     assert alphas["transformer_blocks.0.attn1.to_q"] == 1
     assert alphas["transformer_blocks.1.attn1.to_q"] == ALPHA
-    assert file.ranks() == "2 to 6" and file.scaling.summary() == "1 to 10"
+    assert file.rank_summary() == "2 to 6" and file.scaling.summary() == "1 to 10"
 
 
 KEY = "transformer_blocks.0.attn1.to_q"
@@ -159,11 +164,11 @@ KEY = "transformer_blocks.0.attn1.to_q"
         ({f"{KEY}.lora_mid.weight": torch.ones(1)}, "LoCon"),
         ({"text_encoder.encoder.q.lora_A.weight": torch.ones(4, 4)}, "trains the text encoder"),
         ({"lora_te_encoder_q.lora_down.weight": torch.ones(4, 4)}, "trains the text encoder"),
-        ({f"{KEY}.weight": torch.ones(1)}, "1 of its 49 tensors are no LoRA matrices: '" + KEY),
+        ({f"{KEY}.weight": torch.ones(1)}, "1 of its 49 tensors are not LoRA matrices: '" + KEY),
         ({f"{KEY}.lora_B.bias": torch.ones(1)}, "trains biases"),
-        ({f"{KEY}.diff": torch.ones(1)}, "whole differences of weights"),
+        ({f"{KEY}.diff": torch.ones(1)}, "full weight differences"),
         ({"proj_out.lora_A.weight": torch.ones(4, WIDTH)}, "without its other half"),
-        ({f"transformer.{KEY}.lora_A.weight": torch.ones(4, WIDTH)}, "two tensors for one place"),
+        ({f"transformer.{KEY}.lora_A.weight": torch.ones(4, WIDTH)}, "two tensors for one matrix"),
         ({"proj_out.alpha": torch.tensor(1.0)}, "an alpha for 'proj_out' but no matrices"),
     ],
 )
@@ -174,8 +179,8 @@ def test_a_key_that_would_be_left_out_is_refused_by_name(tmp_path, state, extra,
 def test_a_sat_lora_is_refused_with_what_makes_one_that_can_be_loaded(tmp_path, state):
     key = "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0"
     assert complaint(tmp_path, state | {key: torch.ones(1)}) == (
-        "it cannot be loaded: it is a LoRA in SAT's own layout, of which script/export-lora, or the "
-        f"predictor predict_export_lora, makes one that can ('{key}')."
+        "it cannot be loaded: it is a LoRA in SAT's layout; convert it with script/export-lora or the "
+        f"predictor predict_export_lora ('{key}')."
     )
 
 
@@ -208,8 +213,8 @@ def test_a_file_without_tensors_is_refused(tmp_path):
         (diffusers_metadata(r=RANK, lora_alpha=8, peft_type="LOKR"), "LOKR"),
         (diffusers_metadata(r=RANK, lora_alpha=8, alpha_pattern={"(a+)+$": 1}), "only names of modules"),
         (diffusers_metadata(r=RANK, lora_alpha=8, rank_pattern=[]), None),
-        (diffusers_metadata(r=RANK, lora_alpha=8, rank_pattern=[1]), "is no JSON object"),
-        ({"lora_adapter_metadata": "{"}, "is no JSON object"),
+        (diffusers_metadata(r=RANK, lora_alpha=8, rank_pattern=[1]), "is not a JSON object"),
+        ({"lora_adapter_metadata": "{"}, "is not a JSON object"),
     ],
 )
 def test_metadata_that_contradicts_the_matrices_or_asks_for_more_is_refused(
@@ -223,7 +228,7 @@ def test_metadata_that_contradicts_the_matrices_or_asks_for_more_is_refused(
 
 def test_alphas_that_contradict_each_other_or_miss_a_module_are_refused(tmp_path, state):
     tensors = as_kohya(state, 8.0)
-    assert "stores alpha twice and differently: 2 in its metadata and 8 as tensors" in complaint(
+    assert "stores two different alphas: 2 in its metadata and 8 as tensors" in complaint(
         tmp_path, tensors, diffusers_metadata(r=RANK, lora_alpha=2)
     )
     del tensors[next(key for key in tensors if key.endswith(".alpha"))]
@@ -233,7 +238,7 @@ def test_alphas_that_contradict_each_other_or_miss_a_module_are_refused(tmp_path
 def test_a_lora_of_another_shape_is_refused_with_both_bases(tmp_path, state):
     said = complaint(tmp_path, state, shapes=linear_shapes(width=3072), spec="cogvideox-5b-i2v")
     assert "it was made for another base: tiny-t2v or tiny-i2v. This model is cogvideox-5b-i2v" in said
-    assert "goes from 3072 to 3072, the LoRA's from 192 to 192" in said
+    assert "maps 3072 to 3072, the LoRA's 192 to 192" in said
 
 
 @pytest.mark.parametrize(

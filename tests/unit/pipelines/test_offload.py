@@ -8,8 +8,8 @@ import pytest
 
 from lib.errors import UserError
 from lib.generation.generator import Generator
-from lib.lora import source
-from lib.lora.attach import Choice, Loras
+from lib.lora.attach import Loras
+from lib.lora.source import Choice, parse
 from lib.memory.model import OFFLOADS
 from lib.models.specs import SPECS
 from lib.pipelines.load import load_pipeline, plan_memory
@@ -57,7 +57,7 @@ def frames_with(generator: Generator, offload: str, lora: Path) -> tuple[np.ndar
     """With a LoRA, after it, when it has been detached, and before all that."""
     loras = Loras(pipeline=generator.pipeline, spec=generator.spec, offload=offload, report=lambda line: None)
     request = request_for("tiny-t2v", num_inference_steps=1)
-    choice = Choice(address=source.parse(str(lora), trusted=True, max_bytes=10**6), scale=1.0)
+    choice = Choice(address=parse(str(lora), trusted=True), scale=1.0)
     before = generator.frames(request)
     with loras.applied([choice]):
         with_lora = generator.frames(request)

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from lib.caption.record import Row
 from lib.datasets.dataset import LeftOut, find_clips
 from lib.errors import UserError
-from lib.lora.base import recorded_facts
 from lib.lora.file import read_header
+from lib.lora.keys import recorded_facts
 from lib.models.specs import SPECS
 from lib.storage.packing import pack
 from tests.training_factory import data, plan, sampling, transformer
