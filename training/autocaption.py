@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.caption.record import Record, Row, fingerprint
-from lib.datasets.dataset import Clip, LeftOut
+from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
 from lib.models import derive, specs
 from lib.predictors.model import Model

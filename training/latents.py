@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from lib.datasets.dataset import Clip, LeftOut
+from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
 from lib.storage.disk import disk_error
 from training.adapter import save_tensors

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib.caption.record import Row
-from lib.datasets.dataset import Clip, LeftOut, fetch_hub_dataset, find_clips, full_caption, open_data
+from lib.datasets.clips import Clip, LeftOut, find_clips, full_caption
+from lib.datasets.source import fetch_hub_dataset, open_data
 from lib.errors import UserError
 from lib.pipelines.load import silence_libraries
 from lib.progress import Report

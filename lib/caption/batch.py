@@ -13,7 +13,7 @@ import torch
 from lib.cancellation import check_stop
 from lib.caption.captioner import Caption, Captioner, CaptionSettings, SampledClip
 from lib.caption.record import Record, Row, fingerprint
-from lib.datasets.dataset import Clip
+from lib.datasets.clips import Clip
 from lib.errors import UserError
 from lib.progress import Report
 

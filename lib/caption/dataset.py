@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from lib.caption.captioner import CaptionSettings
 from lib.caption.record import Row
-from lib.datasets.dataset import Clip, LeftOut, full_caption
+from lib.datasets.caption_files import CaptionedDataset
+from lib.datasets.clips import Clip, LeftOut, full_caption
 from lib.errors import UserError
 
 CHOICES = {"existing_captions": ("keep", "replace"), "on_bad_clip": ("skip", "stop")}
@@ -62,33 +63,9 @@ def request_from(inputs: Mapping[str, Any]) -> DatasetRequest:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Captioned:
-    """A data set whose clips have their captions."""
-
-    clips: list[Clip]
-    """With the captions that they are to have, whole."""
-    new: frozenset[str]
-    """Names of the clips that the model captioned; the others keep what they had."""
-    replaced: frozenset[str]
-    """Those of them that had a caption before."""
-    left_out: list[LeftOut]
-    cut_off: int
-    """How many new captions max_new_tokens ended."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """For the metrics."""
-        new, failed = len(self.new), len(self.left_out)
-        return {
-            "clips": len(self.clips) + failed, "captioned": new, "kept": len(self.clips) - new,
-            "failed": failed,
-        }  # fmt: skip
-
-
 def captioned(
     clips: list[Clip], left_out: list[LeftOut], rows: list[Row], request: DatasetRequest
-) -> Captioned:
+) -> CaptionedDataset:
     """The data set that the rows make of the clips. Raises UserError as check_left_out, and for no clip."""
     by_name = {row.file_name: row for row in rows}
     sound, new, bad = [], set(), list(left_out)
@@ -109,7 +86,7 @@ def captioned(
         raise UserError(f"no clip can be captioned:\n{_listed(bad)}")
     cut_off = sum(not by_name[name].finished for name in new)
     replaced = frozenset(clip.name for clip in clips if clip.caption and clip.name in new)
-    return Captioned(clips=sound, new=frozenset(new), replaced=replaced, left_out=bad, cut_off=cut_off)
+    return CaptionedDataset(clips=sound, new=frozenset(new), replaced=replaced, left_out=bad, cut_off=cut_off)
 
 
 def check_left_out(left_out: list[LeftOut], request: DatasetRequest) -> None:
@@ -119,7 +96,7 @@ def check_left_out(left_out: list[LeftOut], request: DatasetRequest) -> None:
         raise UserError(f"{len(left_out)} {verb} be captioned, and on_bad_clip is stop:\n{_listed(left_out)}")
 
 
-def summary(made: Captioned) -> str:
+def summary(made: CaptionedDataset) -> str:
     """One line for the log."""
     counts = made.counts
     parts = [f"{counts['captioned']} captioned"]

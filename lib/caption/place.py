@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.caption.forms import METADATA, PROMPTS, VIDEOS
+from lib.datasets.caption_files import METADATA, PROMPTS, VIDEOS
 from lib.errors import UserError
 
 RECORD = "captions.jsonl"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.datasets.dataset import Clip
+from lib.datasets.clips import Clip
 from lib.storage.disk import disk_error
 
 Status = Literal["captioned", "kept", "failed"]

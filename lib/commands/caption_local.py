@@ -9,17 +9,18 @@ from typing import Any
 
 from lib.caption.batch import caption_clips, settled
 from lib.caption.dataset import (
-    Captioned,
     DatasetRequest,
     captioned,
     check_left_out,
     request_from,
     summary,
 )
-from lib.caption.folder import complete_folder, write_folder
 from lib.caption.place import RECORD, Place, record_path, record_paths
 from lib.caption.record import Record, Row, fingerprint
-from lib.datasets.dataset import Clip, LeftOut, find_clips, open_data
+from lib.datasets.caption_files import CaptionedDataset
+from lib.datasets.caption_folder import complete_folder, write_folder
+from lib.datasets.clips import Clip, LeftOut, find_clips
+from lib.datasets.source import open_data
 from lib.distributed.launched import Processes
 from lib.errors import UserError
 from lib.predictors.caption import load, model_mark
@@ -137,7 +138,7 @@ def _finish(
     return summary(made)
 
 
-def _write(made: Captioned, place: Place, request: DatasetRequest, report: Report) -> None:
+def _write(made: CaptionedDataset, place: Place, request: DatasetRequest, report: Report) -> None:
     for each in made.left_out:
         report(f"left out: {each.name}: {each.reason}")
     if place.in_place:

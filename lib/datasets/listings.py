@@ -1,4 +1,4 @@
-"""The files of a data set: which count, and what their texts say (tables, lines, captions)."""
+"""The files of a data set folder: names and paths, and reading tables, lists and captions."""
 
 import codecs
 import csv
@@ -18,8 +18,8 @@ VIDEO_ENDINGS = frozenset(
 TABLES = ("metadata.jsonl", "metadata.csv")
 VIDEO_FORMS = "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not"
 FORMS = (
-    f"{VIDEO_FORMS}, each with its caption: in a .txt of the same name beside it, in metadata.jsonl or "
-    "metadata.csv (columns file_name and text), or line by line in prompts.txt beside videos.txt."
+    f"{VIDEO_FORMS}, each with its caption: in a .txt of the same name next to it, in metadata.jsonl or "
+    "metadata.csv (columns file_name and text), or line by line in prompts.txt next to videos.txt."
 )
 IGNORED = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 MAX_LISTING_BYTES = 256 << 20
@@ -27,7 +27,7 @@ MAX_CAPTION_BYTES = 1 << 20
 
 
 class UnreadableError(Exception):
-    """Why a text file cannot be used; the message goes on after its name: "is not UTF-8 text: ..."."""
+    """A text file cannot be used; the message continues its name: "is not UTF-8 text: ..."."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,22 +35,22 @@ class Row:
     """One entry of a table."""
 
     line: int
-    """Where it is in its file, from 1; of a quoted field over several lines the last."""
+    """From 1; the last one of a row with line breaks in quoted fields."""
     values: dict[str, object]
-    """By column; of JSON as it is there, of CSV text."""
+    """By column: JSON values, or the text of CSV fields."""
     fault: str = ""
-    """Why there are no values."""
+    """Why the row has no values."""
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder of this name is one that systems leave behind, or hidden."""
+    """Return whether a file or folder of this name is hidden or an operating system's."""
     return name.startswith(".") or name.lower() in IGNORED
 
 
 class Files:
-    """The files at and below a folder by their names within it, without what systems leave behind.
+    """The files in a folder and its subfolders by their paths within it, ignored ones left out.
 
-    Raises UserError when there is no such folder.
+    Raises UserError if the folder does not exist.
     """
 
     def __init__(self, root: Path) -> None:
@@ -72,22 +72,22 @@ class Files:
             self._folded.setdefault(key.casefold(), []).append(name)
 
     def find(self, name: str) -> str | None:
-        """The name as it is on the disk, where only capitals or the form of accents may differ."""
+        """Return the name as it is on the disk, which may differ in case and in Unicode normalization."""
         if name in self.paths:
             return name
         key = unicodedata.normalize("NFC", name)
         folded = self._folded.get(key.casefold(), [])
         return self._exact.get(key) or (folded[0] if len(folded) == 1 else None)
 
-    def beside(self, place: str, *names: str) -> str | None:
-        """The first of these files that a folder itself has."""
+    def in_folder(self, place: str, *names: str) -> str | None:
+        """Return the first of these files that exists in a folder itself."""
         found = [self.find(posixpath.join(place, name)) for name in names]
         return next((name for name in found if name and posixpath.dirname(name) == place), None)
 
     def locate(self, place: str, written: str) -> str:
-        """Return the name of the file that a listing in folder `place` names; LookupError says why not."""
+        """Return the name of the file that a listing in folder `place` refers to. Raises LookupError."""
         if (exact := posixpath.join(place, written)) in self.paths:
-            return exact  # a file may well be called with a blank at the end, or a backslash
+            return exact  # names may end in a space or contain a backslash
         text = written.strip().replace("\\", "/")
         if text.startswith("/"):
             text = posixpath.relpath(text, self.root)
@@ -102,28 +102,28 @@ class Files:
 
 
 def _within(root: Path, path: Path) -> str:
-    # Names in another encoding than the system's would fail wherever they are printed or stored.
+    # Names that are not in the system's encoding could not be printed or stored.
     name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
     return "" if name == "." else name
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_CAPTION_BYTES) -> str:
-    """Return a file's text, in UTF-8 or marked UTF-16. Raises UnreadableError."""
+    """Return the text of a file in UTF-8, or UTF-16 with a byte order mark. Raises UnreadableError."""
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise UnreadableError(f"is larger than {max_bytes >> 20} MiB")
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    has_utf16_bom = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-16" if marked else "utf-8-sig")
+        return content.decode("utf-16" if has_utf16_bom else "utf-8-sig")
     except UnicodeDecodeError:
         raise UnreadableError("is not UTF-8 text: save it in that encoding") from None
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return a file's lines without their ends and blanks around them. Raises UnreadableError."""
+    """Return a file's lines, stripped. Raises UnreadableError."""
     text = read_text(path, max_bytes=MAX_LISTING_BYTES)
-    # Not str.splitlines, which also splits at characters that occur within captions.
+    # str.splitlines would also split at separators that occur within captions.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     return [line.strip() for line in lines]
 
@@ -147,7 +147,7 @@ def _json_row(number: int, line: str) -> Row:
     except (ValueError, RecursionError) as error:
         return Row(line=number, values={}, fault=f"the line is not JSON ({error})")
     if not isinstance(values, dict):
-        return Row(line=number, values={}, fault="the line is no JSON object in {}")
+        return Row(line=number, values={}, fault="the line is not a JSON object")
     return Row(line=number, values=values)
 
 

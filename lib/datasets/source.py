@@ -1,9 +1,8 @@
-"""Where a data set comes from: a folder, an archive that is unpacked, a data set repository of the Hub."""
+"""Opening a data set: a folder, an archive to unpack, or a data set repository on the Hub."""
 
 import os
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from lib.datasets.listings import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
@@ -11,25 +10,25 @@ from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch, sha256_of
 from lib.network.http import until
+from lib.progress import Report
 from lib.storage.archive import archive_kind, extract_archive
 from lib.storage.disk import disk_error, require_free_space, size_text
 from lib.storage.lock import lock
 
 UNPACKED_PER_ARCHIVE_BYTE, UNSUSPICIOUS_BYTES = 100, 1 << 30
-"""Video does not compress: what unpacks to over a GiB and over a hundred times its size is a bomb."""
+"""Video does not compress: an archive that unpacks to over 1 GiB and over 100 times its size is a bomb."""
 
 
 def open_data(
     source: Path, work: Path, *, max_bytes: int | None = None, stop: threading.Event | None = None
 ) -> Path:
-    """Return the folder of a data set: `source` itself, or a folder under `work` with what it packs.
+    """Return the folder of a data set: `source` itself, or its unpacked content in a folder under `work`.
 
-    An archive is a zip or tar, whatever its name; it is unpacked whole or not at all, and once for the same
-    content. It may hold `max_bytes`, and no more than the larger of 1 GiB and a hundred times its own size.
-    Raises UserError naming the archive and the member at fault, as extract_archive does, and
-    NoSpaceError when the disk has no room; Stopped soon after `stop` was set.
+    An archive is a zip or tar, whatever its name. It is unpacked completely or not at all, and once for the
+    same content. Its content may have up to `max_bytes`, and not more than the larger of 1 GiB and 100 times
+    the archive's size. Raises UserError naming the archive and the member at fault, NoSpaceError when the
+    disk is full, and Stopped.
     """
-    source = Path(source)
     if source.is_dir():
         return source
     if not source.is_file():
@@ -43,33 +42,33 @@ def open_data(
     if max_bytes is not None:
         limit = min(limit, max_bytes)
     target = Path(work) / f"data-{sha256_of(source, stop=stop)[:16]}" / source.name
-    with lock(target, _nobody, stop=stop):  # several processes of one run open the same data
+    with lock(target, _silent, stop=stop):  # the processes of one run open the same data
         return target if target.exists() else extract_archive(source, target, max_bytes=limit, stop=stop)
 
 
 def fetch_hub_dataset(
-    name: str, kept: Path, report: Callable[[str], None] = print, *, stop: threading.Event | None = None
+    name: str, kept: Path, report: Report = print, *, stop: threading.Event | None = None
 ) -> Path:
-    """Download a data set repository, "owner/name" or "owner/name@revision", into `kept`; its folder there.
+    """Download the data set repository "owner/name" or "owner/name@revision" to a folder in `kept`.
 
-    Videos, .txt files and metadata tables come, nothing else; a later call continues where an earlier one
-    stopped, and asks the Hub whether the revision has moved. Raises UserError when there is no such data set,
-    when it has no video files, and when a download fails; Stopped soon after `stop` was set.
+    Only videos, .txt files and metadata tables are downloaded. A later call resumes an interrupted one, and
+    asks the Hub whether the revision has moved. Raises UserError when there is no such data set, when it has
+    no video files, and when a download fails; Stopped.
     """
     repository, at, revision = name.strip().partition("@")
     if not hub.REPOSITORY.fullmatch(repository) or ".." in repository or (at and not revision):
         inside = re.search(r"datasets/([^/@?#]+/[^/@?#]+)", name)
         meant = f" Perhaps {inside[1]}?" if inside and hub.REPOSITORY.fullmatch(inside[1]) else ""
         raise UserError(
-            f"dataset_name={name!r} is no data set on the Hugging Face Hub: give owner/name, or "
+            f"dataset_name={name!r} is not a data set on the Hugging Face Hub: give owner/name, or "
             f"owner/name@revision.{meant}"
         )
     snapshot = hub.listing(repository, revision or "main", kind="datasets", rules=until(stop))
     files = [file for file in snapshot.files if _is_wanted(PurePosixPath(file.path))]
     _check_files(repository, [file.path for file in snapshot.files], [file.path for file in files])
-    # The Hub's word, of which a path is made here.
+    # Sanitized, as the server's answer becomes part of a path.
     commit = re.sub(r"[^0-9A-Za-z]", "", snapshot.commit)[:16]
-    final = Path(kept) / f"{repository.replace('/', '--')}@{commit}"
+    final = kept / f"{repository.replace('/', '--')}@{commit}"
     try:
         with lock(final, report, stop=stop):
             if not final.exists():
@@ -83,15 +82,15 @@ def _fetch_files(
     repository: str,
     files: list[hub.HubFile],
     final: Path,
-    report: Callable[[str], None],
+    report: Report,
     stop: threading.Event | None,
 ) -> None:
     partial = final.with_name(final.name + ".partial")
-    whole = sum(file.size or 0 for file in files)
-    # What is begun is as long as the whole from the start, but takes only what has come.
-    there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
-    require_free_space(partial, whole - there, hint=", or set COGVIDEOX_CACHE to a folder on another disk")
-    report(f"{repository}: downloading {len(files)} files, {size_text(whole)}")
+    total = sum(file.size or 0 for file in files)
+    # Partial files are sparse: they have their final length from the start, but not yet all blocks.
+    present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    require_free_space(partial, total - present, hint=", or set COGVIDEOX_CACHE to a folder on another disk")
+    report(f"{repository}: downloading {len(files)} files, {size_text(total)}")
     headers = hub.headers()
     for file in files:
         fetch(
@@ -100,14 +99,14 @@ def _fetch_files(
             size=file.size,
             sha256=file.sha256,
             headers=headers,
-            report=_nobody,
+            report=_silent,
             stop=stop,
         )
     os.replace(partial, final)
 
 
-def _nobody(line: str) -> None:
-    """Reports to nobody: one line for each of hundreds of small files is noise."""
+def _silent(line: str) -> None:
+    """Report nothing: hundreds of small files would flood the log."""
 
 
 def _is_wanted(path: PurePosixPath) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.caption.record import Record
-from lib.datasets.dataset import find_clips, open_data
+from lib.datasets.clips import find_clips
+from lib.datasets.source import open_data
 from lib.errors import UserError
 from lib.network.download import sha256_of
 from lib.predictors import input_files
@@ -22,7 +23,8 @@ from lib.storage.lock import lock
 from lib.weights.cache import cache_folder
 
 if TYPE_CHECKING:
-    from lib.caption.dataset import Captioned, DatasetRequest
+    from lib.caption.dataset import DatasetRequest
+    from lib.datasets.caption_files import CaptionedDataset
 
 KEPT_RECORDS = 20
 
@@ -63,7 +65,7 @@ class DatasetCaptionPredictor:
     ) -> tuple[Path, dict[str, object]]:
         """The zip, and what the metrics tell."""
         from lib.caption.dataset import summary
-        from lib.caption.forms import pack
+        from lib.datasets.caption_files import pack
 
         work = folder / "data"
         try:
@@ -74,10 +76,7 @@ class DatasetCaptionPredictor:
                 for each in made.left_out:
                     print(f"left out: {each.name}: {each.reason}", flush=True)
                 print(summary(made), flush=True)
-                path = pack(
-                    made.clips, made.left_out, folder / "captioned.zip",
-                    videos=request.include_videos, stop=stop,
-                )  # fmt: skip
+                path = pack(made, folder / "captioned.zip", videos=request.include_videos, stop=stop)
                 record.rewrite(())
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -85,7 +84,7 @@ class DatasetCaptionPredictor:
 
     def _captioned(
         self, data: Path, request: "DatasetRequest", record: Record, stop: threading.Event
-    ) -> "tuple[Captioned, float | None]":
+    ) -> "tuple[CaptionedDataset, float | None]":
         """The captioned data set, and the seconds that each clip took for which the model was asked."""
         from lib.caption.batch import caption_clips
         from lib.caption.dataset import captioned, check_left_out

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lib.datasets.dataset import find_clips
+from lib.datasets.clips import find_clips
 from lib.serving.configs import PROJECT
 from lib.serving.server import free_port
 from tests.caption_factory import write_captioner

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.datasets.dataset import find_clips
+from lib.datasets.clips import find_clips
 from lib.serving.client import request, wait_until_idle
 from lib.serving.server import Server
 from lib.storage.archive import extract_archive

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from lib.datasets.dataset import find_clips
+from lib.datasets.clips import find_clips
 from lib.serving.client import request, wait_until_idle
 from lib.serving.configs import PROJECT
 from lib.serving.outputs import save_output

@@ -17,7 +17,7 @@ from lib.caption.dataset import DatasetRequest, captioned, request_from
 from lib.caption.place import settled_place
 from lib.caption.record import Record, Row
 from lib.commands.caption_local import caption_dataset
-from lib.datasets.dataset import Clip, LeftOut, find_clips
+from lib.datasets.clips import Clip, LeftOut, find_clips
 from lib.distributed.launched import Processes
 from lib.errors import UserError
 from lib.predictors.caption_dataset import KEPT_RECORDS, DatasetCaptionPredictor, resumable

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib.cancellation import Stopped
-from lib.datasets.dataset import LeftOut, find_clips
+from lib.datasets.clips import LeftOut, find_clips
 from lib.errors import UserError
 from tests import training_factory as factory
 from tests.caption_factory import write_captioner

@@ -9,7 +9,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
-from lib.datasets.dataset import Clip, LeftOut
+from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
 from lib.video.reader import write_video
 from tests.training_factory import sampling, transformer, vae

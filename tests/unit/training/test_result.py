@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lib.caption.record import Row
-from lib.datasets.dataset import LeftOut, find_clips
+from lib.datasets.clips import LeftOut, find_clips
 from lib.errors import UserError
 from lib.lora.file import read_header
 from lib.lora.keys import recorded_facts

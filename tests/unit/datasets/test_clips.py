@@ -2,27 +2,17 @@
 
 import json
 import os
-import tarfile
-import zipfile
 from pathlib import Path
 
-import huggingface_hub.constants
-import numpy as np
 import pytest
 
-from lib.datasets import source
-from lib.datasets.dataset import Clip, fetch_hub_dataset, find_clips, full_caption, open_data
+from lib.datasets.clips import Clip, find_clips, full_caption
 from lib.errors import UserError
-from lib.network import http, partial_file
-from lib.video.reader import write_video
-from tests.http_host import Host, Served, hub_of
-from training.clips import Sampling, clip_samples
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORMS = (
-    "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not, each with its caption: in a .txt of the "
-    "same name beside it, in metadata.jsonl or metadata.csv (columns file_name and text), or line by line in "
-    "prompts.txt beside videos.txt."
+    "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not, each with its caption: in a .txt of "
+    "the same name next to it, in metadata.jsonl or metadata.csv (columns file_name and text), or line by "
+    "line in prompts.txt next to videos.txt."
 )
 
 
@@ -178,14 +168,14 @@ def test_rows_that_cannot_be_used_are_left_out_by_their_line(tmp_path):
         "metadata.jsonl, line 2": "gone.mp4: there is no such file in the data set",
         "metadata.jsonl, line 3": "../outside.mp4: it lies outside of the data set",
         "metadata.jsonl, line 4": "/etc/passwd: it lies outside of the data set",
-        "metadata.jsonl, line 6": "the line is no JSON object in {}",
-        "metadata.jsonl, line 9": "it names no video file",
-        "metadata.jsonl, line 10": "it names no video file",
+        "metadata.jsonl, line 6": "the line is not a JSON object",
+        "metadata.jsonl, line 9": "it does not name a video file",
+        "metadata.jsonl, line 10": "it does not name a video file",
         "mute.mp4": "no caption: write what it shows into column 'text' of metadata.jsonl, line 11",
         "list.mp4": "no caption: write what it shows into column 'text' of metadata.jsonl, line 12",
-        "metadata.jsonl, line 13": "good.mp4 is named before already",
-        "notes.txt": f"it is no video that can be read here ({endings})",
-        "unnamed.mp4": "it is not named in metadata.jsonl",
+        "metadata.jsonl, line 13": "good.mp4 is listed more than once",
+        "notes.txt": f"it is not a video file (supported: {endings})",
+        "unnamed.mp4": "it is not listed in metadata.jsonl",
     }
 
 
@@ -210,8 +200,8 @@ def test_captions_with_commas_and_line_breaks_need_quotes(tmp_path):
     folder = write(tmp_path / "clips", {f"{name}.mp4": b"v" for name in "abc"} | {"metadata.csv": table})
     assert captions(folder) == {"a.mp4": "a ball, red\nand round"}
     assert reasons(folder) == {
-        "b.mp4": "it is not named in metadata.csv",
-        "c.mp4": "it is not named in metadata.csv",
+        "b.mp4": "it is not listed in metadata.csv",
+        "c.mp4": "it is not listed in metadata.csv",
         "metadata.csv, line 4": (
             'the row has 3 fields and the table 2 columns: put captions with commas in "quotes"'
         ),
@@ -226,7 +216,7 @@ def test_a_table_in_another_encoding_is_left_out_with_its_clips(tmp_path):
     )
     assert captions(folder) == {"b.mp4": "b"}
     assert reasons(folder) == {
-        "x/a.mp4": "it is not named in x/metadata.csv",
+        "x/a.mp4": "it is not listed in x/metadata.csv",
         "x/metadata.csv": "it is not UTF-8 text: save it in that encoding",
     }
 
@@ -252,7 +242,7 @@ def test_every_folder_has_its_own_form_and_the_first_form_wins(tmp_path):
         "three/a.mp4": "by line",
         "four/a.mp4": "by itself",
     }
-    assert reasons(folder) == {"one/sub/b.mp4": "it is not named in one/metadata.jsonl"}
+    assert reasons(folder) == {"one/sub/b.mp4": "it is not listed in one/metadata.jsonl"}
 
 
 # Line by line
@@ -277,8 +267,8 @@ def test_different_line_counts_are_told(tmp_path):
     with pytest.raises(UserError) as error:
         find_clips(write(tmp_path / "clips", files))
     assert str(error.value) == (
-        "x/videos.txt has 2 lines and x/prompts.txt has 1: each line of one names a video and the same line "
-        "of the other is its caption, so both need as many."
+        "x/videos.txt has 2 lines and x/prompts.txt has 1: line N of x/prompts.txt is the caption of the "
+        "video in line N of x/videos.txt, so both need the same number of lines."
     )
 
 
@@ -342,9 +332,9 @@ def test_where_none_is_needed_a_caption_that_cannot_be_read_still_leaves_its_cli
         {
             "camera.MTS": ".mts files cannot be read: convert it to mp4",
             "latin.mp4": "no caption: latin.txt is not UTF-8 text: save it in that encoding",
-            "lines/c.mp4": "it is not named in lines/videos.txt",
+            "lines/c.mp4": "it is not listed in lines/videos.txt",
             "lines/prompts.txt": "it is not UTF-8 text: save it in that encoding",
-            "table/b.mp4": "it is not named in table/metadata.csv",
+            "table/b.mp4": "it is not listed in table/metadata.csv",
             "table/metadata.csv": "it is not UTF-8 text: save it in that encoding",
         },
     )
@@ -372,7 +362,7 @@ def test_where_none_is_needed_a_table_may_have_empty_captions_and_miss_clips(tmp
     assert left_out == {
         "list.mp4": "no caption: write what it shows into column 'text' of metadata.jsonl, line 5",
         "metadata.jsonl, line 6": "gone.mp4: there is no such file in the data set",
-        "metadata.jsonl, line 7": "blank.mp4 is named before already",
+        "metadata.jsonl, line 7": "blank.mp4 is listed more than once",
     }
 
 
@@ -414,7 +404,9 @@ def test_a_data_set_without_clips_says_what_there_is_and_what_is_allowed(tmp_pat
     files = {"1.jpg": b"", "2.JPG": b"", "notes.txt": "n", "LICENSE": b""}
     with pytest.raises(UserError) as error:
         find_clips(write(tmp_path / "images", files))
-    assert str(error.value) == (f"images holds no clips: it has 2 .jpg, 1 without an ending, 1 .txt. {FORMS}")
+    assert str(error.value) == (
+        f"images holds no clips: it has 2 .jpg, 1 without an extension, 1 .txt. {FORMS}"
+    )
     with pytest.raises(UserError) as error:
         find_clips(write(tmp_path / "mute", {f"{n}.mp4": b"v" for n in range(7)}))
     said = "; ".join(f"{n}.mp4: no caption: write what it shows into {n}.txt" for n in range(5))
@@ -430,216 +422,6 @@ def test_names_in_no_known_encoding_can_be_printed(tmp_path):
     folder = write(tmp_path / "clips", {"a.mp4": b"v", "a.txt": "a"})
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")).write_bytes(b"v")
     assert reasons(folder) == {"caf\\xe9.mp4": "no caption: write what it shows into caf\\xe9.txt"}
-
-
-# Archives
-
-
-def zip_of(path: Path, files: dict[str, bytes], method=zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, body in files.items():
-            archive.writestr(name, body)
-    return path
-
-
-def test_a_folder_is_taken_as_it_is(tmp_path):
-    folder = write(tmp_path / "clips", {"a.mp4": b"v"})
-    assert open_data(folder, tmp_path / "work") == folder and not (tmp_path / "work").exists()
-
-
-def test_a_zip_from_a_mac_becomes_samples(tmp_path):
-    grey = np.arange(20, 236, 12, dtype=np.uint8)  # 18 frames, each lighter than the last
-    frames = np.broadcast_to(grey[:, None, None, None], (18, 48, 64, 3))
-    video = write_video(frames, tmp_path / "v.mp4", fps=16, format="mp4", metadata={}).read_bytes()
-    files = {"My clips/Star.MP4": video, "My clips/Star.txt": b"a star", "__MACOSX/My clips/._Star.MP4": b"x"}
-    archive = zip_of(tmp_path / "clips.zip", files)
-    folder = open_data(archive, tmp_path / "work")
-    assert folder.is_relative_to(tmp_path / "work") and folder.name == "clips.zip"
-    (clip,), left_out = find_clips(folder)
-    assert (clip.name, clip.caption, left_out) == ("My clips/Star.MP4", "a star", [])
-    settings = Sampling(
-        fps=8, frame_step=8, max_frames=49, width=64, height=48, fit="center", random_crops=1, flip=False,
-        skip_frames_start=0, skip_frames_end=0, long_clips="split", seed=0,
-    )  # fmt: skip
-    (sample,) = clip_samples(clip.path, settings)
-    assert sample.frames.mean((1, 2, 3)) == pytest.approx(grey[::2], abs=2)
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_a_tar_of_any_compression_and_name_is_unpacked(tmp_path, mode):
-    folder = write(tmp_path / "clips", {"a.mp4": b"v", "a.txt": "a"})
-    with tarfile.open(tmp_path / "input.bin", mode) as tar:
-        tar.add(folder, "clips")
-    assert captions(open_data(tmp_path / "input.bin", tmp_path / "work")) == {"clips/a.mp4": "a"}
-
-
-def test_the_same_archive_is_unpacked_once_and_another_beside_it(tmp_path, monkeypatch):
-    archive = zip_of(tmp_path / "clips.zip", {"a.mp4": b"v", "a.txt": b"a"})
-    first = open_data(archive, tmp_path / "work")
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "extract_archive", lambda *args, **options: pytest.fail("unpacked again"))
-        assert open_data(archive, tmp_path / "work") == first
-    zip_of(archive, {"a.mp4": b"v", "a.txt": b"b"})
-    second = open_data(archive, tmp_path / "work")
-    assert (captions(first), captions(second)) == ({"a.mp4": "a"}, {"a.mp4": "b"})
-
-
-def test_an_archive_without_clips_is_told_by_its_name(tmp_path):
-    folder = open_data(zip_of(tmp_path / "clips.zip", {}), tmp_path / "work")
-    with pytest.raises(UserError) as error:
-        find_clips(folder)
-    assert str(error.value) == f"clips.zip holds no clips: it is empty. {FORMS}"
-    folder = open_data(zip_of(tmp_path / "clips.zip", {"x/a.jpg": b""}), tmp_path / "work")
-    with pytest.raises(UserError) as error:
-        find_clips(folder)
-    assert str(error.value) == f"clips.zip holds no clips: it has 1 .jpg. {FORMS}"
-
-
-def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
-    zeros, archive = bytes(16 << 20), tmp_path / "bomb.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb:
-        for index in range(65):
-            bomb.writestr(f"{index}.mp4", zeros)
-    assert archive.stat().st_size < 6_000_000
-    with pytest.raises(UserError) as error:
-        open_data(archive, tmp_path / "work")
-    assert str(error.value) == "bomb.zip unpacks to more than the 1.1 GB that are allowed."
-    assert not [path for path in (tmp_path / "work").rglob("*") if not path.is_dir()]
-
-
-def test_the_callers_bound_holds_below_the_usual_one(tmp_path):
-    archive = zip_of(tmp_path / "clips.zip", {"a.mp4": os.urandom(5000)})
-    with pytest.raises(UserError, match=r"clips\.zip unpacks to more than the 4\.0 kB that are allowed"):
-        open_data(archive, tmp_path / "work", max_bytes=4000)
-
-
-def test_a_zip_that_would_leave_its_folder_is_refused(tmp_path):
-    archive = zip_of(tmp_path / "evil.zip", {"a.mp4": b"v", "../../evil.mp4": b"v"})
-    with pytest.raises(UserError) as error:
-        open_data(archive, tmp_path / "work")
-    assert str(error.value) == (
-        "evil.zip: '../../evil.mp4' would leave the target folder; the archive is refused."
-    )
-    assert not list(tmp_path.rglob("*.mp4"))
-
-
-def test_what_is_no_archive_is_told_what_is_allowed(tmp_path):
-    (tmp_path / "clip.mp4").write_bytes(os.urandom(5000))
-    with pytest.raises(UserError) as error:
-        open_data(tmp_path / "clip.mp4", tmp_path / "work")
-    assert str(error.value) == (
-        "clip.mp4 is neither a folder nor a zip or tar archive (.zip, .tar, .tar.gz, .tar.bz2, .tar.xz). "
-        + FORMS
-    )
-    with pytest.raises(UserError, match="does not exist"):
-        open_data(tmp_path / "gone.zip", tmp_path / "work")
-
-
-# The Hub
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(partial_file, "CHUNK_BYTES", 50_000)
-    monkeypatch.setattr(http, "BACKOFF_SECONDS", 0.01)
-    with Host() as host:
-        monkeypatch.setenv("HF_ENDPOINT", host.address)
-        yield host
-
-
-def serve(host: Host, files: dict[str, bytes], *, commit: str = COMMIT) -> dict[str, bytes]:
-    host.files.update(hub_of("owner/clips", files, commit=commit, kind="datasets"))
-    return files
-
-
-CLIPS = {
-    "README.md": b"# clips", "train/a.MP4": b"a" * 120_000, "train/a.txt": b"a ball", "code.py": b"evil",
-    "metadata.jsonl": b'{"file_name": "train/a.MP4", "text": "a ball"}\n', ".gitattributes": b"x",
-    "train/first.parquet": b"p",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["owner/clips", "owner/clips@main", f"owner/clips@{COMMIT}"])
-def test_a_data_set_of_the_hub_comes_without_code_and_once(tmp_path, hub, monkeypatch, name):
-    serve(hub, CLIPS)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    said: list[str] = []
-    folder = fetch_hub_dataset(name, tmp_path, said.append)
-    wanted = ["metadata.jsonl", "train/a.MP4", "train/a.txt"]
-    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == wanted
-    assert all((folder / path).read_bytes() == CLIPS[path] for path in wanted)
-    assert said == ["owner/clips: downloading 3 files, 120.1 kB"]
-    assert all(headers["Authorization"] == "Bearer hf_secret" for _, _, headers in hub.requests)
-    assert captions(folder) == {"train/a.MP4": "a ball"}
-    hub.requests.clear()
-    assert fetch_hub_dataset(name, tmp_path, said.append) == folder
-    assert [path.split("/")[1] for path, _, _ in hub.requests] == ["api"]
-
-
-def test_a_download_that_broke_off_continues_and_a_moved_branch_is_another_folder(tmp_path, hub):
-    serve(hub, CLIPS)
-    broken = f"/datasets/owner/clips/resolve/{COMMIT}/train/a.txt"
-    served = hub.files.pop(broken)
-    with pytest.raises(UserError, match="HTTP 404"):
-        fetch_hub_dataset("owner/clips", tmp_path, print)
-    assert [path.name for path in tmp_path.iterdir()] == ["owner--clips@0123456789abcdef.partial"]
-    hub.files[broken] = served
-    hub.requests.clear()
-    first = fetch_hub_dataset("owner/clips", tmp_path, print)
-    assert {path for path, _, _ in hub.requests if "/resolve/" in path} == {broken}
-    serve(hub, {**CLIPS, "train/a.txt": b"another"}, commit="f" * 40)
-    second = fetch_hub_dataset("owner/clips", tmp_path, print)
-    assert (first / "train/a.txt").read_bytes() == b"a ball"
-    assert (second / "train/a.txt").read_bytes() == b"another"
-
-
-def test_a_data_set_without_video_files_is_refused_before_anything_is_fetched(tmp_path, hub):
-    serve(hub, {"data/0.parquet": b"p", "README.md": b"r", "notes.txt": b"n"})
-    with pytest.raises(UserError) as error:
-        fetch_hub_dataset("owner/clips", tmp_path, print)
-    assert str(error.value) == (
-        "owner/clips on the Hugging Face Hub has no video files: it keeps its data in .parquet files, which "
-        f"are not read from the Hub. {FORMS}"
-    )
-    assert not any("/resolve/" in path for path, _, _ in hub.requests) and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("path", ["../a.mp4", "/etc/a.mp4", "x/../../a.mp4"])
-def test_a_hub_that_lists_files_outside_is_refused(tmp_path, hub, path):
-    serve(hub, {"a.mp4": b"v", path: b"evil"})
-    with pytest.raises(UserError, match="owner/clips lists a file outside itself; it is refused"):
-        fetch_hub_dataset("owner/clips", tmp_path / "work", print)
-    assert not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [("clips", ""), ("owner/clips@", ""), ("../clips", ""), ("a/../b", ""),
-     ("https://huggingface.co/datasets/owner/clips", " Perhaps owner/clips?")],
-)  # fmt: skip
-def test_names_that_are_none_are_told_the_form(tmp_path, name, meant):
-    with pytest.raises(UserError) as error:
-        fetch_hub_dataset(name, tmp_path, print)
-    assert str(error.value) == (
-        f"dataset_name={name!r} is no data set on the Hugging Face Hub: give owner/name, or "
-        f"owner/name@revision.{meant}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "match"),
-    [
-        (401, "RepoNotFound", "The Hugging Face Hub has no data set owner/gone, or it is private"),
-        (404, "RevisionNotFound", "owner/gone has no revision 'main'"),
-        (403, "GatedRepo", "owner/gone is gated"),
-    ],
-)
-def test_what_the_hub_refuses_is_told_in_plain_words(tmp_path, hub, status, code, match):
-    answer = Served(b"", status=status, headers={"X-Error-Code": code})
-    hub.files["/api/datasets/owner/gone/revision/main"] = answer
-    with pytest.raises(UserError, match=match):
-        fetch_hub_dataset("owner/gone", tmp_path, print)
 
 
 # Captions

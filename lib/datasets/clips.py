@@ -1,7 +1,6 @@
-"""A folder of videos -> clips with their captions, and what cannot be used with the reason.
+"""The clips of a data set folder with their captions, and what cannot be used with the reason.
 
-`open_data` and `fetch_hub_dataset`, which make such a folder, live in lib/datasets/source.py and are offered
-here too.
+lib/datasets/source.py turns archives and Hub repositories into such a folder.
 """
 
 import posixpath
@@ -21,13 +20,10 @@ from lib.datasets.listings import (
     read_table,
     read_text,
 )
-from lib.datasets.source import fetch_hub_dataset, open_data
 from lib.errors import UserError
 
-__all__ = ["Clip", "LeftOut", "fetch_hub_dataset", "find_clips", "full_caption", "open_data"]
-
 TRANSPORT_STREAMS = frozenset({".ts", ".mts", ".m2ts"})
-"""What camcorders write, and the decoder refuses."""
+"""Camcorder recordings, which are not accepted."""
 VIDEO_LINES, CAPTION_LINES = ("videos.txt",), ("prompts.txt", "prompt.txt")
 VIDEO_COLUMNS = ("file_name", "video", "video_path", "file", "path", "media")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
@@ -37,24 +33,23 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """A video file and what it shows."""
+    """A video file and its caption."""
 
     path: Path
-    """On the disk."""
     name: str
     """Its path within the data set, with forward slashes."""
     caption: str
-    """As its owner wrote it, without blanks around it; empty when there is none and none is needed."""
+    """Stripped; empty where the clip has none (only without `need_captions`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOut:
-    """Something that cannot be used."""
+    """A file or a row that cannot be used."""
 
     name: str
-    """The file's path within the data set; of a row without a file, where the row is."""
+    """The file's path within the data set; for a row without a file, the listing and line."""
     reason: str
-    """Why, in words for its owner."""
+    """Shown to the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,42 +60,47 @@ class _Entry:
     video: object
     caption: object = None
     remedy: str = ""
-    """Where to write the caption when there is none."""
+    """Where to write a missing caption."""
     fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Listing:
-    """The file that says which clips a folder has."""
+    """The file that lists the clips of a folder."""
 
     name: str
     entries: list[_Entry]
     readable: bool = True
-    """False where its captions, if any, are not known."""
+    """False where the file cannot be read, so that its captions are unknown."""
 
 
 def find_clips(
     folder: Path, *, video_column: str = "", caption_column: str = "", need_captions: bool = True
 ) -> tuple[list[Clip], list[LeftOut]]:
-    """Return the clips at and below a folder and what is left out, both sorted by name.
+    """Return the clips in a folder and its subfolders and what is left out, both sorted by name.
 
-    In every folder the first of these that is there says which clips it has, for the folders below too:
-    metadata.jsonl, metadata.csv, videos.txt with prompts.txt. Where those of two folders name the same clip,
-    that of the upper one counts. Elsewhere each video has its own .txt.
-    `video_column` and `caption_column` name a table's columns, or, ending in .txt, the line-by-line files.
-    Without `need_captions`, videos that have none or are not listed are clips with an empty caption; where
-    there is one that cannot be read, the video is left out all the same, so that nobody's words are lost.
-    Raises UserError when there is no clip at all, a column is missing, or line counts differ.
+    A folder's clips, including those in its subfolders, are listed by the first of these files that exists:
+    metadata.jsonl, metadata.csv, videos.txt with prompts.txt. A clip listed twice has the caption of the
+    listing higher up. Without a listing each video has its own .txt.
+
+    Args:
+        video_column: The table's column of paths, or the name of a .txt with one path a line.
+        caption_column: Likewise for captions.
+        need_captions: If false, videos without a caption are clips with an empty one. A video whose caption
+            exists but cannot be read is still left out, so that the caption is not overwritten.
+
+    Raises:
+        UserError: There are no clips, a column is missing, or line counts differ.
     """
     files = Files(Path(folder))
     found: dict[str, Clip | LeftOut] = {}
     listings: dict[str, _Listing] = {}
-    for place in files.folders:
+    for place in files.folders:  # upper folders first
         if listing := _listing(files, place, video_column, caption_column, need_captions):
             listings[place] = listing
             above = set(found)
             for entry in listing.entries:
-                _take(entry, place, files, found, need_captions, above)
+                _add(entry, place, files, found, need_captions, above)
     _check_columns(files, listings, video_column, caption_column)
     for name in files.paths:
         if name not in found and (item := _not_listed(name, files, listings, need_captions)) is not None:
@@ -110,14 +110,15 @@ def find_clips(
     left_out.sort(key=lambda item: item.name)
     if not clips:
         forms = FORMS if need_captions else f"{VIDEO_FORMS}."
-        raise UserError(f"{files.root.name} holds no clips: {_what_there_is(files, left_out)}. {forms}")
+        raise UserError(f"{files.root.name} holds no clips: {_contents(files, left_out)}. {forms}")
     return clips, left_out
 
 
 def full_caption(caption: str, *, trigger_word: str, caption_prefix: str, caption_suffix: str) -> str:
-    """Return prefix, trigger word, caption and suffix, with one blank between them where one belongs.
+    """Join prefix, trigger word, caption and suffix with single spaces.
 
-    The trigger word is left out where it is among the others' words already, in capitals or not.
+    The trigger word is omitted where the other parts already contain it, in either case. No space goes before
+    a suffix that begins with punctuation.
     """
     prefix, trigger, suffix = caption_prefix.strip(), trigger_word.strip(), caption_suffix.strip()
     others = " ".join((prefix, caption, suffix))
@@ -147,12 +148,12 @@ def _check_columns(
 def _listing(
     files: Files, place: str, video_column: str, caption_column: str, need_captions: bool
 ) -> _Listing | None:
-    """Return the listing in a folder; None where it has none."""
+    """Return the folder's own listing, None where it has none."""
     for table in TABLES:
-        if name := files.beside(place, table):
+        if name := files.in_folder(place, table):
             return _read_table(files.paths[name], name, video_column, caption_column, need_captions)
-    videos = files.beside(place, *((video_column,) if _is_text(video_column) else VIDEO_LINES))
-    captions = files.beside(place, *((caption_column,) if _is_text(caption_column) else CAPTION_LINES))
+    videos = files.in_folder(place, *((video_column,) if _is_text(video_column) else VIDEO_LINES))
+    captions = files.in_folder(place, *((caption_column,) if _is_text(caption_column) else CAPTION_LINES))
     return _read_line_files(files, videos, captions) if videos and captions else None
 
 
@@ -170,17 +171,16 @@ def _read_table(
     except UnreadableError as error:
         return _unreadable(name, name, error)
     if not columns:
-        # Every line is damaged, or there is none.
-        rows_at_fault = [_Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
+        damaged = [_Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
         empty = [_Entry(where=name, video=None, fault="it is empty")]
-        return _Listing(name=name, entries=rows_at_fault or empty)
+        return _Listing(name=name, entries=damaged or empty)
     video = column_of(columns, video_column, VIDEO_COLUMNS, "video_column", name)
     caption = column_of(columns, caption_column, CAPTION_COLUMNS, "caption_column", name, need_captions)
     entries = [
         _Entry(
             where=f"{name}, line {row.line}",
-            video=row.values.get(video),
-            caption=row.values.get(caption),
+            video=row.values.get(video or ""),
+            caption=row.values.get(caption) if caption else None,
             remedy=f"write what it shows into column {caption!r} of {name}, line {row.line}",
             fault=row.fault,
         )
@@ -192,9 +192,10 @@ def _read_table(
 def column_of(
     columns: list[str], given: str, usual: tuple[str, ...], option: str, table: str, needed: bool = True
 ) -> str | None:
-    """Return the column as the table writes it, or None where none of the usual ones is there or needed.
+    """Return the table's spelling of the `given` column, or of the first `usual` one it has.
 
-    Raises UserError for one that is needed, which tells to name it with `option`.
+    None where it has none of the usual ones and none is `needed`. Raises UserError, which refers to `option`,
+    for a needed or given column that is missing.
     """
     known = {column.lower(): column for column in reversed(columns)}
     wanted = (given,) if given and not _is_text(given) else usual
@@ -223,8 +224,8 @@ def _read_line_files(files: Files, videos: str, captions: str) -> _Listing:
         texts.pop()
     if len(paths) != len(texts):
         raise UserError(
-            f"{videos} has {len(paths)} lines and {captions} has {len(texts)}: each line of one names a "
-            "video and the same line of the other is its caption, so both need as many."
+            f"{videos} has {len(paths)} lines and {captions} has {len(texts)}: line N of {captions} is the "
+            f"caption of the video in line N of {videos}, so both need the same number of lines."
         )
     entries = [
         _Entry(
@@ -238,19 +239,19 @@ def _read_line_files(files: Files, videos: str, captions: str) -> _Listing:
     return _Listing(name=videos, entries=entries)
 
 
-def _take(
+def _add(
     entry: _Entry, place: str, files: Files, found: dict[str, Clip | LeftOut], need_captions: bool,
     above: set[str],
 ) -> None:  # fmt: skip
-    """Add the clip that a listing's entry names to what was found, or why there is none.
+    """Add an entry of a listing to `found`: its clip, or why there is none.
 
-    What the listings of folders `above` say about the same file stands.
+    Files in `above` are listed in an upper folder already, which takes precedence.
     """
     if entry.fault:
         found[entry.where] = LeftOut(name=entry.where, reason=entry.fault)
         return
     if not isinstance(entry.video, str) or not entry.video.strip():
-        found[entry.where] = LeftOut(name=entry.where, reason="it names no video file")
+        found[entry.where] = LeftOut(name=entry.where, reason="it does not name a video file")
         return
     try:
         name = files.locate(place, entry.video)
@@ -260,10 +261,10 @@ def _take(
     if name in above:
         return
     if name in found:
-        found[entry.where] = LeftOut(name=entry.where, reason=f"{name} is named before already")
+        found[entry.where] = LeftOut(name=entry.where, reason=f"{name} is listed more than once")
     elif PurePosixPath(name).suffix.lower() not in VIDEO_ENDINGS:
         allowed = ", ".join(sorted(VIDEO_ENDINGS))
-        found[name] = LeftOut(name=name, reason=f"it is no video that can be read here ({allowed})")
+        found[name] = LeftOut(name=name, reason=f"it is not a video file (supported: {allowed})")
     elif not isinstance(entry.caption, str | None):
         found[name] = LeftOut(name=name, reason=f"no caption: {entry.remedy}")
     elif not entry.caption or not entry.caption.strip():
@@ -281,7 +282,7 @@ def _without_caption(name: str, files: Files, reason: str, need_captions: bool) 
 def _not_listed(
     name: str, files: Files, listings: dict[str, _Listing], need_captions: bool
 ) -> Clip | LeftOut | None:
-    """What becomes of a file that no listing names; None for what is no video."""
+    """Return the clip of a file that no listing names, or why it is left out; None if it is not a video."""
     ending = PurePosixPath(name).suffix.lower()
     if ending in TRANSPORT_STREAMS:
         return LeftOut(name=name, reason=f"{ending} files cannot be read: convert it to mp4")
@@ -290,10 +291,12 @@ def _not_listed(
     for above in PurePosixPath(name).parents:
         place = "" if str(above) == "." else str(above)
         if listing := listings.get(place):
-            reason = f"it is not named in {listing.name}"
+            reason = f"it is not listed in {listing.name}"
             return _without_caption(name, files, reason, need_captions or not listing.readable)
     own = f"{PurePosixPath(name).with_suffix('')}.txt"
-    found = files.beside(posixpath.dirname(name), f"{posixpath.basename(name)}.txt", posixpath.basename(own))
+    found = files.in_folder(
+        posixpath.dirname(name), f"{posixpath.basename(name)}.txt", posixpath.basename(own)
+    )
     if found is None:
         return _without_caption(name, files, f"no caption: write what it shows into {own}", need_captions)
     try:
@@ -306,10 +309,10 @@ def _not_listed(
     return Clip(path=files.paths[name], name=name, caption=caption)
 
 
-def _what_there_is(files: Files, left_out: list[LeftOut]) -> str:
+def _contents(files: Files, left_out: list[LeftOut]) -> str:
     if not files.paths:
         return "it is empty"
-    counts = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in files.paths)
+    counts = Counter(PurePosixPath(name).suffix.lower() or "without an extension" for name in files.paths)
     there = f"it has {', '.join(f'{count} {ending}' for ending, count in counts.most_common(SHOWN))}"
     reasons = "; ".join(f"{item.name}: {item.reason}" for item in left_out[:SHOWN])
     more = f"; and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""

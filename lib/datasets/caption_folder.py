@@ -1,4 +1,4 @@
-"""Captions into folders: beside the clips, where no words of others may be lost, or into one of their own."""
+"""Writing captions next to the clips, without losing existing text, or into a separate folder."""
 
 import contextlib
 import json
@@ -6,15 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
-from lib.caption.dataset import Captioned
-from lib.caption.forms import (
+from lib.datasets.caption_files import (
     ERRORS,
     FILE_NAME,
     METADATA,
     PROMPTS,
     TEXT,
     VIDEOS,
-    all_forms,
+    CaptionedDataset,
+    caption_files,
     encoded,
     errors_text,
     json_line,
@@ -22,30 +22,22 @@ from lib.caption.forms import (
     on_one_line,
     sidecar_names,
 )
-from lib.datasets.dataset import (
-    CAPTION_COLUMNS,
-    CAPTION_LINES,
-    TABLES,
-    VIDEO_COLUMNS,
-    VIDEO_LINES,
-    Clip,
-    column_of,
-)
-from lib.datasets.listings import Files, UnreadableError, read_lines, read_table, read_text
+from lib.datasets.clips import CAPTION_COLUMNS, CAPTION_LINES, VIDEO_COLUMNS, VIDEO_LINES, Clip, column_of
+from lib.datasets.listings import TABLES, Files, UnreadableError, read_lines, read_table, read_text
 from lib.progress import Report
 from lib.storage.disk import disk_error, require_free_space
 
 
-def write_folder(made: Captioned, folder: Path, *, videos: bool) -> None:
-    """Write all forms and, with `videos`, the clips (as links to the same files where that can be).
+def write_folder(made: CaptionedDataset, folder: Path, *, videos: bool) -> None:
+    """Write all caption files and, with `videos`, the clips (as hard links where possible).
 
-    What an earlier run wrote is replaced. Raises UserError when the disk refuses.
+    Files of an earlier run are replaced. Raises UserError for a disk error.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for clip in made.clips if videos else ():
-            _place(clip, folder / clip.name)
-        for name, text in all_forms(made.clips, made.left_out).items():
+            _link_or_copy(clip, folder / clip.name)
+        for name, text in caption_files(made).items():
             _write(folder / name, text)
         if not made.left_out:
             _remove_errors(folder / ERRORS)
@@ -53,16 +45,16 @@ def write_folder(made: Captioned, folder: Path, *, videos: bool) -> None:
         raise disk_error(error, folder) from error
 
 
-def complete_folder(made: Captioned, folder: Path, *, report: Report) -> None:
-    """Write what the clips in a folder lack: the captions that are new, and forms that are not there.
+def complete_folder(made: CaptionedDataset, folder: Path, *, report: Report) -> None:
+    """Add what is missing to the folder of the clips: new captions, and caption files that do not exist.
 
-    A text that is there stays, as do rows and columns of tables; only what was captioned anew (where that was
-    asked for: in place of a caption) is put over it. Raises UserError when the disk refuses.
+    Existing text, rows and columns are kept. Only replaced captions are overwritten. Raises UserError for a
+    disk error.
     """
     files = Files(folder)
     try:
         _complete_sidecars(made, files)
-        _complete_lines(made, files, report)
+        _complete_lists(made, files, report)
         _write(folder / METADATA, _completed_table(made, files))
         if made.left_out:
             _write(folder / ERRORS, errors_text(made.left_out))
@@ -72,16 +64,16 @@ def complete_folder(made: Captioned, folder: Path, *, report: Report) -> None:
         raise disk_error(error, folder) from error
 
 
-def _complete_sidecars(made: Captioned, files: Files) -> None:
+def _complete_sidecars(made: CaptionedDataset, files: Files) -> None:
     names = sidecar_names([*(clip.name for clip in made.clips), *(each.name for each in made.left_out)])
     for clip in made.clips:
-        longest = files.find(f"{clip.name}.txt")  # the first that is looked at
-        there = longest or files.find(names[clip.name])
-        if there is None or (clip.name in made.new and _may_be_replaced(files.paths[there], clip, made)):
+        longest = files.find(f"{clip.name}.txt")  # find_clips prefers it
+        existing = longest or files.find(names[clip.name])
+        if existing is None or (clip.name in made.new and _is_replaceable(files.paths[existing], clip, made)):
             _write(files.root / (longest or names[clip.name]), f"{clip.caption}\n")
 
 
-def _may_be_replaced(path: Path, clip: Clip, made: Captioned) -> bool:
+def _is_replaceable(path: Path, clip: Clip, made: CaptionedDataset) -> bool:
     if clip.name in made.replaced:
         return True
     try:
@@ -90,10 +82,10 @@ def _may_be_replaced(path: Path, clip: Clip, made: Captioned) -> bool:
         return False
 
 
-def _completed_table(made: Captioned, files: Files) -> str:
-    """metadata.jsonl: the rows of the folder's own table, with new captions, then clips that it lacks."""
+def _completed_table(made: CaptionedDataset, files: Files) -> str:
+    """Return metadata.jsonl: the rows of the folder's own table with new captions, then the missing clips."""
     clips = {clip.name: clip for clip in made.clips}
-    table = files.beside("", *TABLES)
+    table = files.in_folder("", *TABLES)
     columns, rows = read_table(files.paths[table]) if table else ([], [])
     raw = read_lines(files.paths[table]) if table and table.lower() == METADATA else None
     video = column_of(columns, "", VIDEO_COLUMNS, "", METADATA, needed=False) or FILE_NAME
@@ -108,49 +100,47 @@ def _completed_table(made: Captioned, files: Files) -> str:
             text.append(f"{raw[row.line - 1]}\n")
         elif not row.fault:
             text.append(json_line(row.values))
-    return "".join(
-        [*text, *(json_line({video: clip.name, caption: clip.caption}) for clip in clips.values())]
-    )
+    text += [json_line({video: clip.name, caption: clip.caption}) for clip in clips.values()]
+    return "".join(text)
 
 
-def _complete_lines(made: Captioned, files: Files, report: Report) -> None:
-    """prompts.txt and videos.txt: their lines, captions where there is none, then clips that they lack."""
+def _complete_lists(made: CaptionedDataset, files: Files, report: Report) -> None:
+    """Write prompts.txt and videos.txt: their lines with missing captions filled in, then missing clips."""
     clips = {clip.name: clip for clip in made.clips}
-    videos, prompts = files.beside("", *VIDEO_LINES), files.beside("", *CAPTION_LINES)
+    videos, prompts = files.in_folder("", *VIDEO_LINES), files.in_folder("", *CAPTION_LINES)
     paths = read_lines(files.paths[videos]) if videos else []
     texts = read_lines(files.paths[prompts]) if prompts else []
     if bool(videos) != bool(prompts) or len(paths) != len(texts):
-        report(f"{videos or prompts} is another list than ours: {VIDEOS} and {PROMPTS} are not written")
+        report(
+            f"{videos or prompts} does not list this folder's clips: {VIDEOS} and {PROMPTS} are not written"
+        )
         return
-    for place, written in enumerate(paths):
-        clip = clips.pop(_located(files, written), None)
-        if clip and (clip.name in made.replaced or not texts[place]):
-            texts[place] = on_one_line(clip.caption)
+    for line, path in enumerate(paths):
+        clip = clips.pop(_located(files, path) or "", None)
+        if clip and (clip.name in made.replaced or not texts[line]):
+            texts[line] = on_one_line(clip.caption)
     _write(files.root / (videos or VIDEOS), lines([*paths, *clips]))
-    _write(
-        files.root / (prompts or PROMPTS), lines([*texts, *(clip.caption for clip in clips.values())])
-    )  # fmt: skip
+    _write(files.root / (prompts or PROMPTS), lines([*texts, *(clip.caption for clip in clips.values())]))
 
 
-def _located(files: Files, written: object) -> str | None:
-    """The file that a listing in the folder itself names, if it is there."""
-    if not isinstance(written, str) or not written.strip():
+def _located(files: Files, path: object) -> str | None:
+    """Return the file that a listing in the folder itself refers to, None if there is none."""
+    if not isinstance(path, str) or not path.strip():
         return None
     try:
-        return files.locate("", written)
+        return files.locate("", path)
     except LookupError:
         return None
 
 
 def _remove_errors(path: Path) -> None:
-    """Remove what an earlier run wrote; a file of another kind stays."""
+    """Remove an earlier run's errors.jsonl; a file with other content is kept."""
     with contextlib.suppress(OSError, ValueError, AttributeError, UnreadableError):
         if all(json.loads(line).keys() == {FILE_NAME, "error"} for line in read_lines(path)):
             path.unlink()
 
 
-def _place(clip: Clip, target: Path) -> None:
-    """The clip under another path: the same file where both are on one disk, else a copy."""
+def _link_or_copy(clip: Clip, target: Path) -> None:
     if target.exists() and target.samefile(clip.path):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +149,7 @@ def _place(clip: Clip, target: Path) -> None:
     try:
         try:
             os.link(clip.path.resolve(), partial)
-        except OSError:  # another disk, or one without links
+        except OSError:  # another disk, or a file system without links
             require_free_space(target, clip.path.stat().st_size)
             shutil.copyfile(clip.path, partial)
         os.replace(partial, target)
@@ -168,7 +158,7 @@ def _place(clip: Clip, target: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step; a file that says so already is not touched."""
+    """Replace a file in one step, unless it has this content already."""
     content = encoded(text)
     if path.is_file() and path.read_bytes() == content:
         return
