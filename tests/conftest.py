@@ -12,19 +12,26 @@ SETTINGS = ("COGVIDEOX_", "HF_", "TRANSFORMERS_")
 INTEGRATION = Path(__file__).parent / "integration"
 SLOW_SECONDS = 900
 """The timeout of a slow test; pyproject.toml has that of the others."""
-SERVERS = frozenset(
-    f"tests/integration/{name}.py"
-    for name in ("test_video_http", "test_alternating_http", "test_caption_http", "test_parallel_http")
-)
-"""Files that use the servers of the embedded models with default settings: one worker starts each once."""
+SHARED_SERVERS = {
+    f"tests/integration/{file}.py": group
+    for group, files in {
+        "video": (
+            "test_video_http", "test_alternating_http", "test_caption_http", "test_lora_http",
+            "test_parallel_http",
+        ),
+        "conversion": ("test_convert_chain", "test_convert_http"),
+    }.items()
+    for file in files
+}  # fmt: skip
+"""The group of each file that uses servers with the same settings; a worker starts each server once."""
 
 
 class Scheduling(LoadFileScheduling):
-    """Run a file on one worker, and the files of SERVERS on the same one."""
+    """Run a file, and a group of SHARED_SERVERS, on one worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "servers" if file in SERVERS else file
+        return SHARED_SERVERS.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config, log) -> Scheduling:

@@ -13,6 +13,7 @@ import pytest
 from lib.serving.client import health, request
 from lib.serving.configs import PredictorConfig
 from lib.serving.server import Server
+from tests.writable_hub import Hub
 
 # A predictor that needs no model: quick to start, and able to be slow, to fail and to return each format.
 SAMPLE = """
@@ -76,6 +77,32 @@ def serve() -> Iterator[Serve]:
     yield start
     with ThreadPoolExecutor() as pool:  # at once, as each takes a second to end
         list(pool.map(Server.stop, running.values()))
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def conversion_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("conversion")
+
+
+@pytest.fixture(scope="session")
+def convert_server(serve, conversion_cache, hub) -> Server:
+    environment = {
+        "COGVIDEOX_CACHE": str(conversion_cache),
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return serve("convert", environment=environment)
+
+
+@pytest.fixture(scope="session")
+def export_server(serve, conversion_cache) -> Server:
+    return serve("export_lora", environment={"COGVIDEOX_CACHE": str(conversion_cache)})
 
 
 @pytest.fixture(scope="session")

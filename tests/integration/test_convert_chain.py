@@ -33,19 +33,17 @@ def predict(server: Server, **inputs) -> tuple[bytes, dict]:
 
 
 @pytest.fixture(scope="module")
-def folder(serve, tmp_path_factory) -> Path:
+def folder(convert_server, export_server, tmp_path_factory) -> Path:
     """t2v and i2v models, converted with their VAE and completed with a random T5; and a LoRA for t2v."""
     folder = tmp_path_factory.mktemp("chain")
-    convert = serve("convert", environment={"COGVIDEOX_CACHE": str(folder / "cache")})
     for name, sat in {"t2v": "t2v-2b", "i2v": "i2v-5b", "second": "i2v-1.5-5b"}.items():
         overrides = ",".join(f"{key}={value}" for key, value in options(sat).items())
         files = {"transformer": data_uri(source(sat)), "vae": data_uri(VAE_FILE)}
-        tar, _ = predict(convert, **files, overrides=overrides, dtype="float32")
+        tar, _ = predict(convert_server, **files, overrides=overrides, dtype="float32")
         (folder / f"{name}.tar").write_bytes(tar)
         extract_tar(folder / f"{name}.tar", folder / name)
         add_text_encoder(folder / name)
-    export = serve("export_lora", environment={"COGVIDEOX_CACHE": str(folder / "cache")})
-    lora, _ = predict(export, lora=data_uri(source("lora-t2v-2b")), alpha=64)
+    lora, _ = predict(export_server, lora=data_uri(source("lora-t2v-2b")), alpha=64)
     (folder / "lora.safetensors").write_bytes(lora)
     return folder
 

@@ -34,7 +34,7 @@ from tests.convert_factory import (
 from tests.http_host import Host, Served
 from tests.integration.conftest import wait_for
 from tests.webhook_host import WebhookHost
-from tests.writable_hub import TOKEN, Hub
+from tests.writable_hub import TOKEN
 
 NAME = "t2v-2b-finetuned"
 OVERRIDES = ", ".join(f"{name}={value}" for name, value in options(NAME).items())
@@ -57,30 +57,19 @@ def host():
         yield host
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with Hub() as hub:
-        yield hub
+@pytest.fixture
+def server(convert_server) -> Server:
+    return convert_server
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+@pytest.fixture
+def lora_server(export_server) -> Server:
+    return export_server
 
 
-@pytest.fixture(scope="module")
-def server(serve, cache, hub) -> Server:
-    return serve(
-        "convert",
-        environment={
-            "COGVIDEOX_CACHE": str(cache), "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1",
-        },
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lora_server(serve, cache) -> Server:
-    return serve("export_lora", environment={"COGVIDEOX_CACHE": str(cache)})
+@pytest.fixture
+def cache(conversion_cache) -> Path:
+    return conversion_cache
 
 
 def send(server: Server, identifier: str, **inputs) -> tuple[int, dict]:

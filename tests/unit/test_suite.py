@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lib.serving.configs import PROJECT
-from tests.conftest import SERVERS
+from tests.conftest import SHARED_SERVERS
 
 # A pytest plugin: by the time tests are collected, what they and the servers they start would inherit.
 PLUGIN = """
@@ -53,4 +53,4 @@ def test_ctrl_c_works_in_the_tests_although_the_suite_runs_in_the_background(tmp
 
 
 def test_files_that_share_servers_exist():
-    assert [file for file in sorted(SERVERS) if not (PROJECT / file).is_file()] == []
+    assert [file for file in sorted(SHARED_SERVERS) if not (PROJECT / file).is_file()] == []
