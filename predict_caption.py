@@ -4,12 +4,12 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path
 
-from lib.predictors.caption import CaptionPredictor
+from lib.predictors.start import start_caption
 
 
 class Runner(BaseRunner):
     def setup(self) -> None:
-        self.predictor = CaptionPredictor.start()
+        self.predictor = start_caption()
 
     def run(
         self,

@@ -4,12 +4,12 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path
 
-from lib.predictors.caption_dataset import DatasetCaptionPredictor
+from lib.predictors.start import start_caption_dataset
 
 
 class Runner(BaseRunner):
     def setup(self) -> None:
-        self.predictor = DatasetCaptionPredictor.start()
+        self.predictor = start_caption_dataset()
 
     def run(
         self,

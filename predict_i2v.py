@@ -4,12 +4,12 @@ from typing import Optional
 
 from cog import BaseRunner, Input, Path
 
-from lib.predictors.video import VideoPredictor
+from lib.predictors.start import start_video
 
 
 class Runner(BaseRunner):
     def setup(self, weights: Optional[str] = None) -> None:
-        self.predictor = VideoPredictor.start(task="i2v", weights_url=weights)
+        self.predictor = start_video("i2v", weights)
 
     def run(
         self,

@@ -100,11 +100,11 @@ def measure(options: argparse.Namespace) -> dict:
 
 def configured():  # type: ignore[no-untyped-def]
     """The captioner that COGVIDEOX_MODEL names."""
-    from lib.predictors.caption import load
-    from lib.predictors.model import settle_model
+    from lib.predictors.caption import load_for_this_machine
+    from lib.predictors.model import resolve_model
 
-    model = settle_model("caption")
-    captioner, precision = load(model)
+    model = resolve_model("caption")
+    captioner, precision = load_for_this_machine(model)
     return captioner, f"{model.title} on {precision}"
 
 

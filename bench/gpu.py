@@ -173,10 +173,10 @@ def service_clips(folder: Path, variant: str) -> Callable[[int], float]:
     """The same of the predictor that serves requests."""
     from lib.generation.step_cache import SPEEDS
     from lib.models.derive import derive_spec
-    from lib.predictors.video import VideoPredictor
+    from lib.predictors.start import start_video
 
     spec = derive_spec(folder)
-    predictor = VideoPredictor.start(spec.task)
+    predictor = start_video(spec.task)
     image = {}
     if spec.task == "i2v":
         image["image"] = folder / "first.png"

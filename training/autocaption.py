@@ -145,7 +145,7 @@ def _caption(
 
 def _load(name: str, report: Report) -> "Captioner":
     """On this process's device, in the precision that lib.caption.precision settles for it."""
-    from lib.predictors.caption import load
+    from lib.predictors.caption import load_for_this_machine
 
     folder = locate_captioner(name, report)
     try:
@@ -155,7 +155,7 @@ def _load(name: str, report: Report) -> "Captioner":
             label=label(name),
             embedded=name in specs.SPECS,
         )
-        captioner, precision = load(model)
+        captioner, precision = load_for_this_machine(model)
     except UserError as error:
         raise UserError(f"autocaption with {label(name)}: {error}") from error
     report(f"captioning with {label(name)} on {precision}")

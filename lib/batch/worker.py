@@ -12,14 +12,14 @@ def main(descriptor: int) -> None:
     connection, told = messages(descriptor)
     from lib.distributed.clip import Metrics, move_to
     from lib.errors import UserError
-    from lib.predictors.video import VideoPredictor
+    from lib.predictors.start import start_video
 
     begin: Begin = told.get()
     try:
-        predictor = VideoPredictor.start(begin.task)
+        predictor = start_video(begin.task)
     except UserError as error:
         return send(connection, Refused(error=str(error)))
-    send(connection, Begun(model=predictor.setup_facts["model"]))
+    send(connection, Begun(model=predictor.setup_metrics["model"]))
     while True:
         make: Make = told.get()
         metrics = Metrics()

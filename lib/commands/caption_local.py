@@ -23,8 +23,8 @@ from lib.datasets.clips import Clip, LeftOut, find_clips
 from lib.datasets.source import open_data
 from lib.distributed.launched import Processes
 from lib.errors import UserError
-from lib.predictors.caption import load, model_mark
-from lib.predictors.model import Model, settle_model
+from lib.predictors.caption import load_for_this_machine, model_fingerprint
+from lib.predictors.model import Model, resolve_model
 from lib.progress import Report
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock
@@ -44,13 +44,13 @@ def caption_dataset(
     a later call goes on from them.
     """
     request = request_from(inputs)
-    model = settle_model("caption")
+    model = resolve_model("caption")
     first = processes.is_first
     with alone(place.output) if first else contextlib.nullcontext():
         try:
             data = Path(processes.from_first("data", lambda: _opened(place, request, stop), stop=stop))
             clips, left_out = find_clips(data, need_captions=False)
-            mark = model_mark(model)
+            mark = model_fingerprint(model)
             marks = {clip.name: fingerprint(clip, (request.question, mark)) for clip in clips}
             done = settled(clips, marks, _known(place.output, marks), replace=request.replaces)
             processes.meet("records read", stop=stop)  # before anybody adds to one
@@ -80,7 +80,7 @@ def _caption(
     report: Report, stop: threading.Event,
 ) -> None:  # fmt: skip
     """Caption clips that have no row yet, into the record."""
-    captioner, precision = load(model)
+    captioner, precision = load_for_this_machine(model)
     report(f"{model.title} on {precision}")
     try:
         caption_clips(

@@ -88,7 +88,7 @@ def take_rank(task: str, inputs: dict[str, Any], output: Path) -> int:
 
 
 def _lead(task: str, inputs: dict[str, Any], output: Path, *, count: int) -> int:
-    from lib.predictors.video import VideoPredictor
+    from lib.predictors.start import start_video
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -102,7 +102,7 @@ def _lead(task: str, inputs: dict[str, Any], output: Path, *, count: int) -> int
 
     try:
         with redirect_stdout(_Lines(view)):
-            predictor = VideoPredictor.start(task, crew_for=others)
+            predictor = start_video(task, crew_for=others)
             path = predictor(metrics, **inputs)
             move_to(path, output)
     except UserError:
@@ -118,10 +118,10 @@ def _lead(task: str, inputs: dict[str, Any], output: Path, *, count: int) -> int
 
 
 def _follow(task: str, *, count: int) -> int:
-    from lib.predictors.model import settle_model
-    from lib.predictors.video import settled
+    from lib.predictors.model import resolve_model
+    from lib.predictors.video import plan_loading
 
-    loading = settled(settle_model(task))
+    loading = plan_loading(resolve_model(task))
     team = _team(loading, count=count)
     generator, loras = load(loading)
     group = _join(team, loading.machine.device)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lib.errors import UserError
 from lib.generation.step_cache import Speed, check_speed
+from lib.lora.source import Address, Choice, parse_choices
 from lib.models.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Request:
     """First frame, already of width x height; image-to-video only."""
     image_fit: Literal["crop", "pad", "stretch"] | None = None
     """How it was brought to that size."""
+    loras: tuple[Choice, ...] = ()
 
     def settings(self) -> dict[str, str]:
         """Everything but the prompts and the image, for the file's metadata."""
@@ -63,11 +65,28 @@ def build_request(
     image: "Image.Image | None" = None,
     image_fit: Literal["crop", "pad", "stretch"] = "crop",
     any_size: bool = False,
+    lora_weights: str = "",
+    lora_scale: float = 1.0,
+    lora_alpha: float | None = None,
+    extra_lora: str = "",
+    extra_lora_scale: float = 1.0,
+    extra_lora_alpha: float | None = None,
+    default_lora: Address | None = None,
 ) -> Request:
     """Fill what is empty from the spec and check the rest; image is of any size and is fitted here.
 
-    Raises UserError naming what was given, what is allowed and the nearest valid value.
+    `default_lora` is used where lora_weights is empty. Raises UserError naming what was given, what is
+    allowed and the nearest valid value.
     """
+    loras = parse_choices(
+        lora_weights=lora_weights,
+        lora_scale=lora_scale,
+        lora_alpha=lora_alpha,
+        extra_lora=extra_lora,
+        extra_lora_scale=extra_lora_scale,
+        extra_lora_alpha=extra_lora_alpha,
+        default=default_lora,
+    )
     num_inference_steps = int(num_inference_steps)
     num_frames, width, height, fps, seed = map(_whole, (num_frames, width, height, fps, seed))
     num_frames = spec.frames if num_frames is None else num_frames
@@ -101,6 +120,7 @@ def build_request(
         speed=check_speed(speed),
         image=image,
         image_fit=image_fit if image is not None else None,
+        loras=tuple(loras),
     )
 
 

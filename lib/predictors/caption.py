@@ -1,101 +1,96 @@
-"""What the captioning predictors do behind their signatures: set up once, then a clip -> its caption."""
+"""Caption videos: a loaded captioner, and what turns a clip into its caption and metrics."""
 
-import os
 import secrets
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Self
 
+import torch
+
+from lib import settings
+from lib.caption.batch import within_memory
+from lib.caption.captioner import Captioner, CaptionSettings, load_captioner
+from lib.caption.config import read_config
+from lib.caption.precision import Precision, choose_precision
+from lib.pipelines.load import inspect_machine, silence_libraries
 from lib.predictors import input_files
 from lib.predictors.compute_thread import ComputeThread
-from lib.predictors.model import MetricSink, Model, settle_model
+from lib.predictors.model import MetricSink, Model
+from lib.progress import print_line, progress_line, throttled
 from lib.storage.scratch import Scratch
-
-if TYPE_CHECKING:
-    from lib.caption.captioner import Captioner
-    from lib.caption.precision import Precision
 
 REPORT_SECONDS = 1.0
 
 
 @dataclass(kw_only=True, slots=True)
-class Service:
-    """What every captioning server has: a captioner, the thread it computes in, a place for files."""
+class CaptionService:
+    """What every captioning server has. One request at a time."""
 
-    captioner: "Captioner"
+    captioner: Captioner
     compute: ComputeThread
     scratch: Scratch
-    facts: dict[str, object]
-    """For the metrics."""
-    mark: str
-    """As model_mark: what captions depend on besides clip and question."""
+    setup_metrics: dict[str, object]
+    """Metrics that are the same for every request."""
+    fingerprint: str
+    """As model_fingerprint."""
 
     @classmethod
-    def start(cls) -> "Service":
-        """Settle model, device and precision, load, and print it all in one line.
+    def load(cls, model: Model, *, started: float) -> Self:
+        """Load the captioner as this machine and the COGVIDEOX_* variables allow, and print how in one line.
 
-        COGVIDEOX_MODEL names a model, a folder or a Hub repository (empty: the embedded one);
-        COGVIDEOX_QUANTIZATION and COGVIDEOX_DTYPE are lib.caption.precision's. Raises UserError when they ask
-        for what cannot be.
+        `started` is when setup began, by time.perf_counter(). Raises UserError for variables that ask for
+        what this machine or model cannot do.
         """
-        started = time.perf_counter()
-        model = settle_model("caption")
         compute = ComputeThread()
-        captioner, precision = compute.run(lambda: load(model))
-        print(f"{model.title} on {precision}; ready in {time.perf_counter() - started:.1f} s", flush=True)
+        captioner, precision = compute.run(lambda: load_for_this_machine(model))
+        print_line(f"{model.title} on {precision}; ready in {time.perf_counter() - started:.1f} s")
         return cls(
             captioner=captioner,
             compute=compute,
             scratch=Scratch(),
-            facts={
+            setup_metrics={
                 "model": model.label,
                 "device": precision.device,
                 "dtype": precision.dtype,
                 "quantization": precision.quantization or "none",
             },
-            mark=model_mark(model),
+            fingerprint=model_fingerprint(model),
         )
 
 
-@dataclass(kw_only=True, slots=True)
-class CaptionPredictor:
-    """A video -> its caption."""
+class CaptionPredictor(CaptionService):
+    """Describe one clip."""
 
-    service: Service
+    __slots__ = ()
 
-    @classmethod
-    def start(cls) -> "CaptionPredictor":
-        """As Service.start."""
-        return cls(service=Service.start())
-
-    def __call__(
-        self, metrics: MetricSink, *, video: Path, seed: int | None = None, **settings: object
-    ) -> str:
-        """Describe one clip."""
-        from lib.caption.batch import within_memory
-        from lib.caption.captioner import CaptionSettings
-
-        service, captioner = self.service, self.service.captioner
-        service.scratch.clear()
+    def __call__(self, metrics: MetricSink, *, video: Path, seed: int | None = None, **inputs: Any) -> str:
+        """Return the caption of a clip. `inputs` are those of CaptionSettings. Raises UserError."""
+        self.scratch.clear()
         path = input_files.check_file(video)
         seed = secrets.randbits(31) if seed is None else seed
-        checked = CaptionSettings(seed=seed, **settings)
-        captioner.check(checked)
+        request = CaptionSettings(seed=seed, **inputs)
+        self.captioner.check(request)
         stop, started = threading.Event(), time.perf_counter()
-        clip = captioner.sample(path, checked)
+        clip = self.captioner.sample(path, request)
         read = time.perf_counter()
-        writing = _Writing(checked.max_new_tokens)
-        [caption], _ = service.compute.run(
+        report, longest = throttled(print_line, REPORT_SECONDS), request.max_new_tokens
+        [caption], _ = self.compute.run(
             lambda: within_memory(
-                captioner, [clip], checked, at_once=1, report=print, on_token=writing, stop=stop
+                self.captioner,
+                [clip],
+                request,
+                at_once=1,
+                report=print_line,
+                on_token=lambda done: report(progress_line("writing the caption", done, longest)),
+                stop=stop,
             ),
             stop=stop,
         )
         if not caption.finished:
-            print(f"the caption was cut off at max_new_tokens={checked.max_new_tokens}", flush=True)
-        facts = service.facts | {
+            print_line(f"the caption was cut off at max_new_tokens={longest}")
+        result = self.setup_metrics | {
             "frames": len(clip.pixel_values),
             "frame_sampling": clip.sampling,
             "tokens": caption.tokens,
@@ -103,55 +98,30 @@ class CaptionPredictor:
             "reading_seconds": round(read - started, 3),
             "writing_seconds": round(time.perf_counter() - read, 3),
         }
-        for name, value in facts.items():
+        for name, value in result.items():
             metrics.record_metric(name, value)
         return caption.text
 
 
-def load(model: Model) -> "tuple[Captioner, Precision]":
-    """The captioner of a settled model and the precision chosen for this machine."""
-    from lib.caption.captioner import load_captioner
-    from lib.caption.config import read_config
-    from lib.caption.precision import choose_precision
-    from lib.pipelines.load import inspect_machine, silence_libraries
-
+def load_for_this_machine(model: Model) -> tuple[Captioner, Precision]:
+    """Load a captioner in the precision chosen for this machine, onto its own GPU. Raises UserError."""
     silence_libraries()
     precision = choose_precision(read_config(model.folder), inspect_machine(model.spec))
+    # Files that are loaded to "cuda", without a number, go to the first GPU.
+    device = f"cuda:{torch.cuda.current_device()}" if precision.device == "cuda" else precision.device
     captioner = load_captioner(
-        model.folder,
-        device=current(precision.device),
-        dtype=precision.torch_dtype,
-        quantization=precision.quantization,
+        model.folder, device=device, dtype=precision.torch_dtype, quantization=precision.quantization
     )
     return captioner, precision
 
 
-def current(device: str) -> str:
-    """The GPU of this process by its number: files that are loaded to "cuda" go to the first of all."""
-    import torch
+def model_fingerprint(model: Model) -> str:
+    """Return what captions depend on besides clip and question: the weights, and how they are to be loaded.
 
-    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-
-
-def model_mark(model: Model) -> str:
-    """Names a model's weights and how they were asked to be loaded; what a record's rows are about.
-
-    Another model in the same folder has another mark. The precision that was chosen because of the memory
-    that happened to be free is not in it: a run that goes on would do everything again.
+    A precision that was chosen because of the memory that happened to be free is not part of it: a run that
+    is resumed would start from scratch.
     """
     files = [(path.name, path.stat()) for path in sorted(model.folder.iterdir()) if path.is_file()]
     written = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
-    asked = [os.environ.get(name, "") for name in ("COGVIDEOX_DTYPE", "COGVIDEOX_QUANTIZATION")]
-    return f"{model.label} {asked} {written}"
-
-
-class _Writing:
-    """Says now and then how far the answer is."""
-
-    def __init__(self, longest: int) -> None:
-        self.longest, self.last = longest, time.monotonic()
-
-    def __call__(self, tokens: int) -> None:
-        if time.monotonic() - self.last >= REPORT_SECONDS:
-            self.last = time.monotonic()
-            print(f"progress: writing the caption {tokens}/{self.longest}", flush=True)
+    chosen = settings.current()
+    return f"{model.label} {chosen.dtype} {chosen.quantization} {written}"

@@ -1,10 +1,10 @@
-"""What every predictor settles first: which model, from where, what to call it; and what it reports to."""
+"""Resolve the model of a predictor: its folder on this disk, its spec, and its name for users."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lib import settings
 from lib.models import derive, specs
 from lib.models.specs import ModelSpec, Task
 from lib.network import offline
@@ -13,9 +13,16 @@ from lib.weights import checkpoints
 
 
 class MetricSink(Protocol):
-    """The part of Cog's BaseRunner that a service reports to."""
+    """The part of Cog's BaseRunner that metrics go to."""
 
     def record_metric(self, name: str, value: object) -> None: ...
+
+
+class Metrics(dict[str, object]):
+    """Metrics of a request that does not come from Cog."""
+
+    def record_metric(self, name: str, value: object) -> None:
+        self[name] = value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,27 +32,23 @@ class Model:
     spec: ModelSpec
     folder: Path
     label: str
-    """Its name, with no path of this machine in it: others see it."""
+    """Its name without any path of this machine, since others see it."""
     embedded: bool
 
     @property
     def title(self) -> str:
-        """For the line that a server prints when it is ready."""
+        """The model in the line that a server prints when it is ready."""
         return f"{self.label} (embedded; COGVIDEOX_MODEL chooses another)" if self.embedded else self.label
 
 
-def settle_model(task: Task) -> Model:
-    """The model that COGVIDEOX_MODEL names (empty: the embedded one), downloaded if need be.
+def resolve_model(task: Task) -> Model:
+    """Return the model that COGVIDEOX_MODEL names (empty: the embedded one), downloading it if needed.
 
-    To be called before torch is imported; afterwards the libraries are offline. Raises UserError for a model
-    that is none, cannot be had, or does another task.
+    Does not import torch. Afterwards the libraries are offline. Raises UserError for a variable with an
+    invalid value, and for a model that is unknown, cannot be downloaded, or does another task.
     """
     input_files.install()
-    return model_called(os.environ.get("COGVIDEOX_MODEL") or specs.DEFAULT_MODELS[task], task)
-
-
-def model_called(name: str, task: Task) -> Model:
-    """As settle_model, by name and in any process."""
+    name = settings.current().model or specs.DEFAULT_MODELS[task]
     if name in specs.SPECS:
         specs.check_task(name, specs.SPECS[name].task, task)
     folder = checkpoints.locate(

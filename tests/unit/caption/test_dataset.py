@@ -20,7 +20,8 @@ from lib.commands.caption_local import caption_dataset
 from lib.datasets.clips import Clip, LeftOut, find_clips
 from lib.distributed.launched import Processes
 from lib.errors import UserError
-from lib.predictors.caption_dataset import KEPT_RECORDS, DatasetCaptionPredictor, resumable
+from lib.predictors.caption_dataset import KEPT_RECORDS, DatasetCaptionPredictor, resumable_record
+from lib.predictors.start import start_caption_dataset
 from lib.storage.archive import extract_archive
 from lib.storage.lock import lock
 from lib.weights.cache import cache_folder
@@ -58,7 +59,7 @@ def surroundings(monkeypatch, model, tmp_path) -> None:
 def predictor(model) -> DatasetCaptionPredictor:
     os.environ["COGVIDEOX_MODEL"] = str(model)
     try:
-        return DatasetCaptionPredictor.start()
+        return start_caption_dataset()
     finally:
         del os.environ["COGVIDEOX_MODEL"]
 
@@ -241,7 +242,7 @@ def test_an_archive_without_a_sound_clip_is_refused(predictor, tmp_path):
             predictor(Metrics(), input_videos=archive, **QUICK)
     with pytest.raises(UserError, match="is a folder; send a zip or tar of it, or use script/caption"):
         predictor(Metrics(), input_videos=tmp_path, **QUICK)
-    assert list(predictor.service.scratch.folder.iterdir()) == []
+    assert list(predictor.scratch.folder.iterdir()) == []
     assert records() == []
 
 
@@ -288,7 +289,7 @@ def test_a_request_that_was_cancelled_goes_on_and_a_finished_one_begins_anew(
     with pytest.raises(Stopped):
         predictor(Metrics(), input_videos=archive, batch_size=2, **QUICK)
     assert [path.suffix for path in records()] == [".jsonl"]
-    assert list(predictor.service.scratch.folder.iterdir()) == []
+    assert list(predictor.scratch.folder.iterdir()) == []
     monkeypatch.setattr(Record, "add", original)
     out, metrics = packed(predictor, archive, tmp_path / "out", trigger_word="TOK")
     assert asked == [2, 2, 1]
@@ -314,9 +315,9 @@ def test_only_the_newest_records_stay_and_those_in_use(monkeypatch):
         (folder / f"{age}.jsonl").touch()
         os.utime(folder / f"{age}.jsonl", (1e9 - age, 1e9 - age))
     oldest = folder / f"{KEPT_RECORDS + 4}.jsonl"
-    with lock(oldest, print), resumable("question", folder / "elsewhere") as record:
+    with lock(oldest, print), resumable_record("question", folder / "elsewhere") as record:
         record.add([Row(file_name="a", status="captioned")])
-        with resumable("question", folder / "elsewhere") as other:
+        with resumable_record("question", folder / "elsewhere") as other:
             assert other.path == folder / "elsewhere", "another server has it"
     kept = {f"{age}.jsonl" for age in range(KEPT_RECORDS - 1)} | {oldest.name, record.path.name}
     assert {path.name for path in folder.iterdir()} == kept
@@ -324,10 +325,10 @@ def test_only_the_newest_records_stay_and_those_in_use(monkeypatch):
 
 def test_a_cache_that_cannot_be_written_does_not_end_the_request(monkeypatch, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
-    with resumable("question", tmp_path / "elsewhere.jsonl") as record:
+    with resumable_record("question", tmp_path / "elsewhere.jsonl") as record:
         record.add([Row(file_name="a", status="captioned")])
     assert (tmp_path / "elsewhere.jsonl").is_file()
-    assert capsys.readouterr().out.startswith("a cancelled request will begin anew: ")
+    assert capsys.readouterr().out.startswith("a cancelled request will start from scratch: ")
 
 
 def test_a_record_is_read_over_what_a_kill_cut_off_and_rewritten_whole(tmp_path):

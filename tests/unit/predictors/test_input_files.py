@@ -9,7 +9,7 @@ import pytest
 from lib.errors import UserError
 from lib.network import urls
 from lib.predictors import input_files
-from lib.predictors.video import VideoPredictor
+from lib.predictors.start import start_video
 from tests.http_host import Host, Served
 
 
@@ -152,7 +152,7 @@ def test_a_cog_with_other_members_ends_the_start(monkeypatch, change):
     else:
         monkeypatch.setattr(getattr(cog.types, owner), member, value, raising=False)
     with pytest.raises(input_files.IncompatibleCogError, match=r"cog .* is not supported: in cog\.types"):
-        VideoPredictor.start(task="t2v")
+        start_video(task="t2v")
 
 
 @pytest.mark.parametrize("field", ["source", "filename", "_path", "fileobj"])

@@ -2,7 +2,6 @@
 
 import base64
 import errno
-import io
 import json
 import os
 import subprocess
@@ -12,7 +11,6 @@ import pytest
 
 from lib.commands import serving
 from lib.errors import UserError
-from lib.progress import LogView, bar
 from lib.serving.client import _message, _plain_error
 from lib.serving.configs import PROJECT
 from lib.serving.inputs import describe_inputs, parse_inputs
@@ -215,61 +213,6 @@ def test_a_damaged_output_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="not valid base64"):
         save_output("data:video/mp4;base64,@@@", folder=tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_log_lines_show_once_and_progress_lines_do_not():
-    stream = io.StringIO()
-    view = LogView(stream)
-    view.logs("hello\nprogress: denoising 1/50\nhalf a li")
-    view.logs("hello\nprogress: denoising 1/50\nhalf a line\n10%\r20%\rdone\nprogress: denoising 2/50\n")
-    view.logs("")
-    assert stream.getvalue() == "hello\ndenoising (50)\nhalf a line\ndone\n"
-
-
-def test_without_a_terminal_notes_come_at_every_tenth():
-    stream = io.StringIO()
-    view = LogView(stream)
-    for step in range(1, 31):
-        view.line(f"progress: training {step}/30, loss {step / 100}")
-    lines = stream.getvalue().splitlines()
-    assert lines == ["training (30)", *(f"training {s}/30, loss {s / 100}" for s in range(3, 31, 3))]
-
-
-def test_a_terminal_gets_a_bar_that_goes_away():
-    stream = Terminal()
-    view = LogView(stream)
-    view.line("progress: denoising 25/50")
-    assert f"denoising [{'#' * 15}{'.' * 15}] 25/50" in stream.getvalue()
-    view.close()
-    assert stream.getvalue().endswith("\r\x1b[K")
-
-
-def test_the_time_left_follows_the_pace(monkeypatch):
-    clock = iter([100.0, 110.0])
-    monkeypatch.setattr("lib.progress.time.monotonic", lambda: next(clock))
-    stream = Terminal()
-    view = LogView(stream)
-    view.line("progress: denoising 10/50")
-    view.line("progress: denoising 20/50")
-    assert "20/50, 0:30 left" in stream.getvalue()
-    assert bar("denoising", 0, 50, left=None).endswith("] 0/50")
-    assert bar("decoding", 1, 2, left=61.9).endswith("1/2, 1:01 left")
-
-
-def test_a_note_that_says_how_long_is_left_stands_for_the_bars_own(monkeypatch):
-    clock = iter([100.0, 110.0])
-    monkeypatch.setattr("lib.progress.time.monotonic", lambda: next(clock))
-    stream = Terminal()
-    view = LogView(stream)
-    view.line("progress: captioning 10/50, 0:50 left")
-    view.line("progress: captioning 20/50, 0:40 left, 1 failed")
-    assert stream.getvalue().endswith("20/50, 0:40 left, 1 failed")
-    assert stream.getvalue().count("left") == 2
 
 
 def test_the_servers_words_are_shown_plainly():

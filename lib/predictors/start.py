@@ -1,0 +1,56 @@
+"""Start predictors: check all variables, find or download the model, and only then import torch.
+
+An invalid COGVIDEOX_* value therefore ends the start at once. The modules that import torch are imported in
+these functions, after the checks.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from lib import settings
+from lib.lora import source
+from lib.models.specs import Task
+from lib.pipelines.prefetch import read_ahead
+from lib.predictors.model import resolve_model
+
+if TYPE_CHECKING:
+    from lib.predictors.caption import CaptionPredictor
+    from lib.predictors.caption_dataset import DatasetCaptionPredictor
+    from lib.predictors.video import VideoPredictor
+
+
+def start_video(task: Task, weights_url: str | None = None, **options: Any) -> "VideoPredictor":
+    """Load the video model that COGVIDEOX_MODEL names, as the other COGVIDEOX_* variables say.
+
+    `weights_url`, or COG_WEIGHTS, is the LoRA of every request that names none, e.g. a training's output. It
+    comes from the server's owner, so any address or path is allowed. Raises UserError for an invalid setting.
+    """
+    started = time.perf_counter()
+    model = resolve_model(task)
+    read_ahead(model.folder)
+    default = str(weights_url or settings.current().default_lora)
+    default_lora = source.parse(default, trusted=True) if default else None
+
+    from lib.predictors.video import VideoPredictor  # imports torch
+
+    return VideoPredictor.load(model, default_lora=default_lora, started=started, **options)
+
+
+def start_caption() -> "CaptionPredictor":
+    """Load the captioning model that COGVIDEOX_MODEL names. Raises UserError for an invalid setting."""
+    started = time.perf_counter()
+    model = resolve_model("caption")
+
+    from lib.predictors.caption import CaptionPredictor  # imports torch
+
+    return CaptionPredictor.load(model, started=started)
+
+
+def start_caption_dataset() -> "DatasetCaptionPredictor":
+    """Load the captioning model that COGVIDEOX_MODEL names. Raises UserError for an invalid setting."""
+    started = time.perf_counter()
+    model = resolve_model("caption")
+
+    from lib.predictors.caption_dataset import DatasetCaptionPredictor  # imports torch
+
+    return DatasetCaptionPredictor.load(model, started=started)
