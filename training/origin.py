@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.errors import UserError
-from lib.network.http import shown
-from lib.network.urls import check_address, local_sources_allowed, request_rules, save_url
+from lib.network.http import Source, save, without_secrets
+from lib.network.urls import check_address, local_sources_allowed, request_rules
 from lib.progress import Report
 from lib.storage.archive import extract_tar
 from training import checkpoints
@@ -60,7 +60,8 @@ def open_origin(
         check_address(given)
         archive = folder / "output.tar"
         report("resume_from: downloading the earlier output")
-        save_url(given, archive, max_bytes=MAX_OUTPUT_BYTES, rules=request_rules(stop=stop))
+        rules = request_rules(stop=stop)
+        save(Source(url=given, max_bytes=MAX_OUTPUT_BYTES, rules=rules), archive)
         place = extract_tar(archive, folder / "content", max_bytes=MAX_OUTPUT_BYTES)
         archive.unlink()
     else:
@@ -82,6 +83,6 @@ def open_origin(
         if (found / checkpoints.LORA).is_file():
             return found
     raise UserError(
-        f"resume_from={shown(given)} holds neither a training state nor {checkpoints.LORA}; give the "
-        "output of this trainer, made with save_training_state to go on exactly."
+        f"resume_from={without_secrets(given)} holds neither a training state nor {checkpoints.LORA}; give "
+        "the output of this trainer, made with save_training_state to go on exactly."
     )

@@ -15,6 +15,7 @@ from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch
 from lib.network.offline import forbidden
+from lib.network.transport import Rules
 from lib.progress import Report
 from lib.storage.archive import Stop
 from lib.storage.disk import require_free_space
@@ -73,6 +74,6 @@ def _downloaded(repository: str, report: Report, stop: Stop) -> Path:
         for file in files:
             check_stop(stop)
             fetch(file.url, work / file.path, size=file.size, sha256=file.sha256, headers=hub.headers(),
-                  report=report, stop=stop)  # fmt: skip
+                  report=report, rules=Rules(stop=stop))  # fmt: skip
         os.replace(work, final)
     return final

@@ -9,7 +9,7 @@ from lib.datasets.listings import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
 from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch, sha256_of
-from lib.network.http import until
+from lib.network.transport import Rules
 from lib.progress import Report
 from lib.storage.archive import archive_kind, extract_archive
 from lib.storage.disk import disk_error, require_free_space, size_text
@@ -63,7 +63,7 @@ def fetch_hub_dataset(
             f"dataset_name={name!r} is not a data set on the Hugging Face Hub: give owner/name, or "
             f"owner/name@revision.{meant}"
         )
-    snapshot = hub.listing(repository, revision or "main", kind="datasets", rules=until(stop))
+    snapshot = hub.listing(repository, revision or "main", kind="datasets", rules=Rules(stop=stop))
     files = [file for file in snapshot.files if _is_wanted(PurePosixPath(file.path))]
     _check_files(repository, [file.path for file in snapshot.files], [file.path for file in files])
     # Sanitized, as the server's answer becomes part of a path.
@@ -100,7 +100,7 @@ def _fetch_files(
             sha256=file.sha256,
             headers=headers,
             report=_silent,
-            stop=stop,
+            rules=Rules(stop=stop),
         )
     os.replace(partial, final)
 

@@ -21,9 +21,10 @@ from lib.errors import UserError
 from lib.lora.file import PICKLES, kind_of
 from lib.lora.source import REPLICATE_HINT, Address, max_bytes
 from lib.network import hub
-from lib.network.download import read, sha256_of
-from lib.network.http import FetchError, Rules
-from lib.network.urls import operator_rules, request_rules, save_url
+from lib.network.download import sha256_of
+from lib.network.http import FetchError, Source, read, save
+from lib.network.transport import Rules
+from lib.network.urls import operator_rules, request_rules
 from lib.progress import Report
 from lib.settings import current
 from lib.storage.archive import extract_tar
@@ -124,7 +125,7 @@ def _fetch(
         if address.place == "hub":
             record, config = _fetch_from_hub(address, download, rules)
         else:
-            save_url(address.url, download, max_bytes=max_bytes(), rules=rules)
+            save(Source(url=address.url, max_bytes=max_bytes(), rules=rules), download)
     # Of local files only archives come here, and the owner's file stays where it is.
     if address.place != "local" and kind_of(download, name=address.name) == "safetensors":
         os.replace(download, content / WEIGHTS)
@@ -152,15 +153,15 @@ def _fetch_from_hub(
     files = {file.path: file for file in listing.files}
     path = _choose_in_repository(address, list(files))
     file, headers = files[path], hub.headers()
-    save_url(file.url, target, max_bytes=max_bytes(), rules=rules, headers=headers)
+    save(Source(url=file.url, headers=headers, max_bytes=max_bytes(), rules=rules), target)
     if file.sha256 is not None and sha256_of(target) != file.sha256.lower():
         raise FetchError(
             f"Cannot download {address.label}: its checksum is wrong; it was damaged on the way. Try again."
         )
     config = None
     if (found := files.get(str(PurePosixPath(path).with_name(CONFIG)))) is not None:
-        content = read(found.url, max_bytes=MAX_CONFIG_BYTES, headers=headers, rules=rules)
-        config = _parse_config(content, name=address.name)
+        source = Source(url=found.url, headers=headers, max_bytes=MAX_CONFIG_BYTES, rules=rules)
+        config = _parse_config(read(source), name=address.name)
     return {"commit": listing.commit, "file": path}, config
 
 

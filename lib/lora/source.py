@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from lib.errors import UserError
 from lib.lora.file import refuse_pickle
 from lib.network import hub
-from lib.network.http import shown
+from lib.network.http import without_secrets
 from lib.settings import current
 from lib.storage.disk import size_text
 
@@ -192,7 +192,7 @@ def _local(source: str, trusted: bool) -> Address:
 
 
 def _url(source: str, scheme: str, trusted: bool) -> Address:
-    name = repr(_cut(shown(source)))
+    name = repr(_cut(without_secrets(source)))
     try:
         parts = urlsplit(source)
         host = (parts.hostname or "").lower()
@@ -210,7 +210,9 @@ def _url(source: str, scheme: str, trusted: bool) -> Address:
         return _hub_page(steps, source, trusted)
     refuse_pickle(parts.path, name=name)
     url = source.partition("#")[0]
-    return Address(place="url", name=name, label=_cut(shown(url)), key=f"url:{url}", trusted=trusted, url=url)
+    return Address(
+        place="url", name=name, label=_cut(without_secrets(url)), key=f"url:{url}", trusted=trusted, url=url
+    )
 
 
 def _civitai_page(name: str, query: dict[str, list[str]]) -> str:
@@ -226,7 +228,7 @@ def _civitai_page(name: str, query: dict[str, list[str]]) -> str:
 
 def _hub_page(steps: list[str], source: str, trusted: bool) -> Address:
     repository, kind, rest = "/".join(steps[:2]), steps[2:3], steps[4:]
-    shown_source = shown(source)
+    shown_source = without_secrets(source)
     if not hub.REPOSITORY.fullmatch(repository) or ".." in "/".join(steps):
         raise UserError(f"{_cut(shown_source)!r} is not the address of a Hugging Face repository.")
     if not kind:

@@ -1,51 +1,75 @@
-"""HTTP as downloads and inputs need it: one GET, patience for a bad line, plain words for what went wrong."""
+"""The HTTP client: GET with limits, retries and plain error messages.
 
-import functools
-import http.client
-import io
-import math
-import select
+read(Source(url=...))            a small document
+save(Source(url=...), target)    a body as a file, in one stream
+download.fetch(url, target)      a large file: in parallel ranges, resumed, verified
+"""
+
+import os
 import socket
 import ssl
+import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from urllib.parse import quote, unquote, urlsplit
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import httpcore2
+import httpx2
 
 from lib.cancellation import check_stop
 from lib.errors import UserError
+from lib.network.transport import ANYTHING, Rules, Transport
+from lib.storage.disk import disk_error, size_text
 
 ATTEMPTS = 4  # in a row without progress
 BACKOFF_SECONDS = 1.0  # doubled after each failed attempt
-STOP_POLL_SECONDS = 0.2
-TRANSIENT = (OSError, http.client.HTTPException)
+SILENCE_SECONDS = 30.0
+MAX_REDIRECTS = 5
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+CHECK, AGAIN = "Check the address.", "Start again later."
+REFUSALS = {
+    **dict.fromkeys((404, 410), ("the host has nothing at this address", CHECK)),
+    **dict.fromkeys((401, 403), ("the host refuses access", f"{CHECK[:-1]} and whether it needs a token.")),
+}
+BROKEN = (
+    httpcore2.NetworkError,
+    httpcore2.TimeoutException,
+    httpcore2.ProtocolError,
+    httpcore2.ProxyError,
+    httpcore2.UnsupportedProtocol,
+    httpx2.InvalidURL,
+)
+"""What the transport raises when a request cannot be sent or a body does not arrive."""
+
+T = TypeVar("T")
 
 
 class FetchError(UserError):
     """A URL that could not be fetched; `status` and `headers` are the host's when it answered."""
 
     def __init__(
-        self, message: str, *, status: int | None = None, headers: Mapping[str, str] | None = None
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        transient: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
+        self.transient = transient
+        """Whether another attempt may succeed."""
 
 
-class TruncatedError(http.client.HTTPException):
-    """A body that ended before its announced length."""
-
-
-class DeadlineError(TimeoutError):
-    """A response that did not arrive whole within its total time."""
-
-
-def shown(url: str) -> str:
-    """Return `url` without user, password and query, which may be secrets, for messages and records."""
+def without_secrets(url: str) -> str:
+    """Return `url` without user, password and query, for messages and records."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -54,254 +78,199 @@ def shown(url: str) -> str:
     return f"{parts.scheme}:{f'//{host}' if host else ''}{parts.path}".removeprefix(":")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What may be read from addresses that strangers give, and for how long.
-
-    `check_url` gets the URL and each URL that it redirects to, before anything is sent there; `check_peer`
-    gets the IP address that was connected to, and its URL, before the request is sent. Both raise for what
-    may not be read. Behind a proxy the peer is the proxy, which is not asked about. Headers and body of one
-    response have `seconds` in all, and all responses together until `end`, by time.monotonic(). Reading
-    raises Stopped soon after `stop` was set, even from a silent host.
-    """
-
-    check_url: Callable[[str], None]
-    check_peer: Callable[[str, str], None]
-    seconds: float
-    stop: threading.Event | None = None
-    end: float = math.inf
-
-
-def until(stop: threading.Event | None) -> Rules | None:
-    """Rules that allow everything, for as long as it takes, until `stop` is set."""
-    if stop is None:
-        return None
-    return Rules(
-        check_url=lambda url: None, check_peer=lambda address, url: None, seconds=math.inf, stop=stop
-    )
+def is_web_address(url: str) -> bool:
+    """Return whether `url` is an http or https URL with a host."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where bytes come from: an http(s) URL, the headers to send, and the longest silence in seconds."""
+    """What to request: an http(s) URL and headers, with the limits that apply."""
 
     url: str
-    headers: dict[str, str] = field(default_factory=dict)
-    timeout: float = 30.0
-    rules: Rules | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    max_bytes: int = sys.maxsize
+    timeout: float = SILENCE_SECONDS
+    """The longest silence of the host."""
+    rules: Rules = ANYTHING
 
     def __post_init__(self) -> None:
+        if not is_web_address(self.url):
+            raise FetchError(f"{without_secrets(self.url)[:200]!r} is not an http or https address.")
+
+    @contextmanager
+    def get(self, headers: Mapping[str, str] | None = None) -> Iterator[httpx2.Response]:
+        """Send a GET and yield the 2xx response, unread. Raises FetchError, also while the body is read."""
+        response = None
         try:
-            parts = urlsplit(self.url)
-            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            sound = False
-        if not sound:
-            raise FetchError(f"{shown(self.url)[:200]!r} is not an http or https address.")
+            transport = Transport(self.rules)
+            client = httpx2.Client(transport=transport, timeout=self.timeout, trust_env=False)
+            with client, closing(self._follow(client, {**self.headers, **(headers or {})})) as response:
+                if not response.is_success:
+                    raise self._refused(response)
+                self.check_size(int(response.headers.get("Content-Length", 0)))
+                yield response
+        except BROKEN as error:
+            raise self._broken(error, response) from error
 
-    @property
-    def stop(self) -> threading.Event | None:
-        return self.rules.stop if self.rules else None
+    def error(self, cause: str, remedy: str, **options: object) -> FetchError:
+        """Return the FetchError that names the address, the cause and what to do."""
+        message = f"Cannot download {without_secrets(self.url)}: {cause}. {remedy}"
+        return FetchError(message, **options)  # pyright: ignore[reportArgumentType] # as FetchError's own
 
-    def open(self, headers: Mapping[str, str] | None = None) -> http.client.HTTPResponse:
-        """Send the GET and return the response. Raises FetchError, or one of TRANSIENT worth trying again."""
-        # Signed addresses come with their escapes; what people paste may hold blanks and umlauts.
-        url = quote(self.url, safe="%/:?#[]@!$&'()*+,;=~")
+    def check_size(self, count: int) -> None:
+        """Raise FetchError for a body of more than `max_bytes`."""
+        if count > self.max_bytes:
+            limit = size_text(self.max_bytes)
+            raise self.error(f"it is larger than the {limit} that are allowed", "Use a smaller file.")
+
+    def _follow(self, client: httpx2.Client, headers: Mapping[str, str]) -> httpx2.Response:
+        url = self.url
         sent = {
             "User-Agent": "cogvideox-service",
             "Accept-Encoding": "identity",
-            **self.headers,
-            **(headers or {}),
+            "Connection": "close",
+            **headers,
         }
-        handlers: list[urllib.request.BaseHandler] = [_Redirects(self.rules)]
-        if self.rules:
-            self.rules.check_url(self.url)
-            handlers.append(_RuledConnections(self.rules))
-        opener = urllib.request.build_opener(*handlers)
-        try:
-            return opener.open(urllib.request.Request(url, headers=sent), timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in RETRIED_STATUS:
-                raise
-            raise self.failure(error) from error
-        except http.client.InvalidURL as error:
-            raise self.failure(error) from error
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise self.failure(error) from error
-            raise
+        for hop in range(MAX_REDIRECTS + 1):
+            self.rules.check_url(url)
+            response = client.send(client.build_request("GET", url, headers=sent), stream=True)
+            location = response.headers.get("Location")
+            if response.status_code not in REDIRECTS or not location or hop == MAX_REDIRECTS:
+                return response
+            response.close()
+            target = urljoin(url, location)
+            old, new = urlsplit(url), urlsplit(target)
+            if new.scheme not in ("https", old.scheme):
+                raise self.error(f"it redirects to {without_secrets(target)}, not to https", CHECK)
+            if new.netloc != old.netloc:
+                # A token is for the host that it was given for, not for the storage that it redirects to.
+                sent = {k: v for k, v in sent.items() if k.lower() not in ("authorization", "cookie")}
+            url = target
+        raise AssertionError("the last hop returns")
 
-    def failure(self, error: Exception, *, kept: str = "") -> FetchError:
-        """Return the FetchError that names the address, the cause and what to do."""
-        cause, remedy = _explain(error, self.timeout)
-        status = error.code if isinstance(error, urllib.error.HTTPError) else None
-        headers = error.headers if isinstance(error, urllib.error.HTTPError) else None
-        return FetchError(
-            f"Cannot download {shown(self.url)}: {cause}. {kept}{remedy}", status=status, headers=headers
+    def _refused(self, response: httpx2.Response) -> FetchError:
+        code = response.status_code
+        cause, remedy = REFUSALS.get(code, (f"the host answered {response.reason_phrase}", CHECK))
+        if code in RETRIED_STATUS:
+            cause, remedy = "the host is overloaded or failing", AGAIN
+        elif 300 <= code < 400:
+            cause, remedy = "its redirects lead nowhere", "Give the final address."
+        return self.error(
+            f"{cause} (HTTP {code})",
+            remedy,
+            status=code,
+            headers=response.headers,
+            transient=code in RETRIED_STATUS,
         )
 
-
-class Patience:
-    """Counts failed attempts in a row, and waits longer after each."""
-
-    def __init__(self, source: Source, stop: threading.Event | None = None) -> None:
-        self.source = source
-        self.failures = 0
-        self.stop = stop or source.stop or threading.Event()
-
-    def failed(self, error: Exception, *, progressed: bool = False) -> None:
-        """Wait before the next attempt.
-
-        Raises FetchError after ATTEMPTS failures without progress, and Stopped when the source was told to.
-        """
-        self.failures = 1 if progressed else self.failures + 1
-        if self.failures >= ATTEMPTS:
-            raise self.source.failure(error) from error
-        self.stop.wait(BACKOFF_SECONDS * 2 ** (self.failures - 1))
-        check_stop(self.source.stop)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = 5
-
-    def __init__(self, rules: Rules | None) -> None:
-        self.rules = rules
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        fp.close()  # or urllib would read the body of the redirect, however long it is
-        old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if new.scheme not in ("https", old.scheme):
-            raise FetchError(
-                f"Cannot download {shown(req.full_url)}: it redirects to {shown(newurl)}, not to https. "
-                "Check the address."
-            )
-        if self.rules:
-            self.rules.check_url(newurl)
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and new.netloc != old.netloc:
-            # A token is for the host that it was given for, not for the storage that it redirects to.
-            for name in ("Authorization", "Cookie"):
-                request.remove_header(name)
-        return request
+    def _broken(self, error: Exception, response: httpx2.Response | None) -> FetchError:
+        cause = next(iter(error.args), None)  # of a socket's failure its OSError
+        length = int(response.headers.get("Content-Length", 0)) if response else 0
+        if time.monotonic() >= self.rules.end:
+            return self.error("the host is too slow: not everything arrived in the time allowed", AGAIN)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return self.error(f"its certificate is not valid ({cause.verify_message})", CHECK)
+        if isinstance(error, (httpx2.InvalidURL, httpcore2.UnsupportedProtocol)):
+            return self.error("the address is malformed", CHECK)
+        said, remedy = f"the connection broke ({str(error) or type(error).__name__})", AGAIN
+        if isinstance(error, httpcore2.TimeoutException):
+            said = f"the host sent nothing for {self.timeout:g} s"
+        elif isinstance(cause, socket.gaierror):
+            said, remedy = "the host's name is not known", "Check the address and this machine's network."
+        elif isinstance(cause, ConnectionRefusedError):
+            said, remedy = "the host refuses the connection", "Check the address, or start again later."
+        elif response and response.num_bytes_downloaded < length:
+            said = f"the connection ended after {response.num_bytes_downloaded:,} of {length:,} bytes"
+        return self.error(said, remedy, transient=True)
 
 
-class _RuledConnections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    def __init__(self, rules: Rules) -> None:
-        super().__init__()
-        self.rules = rules
-        self.deadline = min(time.monotonic() + rules.seconds, rules.end)
+def retry(
+    source: Source,
+    attempt: Callable[[], T],
+    *,
+    stop: threading.Event | None = None,
+    progressed: Callable[[], bool] = lambda: False,
+) -> T:
+    """Return what `attempt` returns, repeated after transient errors with growing pauses.
 
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._open(http.client.HTTPConnection, req)
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._open(http.client.HTTPSConnection, req)
-
-    def _open(
-        self, kind: type[http.client.HTTPConnection], req: urllib.request.Request
-    ) -> http.client.HTTPResponse:
-        proxied = req.host != unquote(urlsplit(req.full_url).netloc)
-
-        def make(host: str, **options: object) -> http.client.HTTPConnection:
-            connection = kind(host, **options)  # type: ignore[arg-type]
-            connect = connection.connect
-
-            def connect_and_check() -> None:
-                connect()
-                # The name may lead elsewhere by now than when it was checked.
-                if not proxied:
-                    self.rules.check_peer(connection.sock.getpeername()[0], req.full_url)
-
-            connection.connect = connect_and_check  # type: ignore[method-assign]
-            connection.response_class = functools.partial(
-                _TimedResponse, deadline=self.deadline, stop=self.rules.stop
-            )
-            return connection
-
-        return self.do_open(make, req)
+    Raises the last FetchError after ATTEMPTS failures in a row without progress, and Stopped when the source
+    is stopped. `stop` also ends a pause.
+    """
+    failures = 0
+    while True:
+        try:
+            return attempt()
+        except FetchError as error:
+            failures = 1 if progressed() else failures + 1
+            if not error.transient or failures >= ATTEMPTS:
+                raise
+        (stop or source.rules.stop or threading.Event()).wait(BACKOFF_SECONDS * 2 ** (failures - 1))
+        check_stop(source.rules.stop)
 
 
-class _TimedResponse(http.client.HTTPResponse):
-    """A response that has to arrive by `deadline`, whatever the pace of its bytes."""
+def copy_body(
+    response: httpx2.Response,
+    file: BinaryIO,
+    *,
+    start: int = 0,
+    end: int,
+    moved: Callable[[int], None] | None = None,
+) -> bool:
+    """Write a body to `file` from byte `start` on; `moved` is called with each new position.
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        *args: object,
-        deadline: float,
-        stop: threading.Event | None,
-        **options: object,
-    ) -> None:
-        super().__init__(sock, *args, **options)  # type: ignore[arg-type]
-        self.fp = io.BufferedReader(_TimedRaw(self.fp.detach(), sock, deadline, stop))
-
-
-class _TimedRaw(io.RawIOBase):
-    def __init__(
-        self, raw: io.RawIOBase, sock: socket.socket, deadline: float, stop: threading.Event | None
-    ) -> None:
-        self.raw, self.sock, self.deadline, self.stop = raw, sock, deadline, stop
-        self.silence = sock.gettimeout() or float("inf")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int | None:  # type: ignore[no-untyped-def]
-        left = self.deadline - time.monotonic()
-        if left > 0:
-            self.sock.settimeout(min(self.silence, left))
-            try:
-                self._wait(min(self.silence, left))
-                return self.raw.readinto(buffer)
-            except TimeoutError:
-                if time.monotonic() < self.deadline:
-                    raise
-        raise DeadlineError("the host is too slow: the whole did not arrive in the time allowed")
-
-    def _wait(self, seconds: float) -> None:
-        """Return when there is something to read or `seconds` are over; raise Stopped when told to."""
-        if self.stop is None:
-            return
-        end = time.monotonic() + seconds
-        ready = select.poll()
-        ready.register(self.sock, select.POLLIN)
-        # What TLS has decrypted already does not show on the socket.
-        while not getattr(self.sock, "pending", int)() and time.monotonic() < end:
-            check_stop(self.stop)
-            if ready.poll(1000 * STOP_POLL_SECONDS):
-                return
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
+    Returns whether the body stayed within `end`, past which nothing is written. Raises OSError when the disk
+    refuses.
+    """
+    for block in response.iter_raw():
+        if start + len(block) > end:
+            return False
+        while block:
+            written = os.pwrite(file.fileno(), block, start)
+            start, block = start + written, block[written:]
+        if moved:
+            moved(start)
+    return True
 
 
-def _explain(error: Exception, timeout: float) -> tuple[str, str]:
-    """Return what went wrong, and what the caller can do about it."""
-    again = "Start again later."
-    if isinstance(error, urllib.error.HTTPError):
-        status = f"(HTTP {error.code})"
-        if error.code in (404, 410):
-            return f"the host has nothing at this address {status}", "Check the address."
-        if error.code in (401, 403):
-            return f"the host refuses access {status}", "Check the address and whether it needs a token."
-        if error.code in RETRIED_STATUS:
-            return f"the host is overloaded or failing {status}", again
-        if 300 <= error.code < 400:
-            return f"its redirects lead nowhere {status}", "Give the final address."
-        return f"the host answered {error.code} {error.reason}", "Check the address."
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(reason, (DeadlineError, TruncatedError)):
-        return str(reason), again
-    if isinstance(reason, TimeoutError):
-        return f"the host sent nothing for {timeout:g} s", again
-    if isinstance(reason, socket.gaierror):
-        return "the host's name is not known", "Check the address and this machine's network."
-    if isinstance(reason, ConnectionRefusedError):
-        return "the host refuses the connection", "Check the address, or start again later."
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return f"its certificate is not valid ({reason.verify_message})", "Check the address."
-    if isinstance(reason, http.client.InvalidURL):
-        return "the address is malformed", "Check the address."
-    return f"the connection broke ({reason or type(reason).__name__})", again
+def save(source: Source, target: Path, *, moved: Callable[[int], None] | None = None) -> Path:
+    """Write a body to the file `target` and return it; nothing is left there unless it is complete.
+
+    `moved` is called with each new position. Raises FetchError, NoSpaceError, and Stopped.
+    """
+
+    def attempt() -> None:
+        with source.get() as response, open(target, "wb", buffering=0) as file:
+            if not copy_body(response, file, end=source.max_bytes, moved=moved):
+                source.check_size(source.max_bytes + 1)
+            os.fdatasync(file.fileno())
+
+    complete = False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        retry(source, attempt)
+        complete = True
+    except OSError as error:
+        raise disk_error(error, target) from error
+    finally:
+        if not complete:
+            target.unlink(missing_ok=True)
+    return target
+
+
+def read(source: Source) -> bytes:
+    """Return a small document. Raises FetchError, and Stopped."""
+
+    def attempt() -> bytes:
+        body = b""
+        with source.get() as response:
+            for block in response.iter_raw():
+                body += block
+                source.check_size(len(body))
+        return body
+
+    return retry(source, attempt)

@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from lib.errors import UserError
 from lib.models.layout import INDEX
-from lib.network.download import read
-from lib.network.http import FetchError, Rules
+from lib.network.http import FetchError, Source, read
+from lib.network.transport import ANYTHING, Rules
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 FOLDERS = frozenset({"scheduler", "text_encoder", "tokenizer", "transformer", "vae"})
@@ -72,14 +72,16 @@ def listing(
     revision: str,
     *,
     kind: Literal["models", "datasets"] = "models",
-    rules: Rules | None = None,
+    rules: Rules = ANYTHING,
 ) -> Snapshot:
     """Resolve a revision and list every file. Raises UserError, NoRepositoryError among them."""
     hub = endpoint()
     address = f"{hub}/api/{kind}/{repository}/revision/{quote(revision, safe='')}?blobs=true"
     pages = hub if kind == "models" else f"{hub}/{kind}"
     try:
-        answer = json.loads(read(address, max_bytes=LISTING_BYTES, headers=headers(), rules=rules))
+        answer = json.loads(
+            read(Source(url=address, headers=headers(), max_bytes=LISTING_BYTES, rules=rules))
+        )
         commit = str(answer["sha"])
         entries = [(str(entry["rfilename"]), entry) for entry in answer["siblings"]]
     except FetchError as error:

@@ -1,15 +1,15 @@
-"""The unfinished file of a download: what is known of it, which ranges of it are on disk, how far it is."""
+"""The unfinished file of a download: its identity, the ranges that are on disk, and its progress."""
 
 import json
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from lib.network.http import Source, shown
+from lib.network.http import Source, without_secrets
+from lib.progress import Report
 from lib.storage.disk import size_text
 
 # Long enough that setting up a range request does not matter, short enough that an interruption costs
@@ -20,7 +20,7 @@ REPORT_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Remote:
-    """What a host says of a file: its bytes, a mark of its version, whether parts can be asked for."""
+    """What a host says about a file: bytes, a fingerprint of the version, whether it serves ranges."""
 
     size: int | None = None
     validator: str | None = None
@@ -31,8 +31,8 @@ class Remote:
 class Part:
     """The unfinished file and the journal of its finished ranges.
 
-    The journal is one line that identifies the download, then one line per finished range. A range is
-    written to disk before its line, and a line torn by a crash does not count.
+    The journal has one line that identifies the download, then one line per finished range. A range is
+    written to disk before its line, and a line cut off by a crash does not count.
     """
 
     path: Path
@@ -43,23 +43,23 @@ class Part:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def begun(cls, target: Path, source: Source, remote: Remote, *, trusted: bool) -> Self:
+    def resumed(cls, target: Path, source: Source, remote: Remote, *, verified: bool) -> Self:
         """Return what an earlier call left of the same file, or an empty part.
 
-        `trusted`: a checksum will be verified, so a host that marks no versions may be continued too.
+        `verified`: a checksum will be compared, so a host that does not tell versions apart is resumed too.
         """
         path = target.with_name(target.name + ".partial")
-        identity = {"url": shown(source.url), "chunk": CHUNK_BYTES, **vars(remote)}
+        identity = {"url": without_secrets(source.url), "chunk": CHUNK_BYTES, **vars(remote)}
         part = cls(
             path=path,
             journal=path.with_name(path.name + ".journal"),
             identity=identity,
             size=remote.size or 0,
         )
-        if (trusted or remote.validator) and path.exists() and part.journal.exists():
+        if (verified or remote.validator) and path.exists() and part.journal.exists():
             first, *rest = part.journal.read_text(errors="replace").split("\n")
             if first == json.dumps(identity) and path.stat().st_size == part.size:
-                # What follows the last line break is empty, or torn.
+                # What follows the last line break is empty or cut off.
                 part.done = {int(line) for line in rest[:-1] if line.isdecimal()}
         if not part.done:
             part.remove()
@@ -78,13 +78,14 @@ class Part:
         return self.path.stat().st_blocks * 512 if self.path.exists() else 0
 
     def start(self) -> None:
-        """Make the journal and the file at its full, sparse size."""
+        """Create the journal, and the file at its full size, sparse."""
         with open(self.path, "ab") as file:
             file.truncate(self.size)
         if not self.done:
             self.journal.write_text(json.dumps(self.identity) + "\n")
 
     def finish(self, index: int, file: BinaryIO) -> None:
+        """Record a range whose bytes are all written."""
         os.fdatasync(file.fileno())
         with self.lock:
             with open(self.journal, "a") as journal:
@@ -98,9 +99,9 @@ class Part:
 
 
 class Progress:
-    """Reports how far a download is, every few seconds."""
+    """Reports the progress of a download every few seconds."""
 
-    def __init__(self, name: str, size: int | None, report: Callable[[str], None], *, done: int) -> None:
+    def __init__(self, name: str, size: int | None, report: Report, *, done: int) -> None:
         self.name, self.size, self.report = name, size, report
         self.done = done
         self.lock = threading.Lock()
@@ -114,11 +115,15 @@ class Progress:
             elapsed = time.monotonic() - self.last_time
             if elapsed < REPORT_SECONDS:
                 return
-            pace = size_text(round(max(self.done - self.last_done, 0) / elapsed))
+            rate = size_text(round(max(self.done - self.last_done, 0) / elapsed))
             self.last_time, self.last_done = time.monotonic(), self.done
             share = (
                 f"{self.done / self.size:.0%} of {size_text(self.size)}"
                 if self.size
                 else size_text(self.done)
             )
-            self.report(f"{self.name}: {share}, {pace}/s")
+            self.report(f"{self.name}: {share}, {rate}/s")
+
+    def move_to(self, position: int) -> None:
+        """Set the position of a stream, which starts again at 0 after a failure."""
+        self.add(position - self.done)

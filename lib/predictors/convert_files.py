@@ -10,10 +10,9 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -137,7 +136,7 @@ def _fetched(address: str, *, slot: str, report: Report, stop: Stop) -> Iterator
     folder = cache_folder() / FOLDER
     entry = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
     name = _name_in(url) or f"{slot}.download"
-    rules = replace(request_rules(stop=stop), end=time.monotonic() + FETCH_SECONDS)
+    rules = request_rules(stop=stop, seconds=FETCH_SECONDS)
     rules.check_url(url)  # before anything is made for it
     with ExitStack() as held:
         try:

@@ -17,12 +17,11 @@ from typing import BinaryIO, cast
 import cog.types
 
 from lib.errors import UserError
-from lib.network.http import TRANSIENT, Source, TruncatedError, shown
-from lib.network.urls import local_sources_allowed, open_url
+from lib.network.http import Source, save
+from lib.network.urls import local_sources_allowed, request_rules
 from lib.storage.disk import disk_error, size_text
 
 MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
-COPY_BYTES = 1 << 20
 PROBE_URL = "https://probe.invalid/name.bin"
 
 _fetched: set[str] = set()
@@ -37,7 +36,7 @@ def install() -> None:
     """Replace Cog's fetching of URL inputs. Safe to repeat. Raises IncompatibleCogError."""
     try:
         _check_members()
-        cog.types.URLFile.__wrapped__ = property(_open)  # pyright: ignore[reportAttributeAccessIssue]
+        cog.types.URLFile.__wrapped__ = property(_target)  # pyright: ignore[reportAttributeAccessIssue]
         cog.types.URLPath.convert = _convert
         _check_probe()
     except (AttributeError, TypeError, ValueError) as error:
@@ -86,15 +85,12 @@ def _incompatible(reason: str) -> IncompatibleCogError:
     )
 
 
-def _open(self: cog.types.URLFile) -> object:
-    """Return the stream that URLFile reads from, opened at the first use."""
+def _target(self: cog.types.URLFile) -> object:
+    """Return the stream that URLFile reads from: none, since `_convert` does not read it."""
     try:
         return object.__getattribute__(self, "__target__")
     except AttributeError:
-        pass
-    response = open_url(object.__getattribute__(self, "__url__"))
-    object.__setattr__(self, "__target__", response)
-    return response
+        raise RuntimeError("inputs are fetched by URLPath.convert alone") from None
 
 
 def _convert(self: cog.types.URLPath) -> cog.types.Path:
@@ -104,37 +100,27 @@ def _convert(self: cog.types.URLPath) -> cog.types.Path:
             handle, name = tempfile.mkstemp(suffix=self.filename)
         except OSError as error:
             raise disk_error(error, Path(tempfile.gettempdir())) from error
+        os.close(handle)
         try:
-            with open(handle, "wb") as file:
-                _copy(cast("BinaryIO", self.fileobj), file, source=self.source)
+            if isinstance(self.fileobj, cog.types.URLFile):
+                rules = request_rules()
+                save(Source(url=self.source, max_bytes=MAX_INPUT_BYTES, rules=rules), Path(name))
+            else:
+                _copy(cast("BinaryIO", self.fileobj), Path(name))
         except BaseException:
-            os.unlink(name)
+            Path(name).unlink(missing_ok=True)
             raise
         self._path = cog.types.Path(name)  # from which Cog removes the file after the request
         _fetched.add(name)
     return self._path
 
 
-def _copy(reader: BinaryIO, file: BinaryIO, *, source: str) -> None:
-    left = MAX_INPUT_BYTES
+def _copy(data: BinaryIO, path: Path) -> None:
+    """Write the content of a data URI, which Cog has decoded."""
+    body = data.read(MAX_INPUT_BYTES + 1)
+    if len(body) > MAX_INPUT_BYTES:
+        raise UserError(f"A data URI is larger than {size_text(MAX_INPUT_BYTES)}, the most an input may be.")
     try:
-        while block := _read(reader, source):
-            left -= len(block)
-            if left < 0:
-                most = size_text(MAX_INPUT_BYTES)
-                raise UserError(f"{shown(source)[:200]!r} is larger than {most}, the most an input may be.")
-            file.write(block)
-        file.flush()
+        path.write_bytes(body)
     except OSError as error:
-        raise disk_error(error, Path(tempfile.gettempdir())) from error
-
-
-def _read(reader: BinaryIO, source: str) -> bytes:
-    try:
-        block = reader.read(COPY_BYTES)
-        # http.client ends a truncated body without an error.
-        if not block and (lost := getattr(reader, "length", None)):
-            raise TruncatedError(f"the connection ended {lost:,} bytes early")
-        return block
-    except TRANSIENT as error:
-        raise Source(url=source).failure(error) from error
+        raise disk_error(error, path) from error

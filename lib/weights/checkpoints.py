@@ -19,9 +19,9 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.models.layout import INDEX, INDICES, find_model, missing_files, read_index
-from lib.network import hub
-from lib.network.download import fetch, read, remote_size, sha256_of
-from lib.network.http import FetchError, shown
+from lib.network import http, hub
+from lib.network.download import fetch, remote_size, sha256_of
+from lib.network.http import FetchError, read, without_secrets
 from lib.network.offline import forbidden
 from lib.progress import Report
 from lib.storage.archive import extract_tar
@@ -207,7 +207,7 @@ def _from_tar(source: Source, work: Path, report: Report) -> tuple[Path, dict]:
         shutil.rmtree(work)
         raise
     digest = source.sha256 or sha256_of(archive)
-    return content, {"source": shown(source.tar), "sha256": digest, "licence": source.licence}
+    return content, {"source": without_secrets(source.tar), "sha256": digest, "licence": source.licence}
 
 
 def _from_hub(source: Source, work: Path, check: Check | None, report: Report) -> tuple[Path, dict]:
@@ -218,7 +218,8 @@ def _from_hub(source: Source, work: Path, check: Check | None, report: Report) -
         index = next((listed[path] for path in INDICES if path in listed), None)
         if index is None:
             raise _without_index(source.name)
-        check(read_index(read(index.url, max_bytes=INDEX_BYTES, headers=headers), of=source.name))
+        content = read(http.Source(url=index.url, headers=headers, max_bytes=INDEX_BYTES))
+        check(read_index(content, of=source.name))
     content = work / snapshot.commit
     if work.exists():
         for other in work.iterdir():  # of another commit: the branch has moved since

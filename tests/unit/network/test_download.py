@@ -16,8 +16,9 @@ import pytest
 from lib.cancellation import Stopped
 from lib.errors import UserError
 from lib.network import http, partial_file
-from lib.network.download import fetch, read
-from lib.network.http import FetchError
+from lib.network.download import fetch
+from lib.network.http import FetchError, Source, read
+from lib.network.transport import Rules
 from lib.storage.disk import NoSpaceError, require_free_space
 from tests.http_host import Host, Served
 
@@ -138,7 +139,7 @@ def test_a_file_that_changes_during_the_download_is_not_mixed(tmp_path):
         )
         assert path.read_bytes() == other
         assert host.bodies("/a.bin")[-1] is None, "in one stream, which cannot mix two versions"
-    assert "beginning anew" in lines[-1]
+    assert "starting again in one stream" in lines[-1]
 
 
 def test_a_host_that_stops_giving_ranges_is_begun_anew_in_one_stream(tmp_path):
@@ -376,11 +377,11 @@ def test_pget_is_not_trusted_with_a_bound_or_without_ranges(tmp_path, monkeypatc
 
 def test_small_documents_are_read_whole_or_refused():
     with Host({"/a": Served(b"x" * 100), "/b": Served(b"x" * 100, ranges=False, truncate_at=10)}) as host:
-        assert read(host.url("/a"), max_bytes=100) == b"x" * 100
+        assert read(Source(url=host.url("/a"), max_bytes=100)) == b"x" * 100
         with pytest.raises(FetchError, match="larger"):
-            read(host.url("/a"), max_bytes=99)
-        with pytest.raises(FetchError, match="ended early"):
-            read(host.url("/b"), max_bytes=1000)
+            read(Source(url=host.url("/a"), max_bytes=99))
+        with pytest.raises(FetchError, match="the connection ended after 10 of 100 bytes"):
+            read(Source(url=host.url("/b"), max_bytes=1000))
 
 
 def test_an_interrupted_call_stops_its_threads(tmp_path):
@@ -454,7 +455,7 @@ def test_a_stopped_fetch_ends_while_its_host_still_stalls_and_leaves_nothing_uns
     with Host({"/a.bin": Served(BODY, **served)}) as host:
         threading.Timer(0.3, stop.set).start()
         with pytest.raises(Stopped):
-            fetch(host.url("/a.bin"), target, report=quiet, stop=stop)
+            fetch(host.url("/a.bin"), target, report=quiet, rules=Rules(stop=stop))
         assert not host.released.is_set()  # or the stalled answers would have ended the wait
         assert names(target.parent) == []
 
@@ -462,19 +463,20 @@ def test_a_stopped_fetch_ends_while_its_host_still_stalls_and_leaves_nothing_uns
 def test_a_stopped_fetch_is_continued_by_the_next(tmp_path):
     stop, body = threading.Event(), Served(BODY, pause=0.02, piece=CHUNK // 4)
 
-    def stop_when_begun(line: str) -> None:
+    def stop_early(line: str) -> None:
         if "%" in line:
             stop.set()
 
     with Host({"/a.bin": body}) as host, pytest.MonkeyPatch.context() as patch:
         patch.setattr(partial_file, "REPORT_SECONDS", 0.2)
         with pytest.raises(Stopped):
-            fetch(host.url("/a.bin"), tmp_path / "a.bin", report=stop_when_begun, connections=2, stop=stop)
+            rules = Rules(stop=stop)
+            fetch(host.url("/a.bin"), tmp_path / "a.bin", report=stop_early, connections=2, rules=rules)
         assert names(tmp_path) == ["a.bin.partial", "a.bin.partial.journal"]
         begun = len(host.bodies("/a.bin"))
         done = len((tmp_path / "a.bin.partial.journal").read_text().splitlines()) - 1
         assert done > 0
-        fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet, stop=threading.Event())
+        fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet, rules=Rules(stop=threading.Event()))
         assert len(host.bodies("/a.bin")) - begun == 11 - done
     assert (tmp_path / "a.bin").read_bytes() == BODY
 
@@ -484,4 +486,4 @@ def test_a_stop_ends_the_waits_between_attempts(tmp_path, monkeypatch):
     stop = threading.Event()
     with Host({"/a.bin": Served(BODY, fail_first=100)}) as host, pytest.raises(Stopped):
         threading.Timer(0.3, stop.set).start()
-        fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet, stop=stop)
+        fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet, rules=Rules(stop=stop))

@@ -1,5 +1,5 @@
 import errno
-import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import cog.types
 import pytest
 
 from lib.errors import UserError
-from lib.network import urls
+from lib.network import http, urls
 from lib.predictors import input_files
 from lib.predictors.start import start_video
 from tests.http_host import Host, Served
@@ -22,6 +22,7 @@ def made(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(cog.types.URLFile, "__wrapped__", cog.types.URLFile.__wrapped__)
     monkeypatch.setattr(cog.types.URLPath, "convert", cog.types.URLPath.convert)
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
+    monkeypatch.setattr(http, "BACKOFF_SECONDS", 0.01)
     input_files.install()
     return folder
 
@@ -76,14 +77,18 @@ def test_an_address_without_a_file_leaves_no_file(made):
 def test_an_input_that_is_too_large_leaves_no_file(made, monkeypatch, length):
     monkeypatch.setattr(input_files, "MAX_INPUT_BYTES", 100_000)
     with Host({"/a.png": Served(bytes(100_001), length=length)}) as host:
-        fails_and_leaves_nothing(made, host.url("/a.png?token=x"), r"/a\.png' is larger than 100\.0 kB")
+        fails_and_leaves_nothing(
+            made, host.url("/a.png?token=x"), r"/a\.png: it is larger than the 100\.0 kB"
+        )
     with Host({"/a.png": Served(bytes(100_000), length=length)}) as host:
         assert input_path(host.url("/a.png")).convert().stat().st_size == 100_000
 
 
 def test_a_connection_that_breaks_leaves_no_file(made):
     with Host({"/a.png": Served(bytes(100_000), truncate_at=60_000)}) as host:
-        fails_and_leaves_nothing(made, host.url("/a.png"), "ended 40,000 bytes early")
+        fails_and_leaves_nothing(
+            made, host.url("/a.png"), "the connection ended after 60,000 of 100,000 bytes"
+        )
 
 
 def test_a_host_that_trickles_leaves_no_file(made, monkeypatch):
@@ -93,11 +98,10 @@ def test_a_host_that_trickles_leaves_no_file(made, monkeypatch):
 
 
 def test_a_full_disk_is_reported_and_leaves_no_file(made, monkeypatch):
-    class Full(io.FileIO):
-        def write(self, block: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(input_files, "open", Full, raising=False)
+    monkeypatch.setattr(os, "pwrite", full)
     with Host({"/a.png": Served(bytes(1000))}) as host:
         fails_and_leaves_nothing(made, host.url("/a.png"), "The disk is full")
 
@@ -106,12 +110,12 @@ def test_a_request_that_is_cancelled_while_it_fetches_leaves_no_file(made, monke
     class CancelledError(BaseException):
         pass
 
-    def cancelled(*args: object) -> bytes:
+    def cancelled(*_: object) -> int:
         raise CancelledError
 
-    monkeypatch.setattr(input_files, "_read", cancelled)
-    with pytest.raises(CancelledError):
-        input_path("data:image/png;base64,aGVsbG8=").convert()
+    monkeypatch.setattr(os, "pwrite", cancelled)
+    with Host({"/a.png": Served(bytes(1000))}) as host, pytest.raises(CancelledError):
+        input_path(host.url("/a.png")).convert()
     assert list(made.iterdir()) == []
 
 
