@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 MEMBER = """
@@ -38,6 +40,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does_and_are_soon_done_with_compiling(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     processes = [

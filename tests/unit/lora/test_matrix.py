@@ -58,6 +58,7 @@ def quantized(tmp_path_factory) -> dict[str, dict[str, float]]:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_lora_on_quantised_weights_is_heard_as_in_diffusers_with_the_same_weights(quantized, kind):
     ways = {way: found for way, found in quantized.items() if way.split()[0] == kind}

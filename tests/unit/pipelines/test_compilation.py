@@ -168,6 +168,7 @@ print(json.dumps([difference, counters["inductor"]["fxgraph_cache_hit"]]))
 """
 
 
+@pytest.mark.slow
 def test_real_code_computes_the_same_to_rounding_and_the_next_process_need_not_make_it(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != compilation.KEPT}
     environment |= {"PYTHONPATH": str(ROOT), "COGVIDEOX_CACHE": str(tmp_path)}
