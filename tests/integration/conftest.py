@@ -15,7 +15,7 @@ from lib.serving.configs import PredictorConfig
 from lib.serving.server import Server
 from tests.writable_hub import Hub
 
-# A predictor that needs no model: quick to start, and able to be slow, to fail and to return each format.
+# A predictor without a model that starts quickly and can be slow, fail, and return each format.
 SAMPLE = """
 import os
 import time
@@ -120,17 +120,17 @@ def sample_config(folder: Path, source: str = SAMPLE) -> PredictorConfig:
     return PredictorConfig(name="sample", file=file, predictor=predictor, class_name="Runner")
 
 
-def wait_for(condition, *, seconds: float = 15.0):
-    """The first true value of `condition()`."""
+def wait_for(condition, *, seconds: float = 60.0):
+    """Return the first true value of `condition()`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"still not true after {seconds:.0f} s"
         time.sleep(0.05)
     return value
 
 
 def start_slowly(url: str, identifier: str, **inputs) -> threading.Thread:
-    """A prediction of several seconds in the background, once it is running."""
+    """Start a prediction of several seconds in the background and wait until it runs."""
     body = {"input": {"text": "slow", "steps": 200} | inputs}
     thread = threading.Thread(target=request, args=(url, "PUT", f"/predictions/{identifier}", body))
     thread.start()
@@ -139,7 +139,7 @@ def start_slowly(url: str, identifier: str, **inputs) -> threading.Thread:
 
 
 def group_members(group: int) -> list[int]:
-    """Processes that still run in a process group."""
+    """Return the processes that still run in a process group."""
     return [pid for pid in psutil.pids() if _runs_in(pid, group)]
 
 

@@ -148,7 +148,7 @@ def test_ctrl_c_ends_it_within_a_clip_and_the_same_command_goes_on(folder, envir
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         run.send_signal(signal.SIGINT)
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=120)
     assert (run.returncode, out) == (130, "")
     assert err.endswith("stopped; the same command goes on\n") and "Traceback" not in err
     done = recorded(folder / "stopped")
@@ -229,8 +229,8 @@ def test_a_killed_process_ends_the_run_and_what_both_did_is_not_done_again(folde
         children = parent.children(recursive=True)  # what decodes clips too, with the same environment
         [doomed] = [child for child in parent.children() if child.environ().get("RANK") == "1"]
         doomed.kill()
-        assert launcher.wait(60) == 1
-        assert not psutil.wait_procs(children, timeout=10)[1]
+        assert launcher.wait(120) == 1
+        assert not psutil.wait_procs(children, timeout=30)[1]
     done = recorded(folder / "half")
     assert len(set(done)) == len(done) < COUNT
     notes = {"NOTES": str(folder / "calls of the second half")}

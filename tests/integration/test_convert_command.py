@@ -171,7 +171,7 @@ def test_one_that_was_stopped_leaves_no_folder_that_loads_and_the_same_command_b
     with started(folder, *command) as process:
         begun(folder, process)
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     left = [path for path in folder.iterdir() if path.name.startswith(target.name)]
     assert not target.exists()
     if number == signal.SIGINT:
@@ -179,7 +179,7 @@ def test_one_that_was_stopped_leaves_no_folder_that_loads_and_the_same_command_b
         assert "stopped; the same command begins again" in err and "Traceback" not in err
     assert not any(path.is_dir() and not missing_files(path) for path in left)
     with started(folder, *command) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, f"{target}\n"), err
     [count] = set(re.findall(r"converting transformer \((\d+)\)", err))
     assert f"converting transformer {count}/{count}, " in err

@@ -268,8 +268,8 @@ def test_a_cancelled_download_leaves_nothing_that_counts_and_the_server_works_on
     wait_for(lambda: host.bodies("/stuck.pt"))
     began = time.monotonic()
     assert request(server.url, "POST", "/predictions/cancelled/cancel")[0] == 200
-    thread.join(15)
-    assert time.monotonic() - began < 10 and not thread.is_alive()
+    thread.join(60)
+    assert time.monotonic() - began < 25 and not thread.is_alive()
     wait_until_idle(server.url)
     assert health(server.url)["status"] == "READY"
     wait_for(lambda: not left(server, cache))

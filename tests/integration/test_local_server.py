@@ -82,7 +82,7 @@ def test_an_exception_is_a_failed_prediction_and_the_server_stays_ready(url):
     status, reply = post(url, {"text": "a", "fail": True})
     assert (status, reply["status"]) == (200, "failed")
     assert "ValueError: boom" in reply["error"]
-    wait_until_idle(url, seconds=2)
+    wait_until_idle(url, seconds=10)
 
 
 def test_busy_asynchronous_poll_and_cancel(url):
@@ -170,8 +170,8 @@ def test_an_interrupt_cancels_the_prediction(url):
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         predict(url, {"text": "slow", "steps": 400}, on_logs=interrupt)
-    wait_until_idle(url, seconds=1)
-    assert time.monotonic() - began < 10, "20 seconds of work were not cut short"
+    wait_until_idle(url, seconds=10)
+    assert time.monotonic() - began < 15, "20 seconds of work were not cut short"
     assert predict(url, {"text": "after"})["status"] == "succeeded"
 
 
@@ -284,8 +284,8 @@ def test_ctrl_c_cancels_and_exits_130(serve, sample, url, tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: "progress: writing 10/400" in log)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "cancelled"
-    wait_until_idle(url, seconds=2)
+    wait_until_idle(url, seconds=10)
     assert not list(tmp_path.iterdir())

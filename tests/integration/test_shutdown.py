@@ -65,7 +65,7 @@ def test_a_stopped_server_removes_its_results_itself(tmp_path, way, busy):
         assert len(list(kept.glob(f"{PREFIX}*/*/result.txt"))) == 1
         thread = start_slowly(server.url, "last", steps=30) if busy else None
         STOPS[way](server)
-        server.process.wait(timeout=15)
+        server.process.wait(timeout=60)
         if thread:
             thread.join()
         wait_for(lambda: not list(kept.iterdir()))
@@ -169,7 +169,7 @@ def test_an_interrupt_while_the_server_stops_kills_it_and_is_raised_again(sample
     )
     *words, seconds, status, left, pid = done.stdout.split()
     assert words == ["interrupted", "after"], done.stderr
-    assert float(seconds) < 3
+    assert float(seconds) < 8
     assert (int(status), left) == (-signal.SIGKILL, "False")
     assert "did not stop in time" not in done.stderr
     assert group_members(int(pid)) == []

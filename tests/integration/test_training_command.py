@@ -165,7 +165,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_b
         begun(run, 3, process)
         os.write(master, b"\x03")
         shown = read_terminal(master)
-        out = process.communicate(timeout=30)[0]
+        out = process.communicate(timeout=120)[0]
     assert (process.returncode, out) == (130, "")
     assert re.search(r"training \[#*\.+\] \d+/45(, \d:\d\d left)?, loss 0\.\d{4}", shown)
     assert "stopping after this step" in shown

@@ -150,6 +150,6 @@ def test_a_killed_process_ends_the_run_soon(folder, environment):
         [doomed] = [child for child in children if child.environ().get("RANK") == "1"]
         doomed.kill()
         since = time.monotonic()
-        assert launcher.wait(30) == 1
-        assert time.monotonic() - since < 15
-        assert not psutil.wait_procs(children, timeout=5)[1]
+        assert launcher.wait(120) == 1
+        assert time.monotonic() - since < 60
+        assert not psutil.wait_procs(children, timeout=30)[1]

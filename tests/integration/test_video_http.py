@@ -188,8 +188,8 @@ def test_async_busy_repeated_and_cancelled_requests(server, inputs):
     assert request(server.url, "GET", "/predictions/first")[0] == 405
     assert post(server, {}, "/predictions/first/cancel", busy=True)[0] == 200
     cancelled = time.monotonic()
-    thread.join(timeout=20)
-    assert time.monotonic() - cancelled < 5
+    thread.join(timeout=60)
+    assert time.monotonic() - cancelled < 20
     assert replies[0][1]["status"] == "canceled"
     wait_until_idle(server.url)
     assert post(server, inputs)[1]["status"] == "succeeded"
@@ -286,7 +286,7 @@ def test_mixed_requests_leave_at_most_the_last_result_and_shutdown_leaves_nothin
                     server, inputs | {"num_inference_steps": 500}, f"/predictions/p{turn}"
                 )
                 post(server, {}, f"/predictions/p{turn}/cancel", busy=True)
-                thread.join(timeout=20)
+                thread.join(timeout=60)
                 wait_until_idle(server.url)
             else:
                 post(server, inputs | ({"num_frames": 10} if kind == "bad" else {}))
