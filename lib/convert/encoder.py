@@ -20,7 +20,7 @@ from lib.progress import Report
 from lib.storage.archive import Stop
 from lib.storage.disk import require_free_space
 from lib.storage.lock import lock
-from lib.weights import checkpoints
+from lib.weights import checkpoints, hub_model
 from lib.weights.cache import cache_folder
 from lib.weights.shared_components import TEXT, has_text_encoder
 
@@ -67,7 +67,7 @@ def _downloaded(repository: str, report: Report, stop: Stop) -> Path:
     with lock(final, report, stop=stop):
         if final.is_dir():  # another process was faster
             return final
-        listed = hub.snapshot(repository, REVISION).files
+        listed = hub_model.snapshot(repository, REVISION).files
         files = [file for file in listed if file.path.partition("/")[0] in TEXT]
         work = final.with_name(final.name + ".partial")
         require_free_space(work, sum(file.size or 0 for file in files if not (work / file.path).exists()))

@@ -219,6 +219,7 @@ def _fetch_range(
     def attempt() -> None:
         nonlocal before
         check_stop(stop)
+        check_stop(source.rules.stop)
         before = at
         with source.get({"Range": f"bytes={at}-{end - 1}"}) as response:
             expected = f"bytes {at}-{end - 1}/{remote.size}"

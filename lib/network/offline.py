@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub may be asked: libraries are kept from it, and users can forbid downloads."""
+"""Keep Hugging Face libraries off the network, and know whether the user forbids downloads."""
 
 import os
 import sys
@@ -7,19 +7,19 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 QUIET = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_UPDATE_CHECK")
 
 _offline_by_us = False
-"""Whether HF_HUB_OFFLINE is go_offline's, not the user's."""
+"""Whether HF_HUB_OFFLINE was set by go_offline, not by the user."""
 
 
 def forbidden() -> bool:
-    """Return whether the user forbids downloads: HF_HUB_OFFLINE, other than by go_offline."""
+    """Return whether the user set HF_HUB_OFFLINE, which forbids downloads."""
     return _is_offline() and not _offline_by_us
 
 
 def go_offline() -> None:
-    """Forbid the Hugging Face libraries the network and telemetry; before diffusers or transformers comes in.
+    """Turn off network access and telemetry of the Hugging Face libraries.
 
-    They read these variables when they are imported; huggingface_hub may be there already, through a
-    download, and is told as well. Downloads of lib/ are not theirs, and stay possible.
+    Call it before diffusers or transformers is imported: they read these variables on import. The constants
+    of huggingface_hub are changed too, as it may be loaded already. lib's own downloads stay possible.
     """
     global _offline_by_us
     _offline_by_us = _offline_by_us or not _is_offline()

@@ -27,7 +27,7 @@ from lib.progress import Report
 from lib.storage.archive import extract_tar
 from lib.storage.disk import NoSpaceError, require_free_space
 from lib.storage.lock import lock
-from lib.weights import shared_components
+from lib.weights import hub_model, shared_components
 from lib.weights.cache import RECORD, cache_folder, is_whole, lacks, model_folder
 from lib.weights.manifest import MANIFEST, Source, read_manifest
 
@@ -211,7 +211,7 @@ def _from_tar(source: Source, work: Path, report: Report) -> tuple[Path, dict]:
 
 
 def _from_hub(source: Source, work: Path, check: Check | None, report: Report) -> tuple[Path, dict]:
-    snapshot = hub.snapshot(source.repository, source.revision)
+    snapshot = hub_model.snapshot(source.repository, source.revision)
     headers = hub.headers()
     if check is not None:
         listed = {file.path: file for file in snapshot.files}

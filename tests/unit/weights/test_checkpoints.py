@@ -585,7 +585,7 @@ def test_a_repository_without_a_model_is_refused_before_anything_is_fetched(tmp_
         locate("owner/sat", cache=tmp_path / "cache", report=quiet)
     assert str(caught.value) == (
         "owner/sat on the Hub is not a model that can be loaded here: it needs model_index.json and "
-        "safetensors weights in the diffusers layout. Of a SAT checkpoint script/convert, or the predictor "
+        "safetensors weights in the diffusers layout. For a SAT checkpoint script/convert, or the predictor "
         "predict_convert, makes such a folder."
     )
     assert not any("/resolve/" in path for path, _, _ in hub.requests)
@@ -715,7 +715,7 @@ except OfflineModeIsEnabled:
 
 
 def test_importing_is_cheap():
-    code = "import sys, lib.weights; print({'torch', 'huggingface_hub', 'diffusers'} & set(sys.modules))"
+    code = "import sys, lib.weights.checkpoints; print({'torch', 'diffusers'} & set(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
