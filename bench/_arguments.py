@@ -1,10 +1,10 @@
-"""What several benchmarks ask of their command line."""
+"""Command-line arguments that several benchmarks share."""
 
 import argparse
 
 
 def at_least_one(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """Parse an integer above 0, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")

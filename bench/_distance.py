@@ -1,4 +1,4 @@
-"""How far a clip is from another: PSNR, SSIM, and a distance in the features of an embedded VAE's encoder."""
+"""Distances between two clips: PSNR, SSIM, and one in the features of an embedded VAE's encoder."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ SAME = 100.0
 
 
 def distances(frames: np.ndarray, reference: np.ndarray, vae: nn.Module) -> dict[str, float]:
-    """Of two clips, uint8 [frames, height, width, 3], for a CogVideoX VAE on the CPU."""
+    """Return all distances of two clips, uint8 [frames, height, width, 3]. The VAE is on the CPU."""
     return {
         "PSNR": psnr(frames, reference),
         "SSIM": ssim(frames, reference),
@@ -20,13 +20,13 @@ def distances(frames: np.ndarray, reference: np.ndarray, vae: nn.Module) -> dict
 
 
 def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
-    """In dB over the whole clip."""
+    """Return the PSNR over all frames, in dB."""
     error = np.mean((frames.astype(np.float64) - reference.astype(np.float64)) ** 2)
     return SAME if error == 0 else min(SAME, float(10 * np.log10(255**2 / error)))
 
 
 def ssim(frames: np.ndarray, reference: np.ndarray) -> float:
-    """Mean structural similarity of the frames' luma (Wang et al. 2004), with a square window."""
+    """Return the mean structural similarity of the frames' luma (Wang et al. 2004), with a square window."""
     first, second = (_luma(clip) for clip in (frames, reference))
 
     def mean(image: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def ssim(frames: np.ndarray, reference: np.ndarray) -> float:
 
 @torch.inference_mode()
 def perceptual(frames: np.ndarray, reference: np.ndarray, vae: nn.Module) -> float:
-    """As LPIPS (Zhang et al. 2018) without its learned weights: 0 for equal clips, at most 4.
+    """Return LPIPS (Zhang et al. 2018) without its learned weights: 0 for equal clips, at most 4.
 
     Features of every down block of the encoder, of length 1 at each position; the mean squared length of
     their differences over positions, then over blocks.
@@ -53,7 +53,7 @@ def perceptual(frames: np.ndarray, reference: np.ndarray, vae: nn.Module) -> flo
 
 
 def _luma(clip: np.ndarray) -> Tensor:
-    """[frames, 1, height, width], 0 to 255."""
+    """Return luma, [frames, 1, height, width], 0 to 255."""
     return torch.from_numpy(clip.astype(np.float64) @ np.array([0.299, 0.587, 0.114]))[:, None]
 
 

@@ -1,4 +1,4 @@
-"""What each speed level obeys, how far its clips are from the exact ones, and what it saves: one table."""
+"""The table of speed levels: how well each follows the prompt, how far it is from exact, what it saves."""
 
 import statistics
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ COLUMNS = ("computed", "all four right", "PSNR", "SSIM", "perceptual", "denoisin
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One row: a level, and the steps asked for."""
+    """A row of the table: a level, and the number of steps."""
 
     speed: Speed
     steps: int
@@ -29,7 +29,7 @@ class Variant:
 
 @dataclass(slots=True)
 class Row:
-    """What was found of a variant, clip by clip."""
+    """Results of a variant, clip by clip."""
 
     results: list[Result] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Row:
 def compare(
     generator: Generator, task: Task, variants: list[Variant], **settings: object
 ) -> dict[Variant, Row]:
-    """Make the same clips in all variants, in turn; the others are held to the first, which is exact."""
+    """Make the same clips with all variants in turn, and compare them with the first, which is exact."""
     rows = {variant: Row() for variant in variants}
     clips = [
         _timed(
@@ -61,7 +61,7 @@ def compare(
 
 
 def cells(generator: Generator, variant: Variant, row: Row) -> dict[str, str]:
-    """The row's figures by COLUMNS: means over clips, of the time the median."""
+    """Return the row's figures by COLUMNS: means over clips, and the median of the time."""
     forecast = steps_to_forecast(generator.spec, variant.speed, variant.steps)
     right = np.mean([all(result.agreement.values()) for result in row.results])
     found = {"computed": str(variant.steps - len(forecast)), "all four right": f"{100 * right:.1f}%"}
@@ -75,7 +75,7 @@ def cells(generator: Generator, variant: Variant, row: Row) -> dict[str, str]:
 
 
 def paces() -> str:
-    """How many steps every video model computes at each level, as a table."""
+    """Return a table of the steps that every video model computes at each level."""
     lines = []
     for spec in SPECS.values():
         if spec.task != "caption":
@@ -86,13 +86,13 @@ def paces() -> str:
 
 
 def markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:
-    """A table for the docs."""
+    """Return a table for the docs."""
     rows = [list(header), ["---"] * len(header), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def replace_table(path: Path, name: str, table: str) -> None:
-    """Put a table between the lines `<!-- table NAME -->` and `<!-- end -->` of a page."""
+    """Replace what stands between the lines `<!-- table NAME -->` and `<!-- end -->` of a page."""
     before, begin, rest = path.read_text().partition(f"<!-- table {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     if not end:

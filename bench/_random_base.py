@@ -69,10 +69,10 @@ SMALL = Shape(
 
 
 def write_random_base(folder: Path, shape: Shape, *, device: str) -> Path:
-    """Write the model, in bfloat16, to the new folder and return it.
+    """Write the model in bfloat16 to a new folder and return the folder.
 
-    The text encoder has the right width and next to no depth: it is gone when training begins. Tokenizer and
-    scheduler are those of tiny-i2v.
+    The text encoder has the right width and almost no depth, since it leaves memory before training starts.
+    Tokenizer and scheduler are those of tiny-i2v.
     """
     torch.manual_seed(0)
     with bfloat16(), torch.device(device):
@@ -91,7 +91,7 @@ def write_random_base(folder: Path, shape: Shape, *, device: str) -> Path:
 
 @contextlib.contextmanager
 def bfloat16() -> Iterator[None]:
-    """New parameters are made in it."""
+    """Create new parameters in bfloat16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -29,10 +29,10 @@ def write_random_model(
     layers: int | None = None,
     text_layers: int | None = None,
 ) -> Path:
-    """Write the model, in bfloat16, to the new folder and return it.
+    """Write the model in bfloat16 to a new folder and return the folder.
 
-    `changes` to its configurations, by part. Tokenizer and scheduler are the embedded model's: the seconds a
-    request takes do not depend on them.
+    `changes` override its configs, by component. Tokenizer and scheduler are the embedded model's, on which
+    the time of a request does not depend.
     """
     encoder = RELEASED_TEXT_ENCODER | changes.get("text_encoder", {})
     config = released_transformer(spec) | changes.get("transformer", {})
@@ -52,10 +52,10 @@ def write_random_model(
 
 
 def step_flops(folder: Path) -> float:
-    """Floating point operations of one step with guidance, of the folder's own clip.
+    """Return the floating point operations of one guided step for the model's default clip.
 
-    Of both branches: 24 D^2 a token and layer for the matrix products, 4 S D for the attention, and the
-    modulations' 24 D times the width of the time embedding, D being the width and S the sequence's length.
+    For both branches: 24 D^2 per token and layer for the matrix products, 4 S D for attention, and 24 D times
+    the width of the time embedding for the modulations, where D is the width and S the sequence length.
     """
     config = read_config(folder / "transformer" / "config.json")
     width = config["num_attention_heads"] * config["attention_head_dim"]

@@ -1,9 +1,9 @@
-"""Captioning: frames a second and peak memory, batch 1 against batch 8, and reading apart from the model.
+"""Captioning: frames per second and peak memory at batch 1 and 8, with reading measured separately.
 
 script/bench caption [--clips 32] [--size 640x480] [--frames 49] [--rounds 3] [--full-size]
 
-The model is COGVIDEOX_MODEL's, by default the embedded one. --full-size takes random weights of the released
-model's shape instead, for a GPU whose speed is to be known without the download.
+COGVIDEOX_MODEL chooses the model, by default the embedded one. --full-size uses random weights in the
+released model's shape instead, to measure a GPU without the download.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def render_clips(folder: Path, options: argparse.Namespace) -> None:
-    """Clips of the tiny world at the size asked for."""
+    """Render clips of the tiny world at a given size."""
     width, height = (int(side) for side in options.size.split("x"))
     rng = np.random.default_rng(0)
     for index in range(options.clips):
@@ -68,7 +68,7 @@ def render_clips(folder: Path, options: argparse.Namespace) -> None:
 
 
 def run(part: str, folder: str) -> dict:
-    """One part in a process of its own, so that its peak memory is its own."""
+    """Run one part in a process of its own, to measure its peak memory."""
     command = [
         sys.executable, "-P", "-m", "bench.caption", *sys.argv[1:], "--part", part, "--folder", folder
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def run(part: str, folder: str) -> dict:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Frames a second over all clips after one to warm up, and peak memory (a GPU's where there is one)."""
+    """Return frames per second over all clips but the first, and peak memory (of the GPU if there is one)."""
     from lib.caption.captioner import CaptionSettings, sample_clip
 
     paths = sorted(options.folder.glob("*.mp4"))
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def configured():  # type: ignore[no-untyped-def]
-    """The captioner that COGVIDEOX_MODEL names."""
+    """Load the captioner that COGVIDEOX_MODEL names."""
     from lib.predictors.caption import load_for_this_machine
     from lib.predictors.model import resolve_model
 
@@ -109,7 +109,7 @@ def configured():  # type: ignore[no-untyped-def]
 
 
 def full_size():  # type: ignore[no-untyped-def]
-    """The released shape with random weights, in bfloat16, and a tokenizer of a few words."""
+    """Build the released shape with random weights, in bfloat16, and a tokenizer of a few words."""
     import torch
 
     from lib.caption.captioner import Captioner

@@ -2,8 +2,8 @@
 
 script/bench convert [--gigabytes 6] [--dtype bfloat16] [--rounds 3] [--folder DIR]
 
-The file has fewer layers at 5B's full width and random values. Copying is read and write of the whole file in
-blocks, in the same rounds and on the same disk; both count until everything is on the disk.
+The file has 5B's full width, fewer layers and random values. Copying reads and writes the file in blocks, in
+the same rounds and on the same disk; both are timed until everything is on the disk.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def write_source(path: Path, gigabytes: float) -> int:
-    """A SAT checkpoint of 5B's width, as deep as the size asks; returns its layers."""
+    """Write a SAT checkpoint of 5B's width with enough layers for the size, and return their number."""
     import torch
 
     from lib.convert.configs import FAMILIES, transformer_config
@@ -107,7 +107,7 @@ def write_source(path: Path, gigabytes: float) -> int:
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """How long reading the file and writing it again takes, until it is on the disk."""
+    """Return the seconds to read the file and write a copy, until it is on the disk."""
     drop_cache(source)
     started = time.perf_counter()
     with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
@@ -120,9 +120,9 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert(source: Path, target: Path, dtype: str, direction: str) -> tuple[float, int]:
-    """Seconds until a conversion is on the disk, without the start of Python, and peak anonymous bytes.
+    """Return the seconds until a conversion is on the disk, without starting Python, and peak memory.
 
-    In a process of its own; the memory is the whole process's.
+    Runs in a process of its own; the memory is that of the process.
     """
     for path in [source] if source.is_file() else source.rglob("*.safetensors"):
         drop_cache(path)
@@ -142,7 +142,7 @@ def convert(source: Path, target: Path, dtype: str, direction: str) -> tuple[flo
 
 
 def anonymous_bytes(process: int) -> int:
-    """Memory of a process that is not backed by a file: RssAnon of Linux."""
+    """Return the memory of a process that no file backs: RssAnon on Linux."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -152,7 +152,7 @@ def anonymous_bytes(process: int) -> int:
 
 
 def drop_cache(path: Path) -> None:
-    """Let the next read of a file come from the disk, for the copy and the conversion alike."""
+    """Drop a file from the page cache, so that copy and conversion both read from the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,10 +1,10 @@
-"""Denoising and its neighbours by variant, in one process and in turn, beside plain diffusers.
+"""Denoising and the stages around it, by variant, compared with plain diffusers in one process.
 
     script/bench denoise [--task t2v|i2v] [--rounds 7] [--steps 50] [--json FILE]
 
-The embedded model on this machine's device. `plain` is diffusers' pipeline with nothing of the service; the
-others are the service's pipeline: at each speed, without guidance, and for a prompt that it has met before.
-Every round makes one clip of each; printed are medians over rounds, of ratios the median of the rounds' own.
+Uses the embedded model on this machine's device. `plain` is diffusers' own pipeline; the others are the
+service's: at each speed, without guidance, and for a repeated prompt. Every round makes one clip of each.
+Prints medians over rounds; a ratio is the median of the ratios of each round.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(task: str, rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
-    """Seconds of each stage, by variant and round."""
+    """Return the seconds of each stage, by variant and round."""
     spec = SPECS[f"tiny-{task}"]
     service = load_generator(ROOT / "weights" / spec.name)
     pipeline, rng = plain_pipeline(task), np.random.default_rng(0)

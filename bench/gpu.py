@@ -1,11 +1,11 @@
-"""Released shapes with random weights on this machine's GPU, beside plain diffusers on the same weights.
+"""Released shapes with random weights on this machine's GPU, compared with plain diffusers.
 
     script/bench gpu [--model cogvideox-5b ...] [--variant exact ...] [--steps 50] [--json FILE]
 
-For each model a folder of its shape is written (23 GB for 5B, in the temporary folder), and each variant
-runs in a process of its own: one request of two steps, which compiles and warms up, then one that is timed,
-from the prompt to the mp4. `plain` is diffusers as the seeds use it, everything on the GPU. Printed are
-seconds a step and a clip, peak memory, and the share of what the GPU does in bfloat16 matrix products alone.
+For each model a folder of its shape is written (23 GB for 5B, in the temporary folder), and each variant runs
+in a process of its own: one request of two steps, which compiles and warms up, then one that is timed from
+the prompt to the mp4. `plain` is a diffusers pipeline with everything on the GPU. Prints seconds per step and
+per clip, peak memory, and the share of the FLOP/s that the GPU reaches in bfloat16 matrix products alone.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def measure_model(name: str, ceiling: float, options: argparse.Namespace) -> dic
 
 
 def measure(folder: str, variant: str, steps: int) -> None:
-    """In a process of its own: one variant's figures as a line of JSON."""
+    """Print one variant's figures as a line of JSON; runs in a process of its own."""
     import torch
 
     from lib.pipelines.load import silence_libraries
@@ -126,7 +126,7 @@ def measure(folder: str, variant: str, steps: int) -> None:
 
 
 def plain_clips(folder: Path) -> Callable[[int], float]:
-    """Diffusers alone: makes a clip of so many steps and returns the seconds that denoising took."""
+    """Make a clip with diffusers alone and return the seconds of denoising."""
     import diffusers
     import torch
     from diffusers.utils import export_to_video
@@ -170,7 +170,7 @@ def plain_clips(folder: Path) -> Callable[[int], float]:
 
 
 def service_clips(folder: Path, variant: str) -> Callable[[int], float]:
-    """The same of the predictor that serves requests."""
+    """Make a clip with the predictor that serves requests and return the same."""
     from lib.generation.step_cache import SPEEDS
     from lib.models.derive import derive_spec
     from lib.predictors.start import start_video
@@ -223,7 +223,7 @@ def device_name() -> str:
 
 
 def matmul_ceiling(seconds: float = 1.0) -> float:
-    """FLOP/s of large bfloat16 matrix products on this device."""
+    """Measure the FLOP/s of large bfloat16 matrix products on this device."""
     import torch
 
     cuda = torch.cuda.is_available()

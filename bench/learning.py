@@ -1,9 +1,9 @@
-"""Whether a LoRA learns: twenty clips of something that tiny-i2v does not know, trained, judged, and shown.
+"""Whether a LoRA learns: train on twenty clips of a concept that tiny-i2v does not know, and judge it.
 
     script/bench learning [--steps 1200] [--guidance 2] [--sheet FOLDER]
 
-Prints the judge's success for the new concept on first frames and prompts that were not trained, with and
-without the LoRA, the distance from the base at five strengths, and what is left of the old concepts.
+Prints how often the judge finds the new concept, on first frames and prompts that were not trained, with and
+without the LoRA; the distance from the base at five strengths; and how well the old concepts survive.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def trained(folder: Path, steps: int) -> Path:
-    """The LoRA of a run over twenty clips."""
+    """Train on twenty clips and return the LoRA."""
     clips = concept.write_concept_clips(folder / "clips", 20)
     config = TrainingConfig(input_videos=str(clips), max_train_steps=steps, **SETTINGS)
     began = time.perf_counter()
@@ -106,7 +106,7 @@ def show(file: Path, options: argparse.Namespace) -> None:
 
 
 def contact_sheet(base: np.ndarray, learnt: np.ndarray, path: Path, *, count: int = 6) -> None:
-    """Base above LoRA for each of `count` clips, every other frame."""
+    """Draw base above LoRA for each of `count` clips, every other frame."""
     pairs = [row for index in range(count) for row in (base[index], learnt[index])]
     sheet = Image.fromarray(np.concatenate([np.concatenate(list(row[::2]), axis=1) for row in pairs]))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)

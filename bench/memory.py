@@ -1,11 +1,11 @@
-"""The memory model held against what really happens: predicted and measured peaks, stage by stage.
+"""Predicted and measured memory peaks, stage by stage.
 
     script/bench memory [--setting NAME ...] [--offload text ...] [--json FILE]
 
-Each setting is a model with random weights in a process of its own: few layers of a released checkpoint's
-width and its whole VAE, loaded and asked for a clip of one or two steps as the service does it. On a CPU the
-peak is that of the process less what was resident after imports; on a GPU it is what PyTorch's allocator had
-given out, under each plan that is asked for, for whole checkpoints and their usual clips.
+Each setting is a model with random weights in a process of its own: a few layers of a released checkpoint's
+width and its complete VAE, loaded and run for one or two steps as the service does it. On a CPU the peak is
+that of the process, minus what was resident after imports; on a GPU it is what PyTorch's allocator has given
+out, under each plan, for complete checkpoints and their default clips.
 """
 
 import argparse
@@ -38,7 +38,7 @@ COLUMNS = ("setting", "stage", "predicted", "measured", "ratio")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """A model and a request. None: as the checkpoint has it."""
+    """A model and a request. None stands for the checkpoint's own value."""
 
     model: str
     width: int
@@ -101,13 +101,13 @@ def main() -> None:
 
 
 def apart(*arguments: str) -> subprocess.CompletedProcess:
-    """This command in a process of its own, whose memory is its own too."""
+    """Run this command in a process of its own, to measure its memory."""
     command = [sys.executable, "-P", "-m", "bench.memory", *arguments]
     return subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
 
 
 def settings(offloads: list[str]) -> dict[str, Setting]:
-    """Those for this machine."""
+    """Return the settings for this machine."""
     import torch
 
     if not torch.cuda.is_available():
@@ -128,7 +128,7 @@ def print_rows(name: str, found: dict) -> None:
 
 
 def measure(setting: Setting) -> dict:
-    """Load, generate, and return [predicted, measured] bytes by stage, and those of the weights."""
+    """Load, generate, and return [predicted, measured] bytes by stage, and the bytes of the weights."""
     import torch
 
     from lib.memory.model import MemoryModel
@@ -158,7 +158,7 @@ def measure(setting: Setting) -> dict:
 
 
 def write(folder: Path, setting: Setting) -> None:
-    """The setting's model, of the request's size where positions are stored."""
+    """Write the setting's model, at the request's size where positions are stored."""
     from bench._released import write_random_model
 
     spec = SPECS[setting.model]
@@ -171,8 +171,7 @@ def write(folder: Path, setting: Setting) -> None:
 
 
 def load(folder: Path, machine: "Machine", setting: Setting, meter: "Meter") -> "DiffusionPipeline":
-    """As the service does. Weights that are mapped from their files are read once: a stage that meets them
-    for the first time is not to be charged for them."""
+    """Load as the service does, and read memory-mapped weights once, so that no stage is charged for them."""
     import accelerate  # noqa: F401, and peft: from here on memory is the model's
     import peft
 
@@ -196,7 +195,7 @@ def load(folder: Path, machine: "Machine", setting: Setting, meter: "Meter") -> 
 
 
 def load_pipeline_of_nothing() -> None:
-    """The embedded model once, for what is imported and set up on the way."""
+    """Load the embedded model once, so that imports and set-up do not count."""
     from lib.generation.generator import Generator
     from lib.pipelines.load import load_pipeline, plan_memory
     from lib.pipelines.machine import Machine
@@ -227,7 +226,7 @@ def _measured_generator() -> type:
     from lib.generation.generator import Generator
 
     class Measured(Generator):
-        """Tells a meter when stages begin and end, and decodes as it is told."""
+        """A generator that reports to a meter when stages start and end."""
 
         meter: Meter
         tiled: bool
@@ -260,7 +259,7 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         if self.device == "cpu":
             give_back()
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from here
             yield
             self.peaks[name] = status_bytes("VmHWM") - self._resident
             return
@@ -278,7 +277,7 @@ def status_bytes(name: str) -> int:
 
 
 def give_back() -> None:
-    """Free memory that the C library keeps goes back: it is no need of what comes next."""
+    """Return memory that the C library keeps to the system, so that the next stage is not charged for it."""
     import ctypes
     import gc
 

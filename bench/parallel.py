@@ -2,8 +2,8 @@
 
     script/bench parallel [--processes 1,2,4] [--steps 10] [--guidance 6] [--json PATH]
 
-On a machine with several GPUs there is a process for each; on a CPU they share its cores, so that figures
-there only show that it runs. COGVIDEOX_MODEL chooses the model (empty: the embedded one). Each number of
+On a machine with several GPUs there is a process for each; on a CPU they share its cores, so the figures
+there only show that it works. COGVIDEOX_MODEL chooses the model (empty: the embedded one). Each number of
 processes has a server of its own; the first request, which may compile, is not counted.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(count: int, *, steps: int, requests: int, guidance: float) -> dict[str, object]:
-    """The denoising of one clip by so many processes."""
+    """Measure the denoising of one clip by a number of processes."""
     inputs = {"prompt": PROMPT, "num_inference_steps": steps, "guidance_scale": guidance}
     setting = {VARIABLE: "off" if count == 1 else str(count)}
     with Server("t2v", on_log=lambda line: None, environment=setting) as server:
@@ -58,7 +58,7 @@ def measure(count: int, *, steps: int, requests: int, guidance: float) -> dict[s
 
 
 def _default() -> list[int]:
-    """1, 2, 4, ... up to the GPUs there are; 1 and 2 on a CPU."""
+    """Return 1, 2, 4, ... up to the number of GPUs; 1 and 2 on a CPU."""
     import torch
 
     most = torch.cuda.device_count() or 2

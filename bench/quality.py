@@ -1,11 +1,12 @@
-"""What the embedded models obey: 90 text-to-video prompts and 60 images, 30 and 20 of held-out combinations.
+"""How often the embedded models follow 90 text-to-video prompts and 60 images, 30 and 20 of them held out.
 
-And what tiny-caption sees: 200 rendered clips, and 90 of tiny-t2v's beside what the judge sees in them.
+And what tiny-caption sees in 200 rendered clips, and in 90 of tiny-t2v's compared with the judge.
 
 script/bench quality [--task t2v|i2v|caption] [--sheet FOLDER]
 
-With --speed, the levels side by side on the same clips: what each obeys, its distance to the exact clips, and
-its time; --fewer adds what exact makes of as many steps. These are the tables of docs/speed.md:
+With --speed, the levels side by side on the same clips: how often each follows the prompt, its distance from
+the exact clips, and its time; --fewer adds exact clips with that many steps. These are the tables of
+docs/speed.md:
 
 script/bench quality --speed balanced --speed fast --fewer 26 --fewer 12 --docs docs/speed.md
 script/bench quality --speed balanced --speed fast --fewer 12 --task t2v --scheduler dpm --docs docs/speed.md
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 def levels(task: str, options: argparse.Namespace) -> None:
-    """The same clips at every speed asked for, as a table, printed and put into the docs."""
+    """Make the same clips at every speed, print the table and put it into the docs."""
     variants = [_levels.Variant(speed="exact", steps=options.steps)]
     variants += [_levels.Variant(speed=s, steps=options.steps) for s in options.speed if s != "exact"]
     variants += [_levels.Variant(speed="exact", steps=steps) for steps in options.fewer]
@@ -107,7 +108,7 @@ def levels(task: str, options: argparse.Namespace) -> None:
 
 
 def captions(weights: Path) -> None:
-    """Rendered clips in files, by sampling; then clips of tiny-t2v, captioned and judged."""
+    """Caption rendered clips by each sampling, then caption and judge clips of tiny-t2v."""
     import torch
 
     from lib.caption.captioner import load_captioner

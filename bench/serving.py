@@ -1,12 +1,12 @@
-"""Cold start and warm requests of the service beside a plain diffusers script, in one run.
+"""Cold start and warm requests of the service, compared with a plain diffusers script in one run.
 
     script/bench serving [--pairs 7] [--steps 50] [--speed exact,balanced,fast] [--json FILE]
 
-Each pair starts both (in turn, the order alternating), times from the start of the process to the first
-finished video, then one request for each speed, every one with a new prompt and seed. The service is timed as
-its users meet it: server start, schema, HTTP, mp4 in the reply; its first video is an exact one. The
-comparison is bench/seed_style.py, which knows no speed, with the same requests on the same weights with the
-same threads, dtype, size and steps. Printed are medians over the pairs; of ratios, of the pairs' own.
+Each pair starts both in turn, in alternating order, and times from the start of the process to the first
+finished video, then one request for each speed, each with a new prompt and seed. The service is timed as
+users see it: server start, schema, HTTP, mp4 in the reply; its first video is an exact one. The comparison is
+bench/seed_style.py, which has no speed levels, with the same requests, weights, threads, dtype, size and
+steps. Prints medians over the pairs; a ratio is the median of the ratios of each pair.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def summary(labels: list[str], rows: dict[str, list[list[float]]]) -> list[list[str]]:
-    """A line of the table for each label; `rows` are seconds by name, pair and label."""
+    """Return a line of the table for each label; `rows` are seconds by name, pair and label."""
     lines = []
     for index, label in enumerate(labels):
         service, seed = ([row[index] for row in rows[name]] for name in ("service", "seed style"))
@@ -74,7 +74,7 @@ def summary(labels: list[str], rows: dict[str, list[list[float]]]) -> list[list[
 
 
 def time_service(requests: list[dict]) -> list[float]:
-    """Seconds from nothing to the first video, and of each further request."""
+    """Return the seconds from start to the first video, and of each further request."""
     started = time.perf_counter()
     with Server("t2v", on_log=lambda line: None, environment=SAME_FOR_BOTH) as server:
         seconds = []
@@ -86,7 +86,7 @@ def time_service(requests: list[dict]) -> list[float]:
 
 
 def time_seed_style(requests: list[dict]) -> list[float]:
-    """The same figures of the plain script."""
+    """Return the same figures for the plain script."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "bench" / "seed_style.py"), str(FOLDER), f"{folder}/video.mp4"]
         started = time.perf_counter()
@@ -113,7 +113,7 @@ def time_seed_style(requests: list[dict]) -> list[float]:
 
 
 def _requests(pair: int, steps: int, speeds: list[str]) -> list[dict]:
-    """One for each speed; no prompt and seed twice in all pairs."""
+    """Return a request for each speed, with a prompt and seed that no other pair has."""
     numbers = [len(speeds) * pair + turn for turn in range(len(speeds))]
     return [
         {

@@ -1,13 +1,13 @@
-"""Training steps a second and peak memory, beside a plain loop in the manner of CogVideo's own trainer.
+"""Training steps per second and peak memory, compared with a plain loop like CogVideo's own trainer.
 
     script/bench training [--pairs 3] [--steps 60] [--batch 1] [--clips 200] [--frames 49]
     script/bench training --gpu [--base-precision fp8] [--steps 10] [--layers 42]
 
-The first form trains tiny-i2v on rendered clips, the two in turn in processes of their own, with the same
-base, clips, batch, rank and threads. The plain loop (bench/seed_style_training.py) runs as CogVideo's launch
-scripts run theirs, with gradient checkpointing, and once more without. The second form writes a model of the
-shape of CogVideoX-5B-I2V with random weights (12 GB in the temporary folder) and trains it as a person would,
-49 frames of 720x480, rank 128, on this machine's GPU. With --try-out it does so with a small model on a CPU.
+The first form trains tiny-i2v on rendered clips, with both trainers in turn, each in a process of its own, on
+the same base, clips, batch, rank and threads. The plain loop (bench/seed_style_training.py) runs as in
+CogVideo's launch scripts, with gradient checkpointing, and once more without. The second form writes a model
+of the shape of CogVideoX-5B-I2V with random weights (12 GB in the temporary folder) and trains it on 49
+frames of 720x480 with rank 128 on this machine's GPU. With --try-out it does so with a small model on a CPU.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Both trainers in turn, and the ratios."""
+    """Run both trainers in turn and print the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips"
         render_clips(clips, options.clips, options.frames)
@@ -78,7 +78,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def run(name: str, options: argparse.Namespace, folder: Path, clips: Path) -> dict:
-    """One training in a process of its own; what it printed."""
+    """Run one training in a process of its own and return what it printed."""
     sizes = [str(options.steps), str(options.batch)]
     if name == "service":
         command = [sys.executable, "-P", "-m", "bench.training", "--measure", str(clips)]
@@ -96,7 +96,7 @@ def run(name: str, options: argparse.Namespace, folder: Path, clips: Path) -> di
 
 
 def measure_service(options: argparse.Namespace, clips: Path) -> None:
-    """The service's trainer in this process: from decoding to the last step."""
+    """Run the service's trainer in this process, from decoding to the last step."""
     seconds = seconds_per_step(clips, options, max_num_frames=options.frames)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"steps_per_second": 1 / seconds, "peak_bytes": peak}))
@@ -105,7 +105,7 @@ def measure_service(options: argparse.Namespace, clips: Path) -> None:
 def seconds_per_step(
     clips: Path, options: argparse.Namespace, *, at_first_step: Callable[[], None] = lambda: None, **settings
 ) -> float:
-    """Of the service's trainer on the base that COGVIDEOX_MODEL names; measured after the first steps."""
+    """Measure the service's trainer on the base that COGVIDEOX_MODEL names, after the first steps."""
     from training.config import TrainingConfig
     from training.trainer import train
 
@@ -135,7 +135,7 @@ def seconds_per_step(
 
 
 def measure_shape(options: argparse.Namespace) -> None:
-    """Seconds a step and peak memory of the service's trainer on random weights of the released shape."""
+    """Measure seconds per step and peak memory of the trainer on random weights of the released shape."""
     import torch
 
     from bench._random_base import FIVE_B, SMALL, write_random_base
@@ -175,7 +175,7 @@ def measure_shape(options: argparse.Namespace) -> None:
 
 
 def matmul_ceiling(device: str, dtype: object) -> float:
-    """FLOP/s of large matrix products on this device."""
+    """Measure the FLOP/s of large matrix products on this device."""
     import torch
 
     size = 8192
@@ -191,7 +191,7 @@ def matmul_ceiling(device: str, dtype: object) -> float:
 
 
 def render_clips(folder: Path, count: int, frames: int) -> None:
-    """Clips of the synthetic world with captions."""
+    """Render clips of the synthetic world with captions."""
     from lib.video.reader import write_video
     from tiny import world
     from tiny.captions import canonical_caption

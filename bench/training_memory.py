@@ -1,4 +1,4 @@
-"""Peak memory of the trainer for few and for many clips: it must not depend on their number.
+"""Peak memory of the trainer for few and for many clips, which must not depend on their number.
 
 script/bench training-memory [--clips 20 200] [--frames 49] [--steps 20]
 """
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def render_clips(folder: Path, count: int, frames: int) -> None:
-    """Clips of the tiny world with their captions."""
+    """Render clips of the tiny world with captions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for index in range(count):
@@ -50,7 +50,7 @@ def render_clips(folder: Path, count: int, frames: int) -> None:
 
 
 def peak_bytes(folder: Path, run: str, steps: int) -> int:
-    """Of a whole run of the trainer in a process of its own, and of the processes that it started."""
+    """Return the peak memory of a complete training in a process of its own, with the processes it starts."""
     command = [
         sys.executable, "-P", "-m", "training", f"input_videos={folder}/clips", f"output_dir={folder}/{run}",
         f"max_train_steps={steps}", "rank=16", "seed=1",
