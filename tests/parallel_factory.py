@@ -16,7 +16,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from tiny.networks import SCHEDULER, build_text_encoder, build_vae
 from tiny.tokenizer import build_tokenizer
 

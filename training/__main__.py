@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from lib.cancellation import Stopped
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, begin, help_status
+from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
 from lib.errors import UserError
 from lib.progress import LogView
-from lib.serving.configs import PROJECT
 from lib.serving.inputs import parse_inputs
+from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
 from training.config import SECRETS
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record it
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
-    stop = begin("stopping after this step; once more: without a checkpoint" if first else "")
+    stop = stop_on_signals("stopping after this step; once more: without a checkpoint" if first else "")
     view = LogView()
     try:
         pairs, run = _split(arguments)

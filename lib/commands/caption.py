@@ -15,12 +15,12 @@ from typing import Any
 
 from lib.cancellation import Stopped
 from lib.caption.place import Place, settled_place
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, begin, help_status
+from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
 from lib.distributed.launched import FirstFailedError, Processes
 from lib.errors import UserError
 from lib.progress import LogView, Report
-from lib.serving.configs import PROJECT
 from lib.serving.inputs import parse_inputs
+from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
 
 USAGE = "script/caption FOLDER_OR_ARCHIVE [output_dir=PATH] [setting=value ...]"
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         return status
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
-    stop = begin("stopping" if first else "")
+    stop = stop_on_signals("stopping" if first else "")
     view = LogView()
     status = MISUSED
     try:

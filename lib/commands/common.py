@@ -1,35 +1,73 @@
-"""What the commands that work on this machine have in common: their help, how they begin and are stopped."""
+"""What the commands share: exit statuses, help, and how Ctrl-C stops them."""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+from lib.errors import UserError
+from lib.serving.client import Canceled, PredictionError
 from lib.serving.inputs import describe_inputs
+from lib.serving.server import ServerError
+from lib.serving.signature import SignatureError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-"""Exit statuses beside 0: an error, a wrong command line, Ctrl-C as shells report it."""
+"""Exit statuses other than 0: an error, a wrong command line, Ctrl-C as shells report it."""
+READER_GONE, TERMINATED = 141, 143
+"""As shells report SIGPIPE and SIGTERM."""
+EXAMPLE_PROMPT = "a red circle moves right on a black background"
+
+
+class MisusedError(UserError):
+    """A wrong command line."""
+
+
+def run_command(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command and return its exit status. Errors that the caller can fix are one line, no traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return command(arguments)
+    except (UserError, PredictionError, ServerError, SignatureError) as error:
+        print(error, file=sys.stderr)
+        return MISUSED if isinstance(error, MisusedError) else FAILED
+    except (KeyboardInterrupt, Canceled):
+        print("cancelled", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+
+
+@contextlib.contextmanager
+def checking_arguments() -> Iterator[None]:
+    """Raise MisusedError for a UserError inside the block: it is about the arguments alone."""
+    try:
+        yield
+    except UserError as error:
+        raise MisusedError(str(error)) from error
 
 
 def help_status(arguments: list[str], *, usage: str, about: str, document: dict[str, Any]) -> int | None:
-    """Print the help where it is asked for or nothing is given, and return the exit status; None otherwise.
+    """Print the help where it is asked for or no arguments are given, and return the exit status, else None.
 
     `about` is the command's docstring, `document` the OpenAPI document of its settings.
     """
     if arguments and arguments[0] not in ("-h", "--help", "help"):
         return None
-    with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has seen enough
+    with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has exited
         print(f"usage: {usage}\n\n{about.strip()}\n\nsettings:\n{describe_inputs(document)}", flush=True)
     return 0 if arguments else MISUSED
 
 
-def begin(stopping: str) -> threading.Event:
-    """Make the process ready for work on files of this machine; before torch is imported, in the main thread.
+def stop_on_signals(message: str) -> threading.Event:
+    """Return an event that the first Ctrl-C or SIGTERM sets; the second raises KeyboardInterrupt.
 
-    Returns the event that the first Ctrl-C or SIGTERM sets, which is answered with `stopping` (empty: by
-    nothing); the second raises KeyboardInterrupt.
+    `message` is printed at the first, unless it is empty. Local files are allowed as inputs from now on.
+    Must be called in the main thread.
     """
     os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
     stop = threading.Event()
@@ -38,9 +76,13 @@ def begin(stopping: str) -> threading.Event:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        if stopping:  # past sys.stderr, in the middle of whose print() this may come
-            os.write(2, f"\n{stopping}\n".encode())
+        if message:  # not through sys.stderr, which the signal may have interrupted
+            os.write(2, f"\n{message}\n".encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     return stop
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(TERMINATED)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.cancellation import Stopped
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, begin, help_status
+from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
 from lib.errors import UserError
 from lib.progress import LogView
-from lib.serving.configs import PROJECT
 from lib.serving.inputs import parse_inputs
+from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     status = help_status(arguments, usage=command.usage, about=__doc__, document=document)
     if status is not None:
         return status
-    stop, view = begin("stopping"), LogView()
+    stop, view = stop_on_signals("stopping"), LogView()
     try:
         pairs, output = _split(arguments, command)
         values = _defaults(document) | parse_inputs(pairs, document, send_files=False)

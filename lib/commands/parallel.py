@@ -18,10 +18,10 @@ from typing import Any
 
 from lib.batch.rows import Row, read_rows, settled_row
 from lib.cancellation import Stopped
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, begin, help_status
+from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
 from lib.errors import UserError
-from lib.serving.configs import find_predictor, local_environment
 from lib.serving.inputs import input_properties
+from lib.serving.registry import find_predictor, local_environment
 from lib.serving.schema import training_inputs
 
 USAGE = "script/parallel t2v|i2v [--processes N] [prompts=LIST] [input=value ...] OUTPUT"
@@ -70,7 +70,7 @@ def _run(asked: Asked, arguments: list[str]) -> int:
         from lib.distributed.clip import take_rank
 
         return take_rank(asked.task, asked.rows[0].inputs, asked.output)
-    stop = begin("stopping" if asked.is_list else "")
+    stop = stop_on_signals("stopping" if asked.is_list else "")
     gpus = _gpus()
     processes = asked.processes or gpus or 1
     if gpus and processes > gpus:

@@ -1,1 +1,1 @@
-"""Everything that touches Cog: input schema, a local server, and the client that script/ calls."""
+"""Cog from outside: the input schema, a local server, and the client that script/ uses."""

@@ -1,8 +1,8 @@
-"""The process that a local server is: coglet, ending when the process that started it ends.
+"""The process of a local server: coglet, which ends when the process that started it ends.
 
-server.py starts it as `python -P -m lib.serving.host SCRATCH HOST MODE` with a pipe as standard input.
-The pipe closes when the parent closes it or dies, however it dies: then coglet is told to stop, what does
-not stop in time is killed, and the scratch directory goes.
+server.py starts it as `python -P -m lib.serving.host SCRATCH HOST MODE` with a pipe as standard input. The
+pipe closes when the parent closes it or dies in any way. Then coglet is asked to stop, what does not stop in
+time is killed, and the scratch directory is removed.
 """
 
 import os
@@ -13,12 +13,12 @@ import threading
 import time
 from pathlib import Path
 
-# coglet lets a running prediction finish; longer than this nobody waits for its result any more.
+# coglet lets a running prediction finish; after this time its result is not waited for.
 GRACE_SECONDS = 10.0
 
 
 def main(scratch: Path, host: str, mode: str) -> None:
-    """Serves until told to stop. Being the leader of a process group of its own is the caller's part."""
+    """Serve until asked to stop. The caller must have made this process the leader of a process group."""
     threading.Thread(target=_stop_with_parent, args=(scratch,), daemon=True).start()
     import coglet
 

@@ -1,4 +1,4 @@
-"""Command-line inputs: `key=value` into what the schema asks for, and the help text made from it."""
+"""Command-line inputs: `name=value` converted to the types of the schema, and the help made from it."""
 
 import base64
 import difflib
@@ -24,10 +24,10 @@ BOOLEANS = {
 def parse_inputs(pairs: list[str], document: dict[str, Any], *, send_files: bool = True) -> dict[str, Any]:
     """`["seed=7", "image=@photo.jpg"]` -> `{"seed": 7, "image": "data:image/jpeg;base64,..."}`.
 
-    Types follow the schema, text is kept as it is, an empty value of any other type leaves the input out,
-    and an input that takes a list may be repeated. Without `send_files` a file stays a path, for code that
-    runs in this process. Raises UserError for what the server would refuse or, worse, ignore: unknown names,
-    wrong types, values out of bounds, missing inputs, unreadable files.
+    Types follow the schema. Text is kept as it is; an empty value of any other type leaves the input out. An
+    input that takes a list may be repeated. Without `send_files` a file stays a path, for code that runs in
+    this process. Raises UserError for what the server would refuse or ignore: unknown names, wrong types,
+    values out of bounds, missing inputs, unreadable files.
     """
     properties = input_properties(document)
     values: dict[str, Any] = {}
@@ -50,11 +50,11 @@ def parse_inputs(pairs: list[str], document: dict[str, Any], *, send_files: bool
     return values
 
 
-def input_properties(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Input name -> its property with references resolved, in the order of the form."""
+def input_properties(document: dict[str, Any], component: str = "Input") -> dict[str, dict[str, Any]]:
+    """Return each input's property with references resolved, in the order of the form."""
     schemas = document["components"]["schemas"]
     resolved = {}
-    for name, shape in schemas["Input"].get("properties", {}).items():
+    for name, shape in schemas[component].get("properties", {}).items():
         merged = {key: value for key, value in shape.items() if key != "allOf"}
         for part in shape.get("allOf", []):
             target = schemas[part["$ref"].rpartition("/")[2]]
@@ -64,7 +64,7 @@ def input_properties(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def describe_inputs(document: dict[str, Any]) -> str:
-    """All inputs with type, bounds, default and description, for --help."""
+    """Return all inputs with type, bounds, default and description, for --help."""
     required = document["components"]["schemas"]["Input"].get("required", [])
     blocks = []
     for name, shape in input_properties(document).items():
@@ -82,7 +82,7 @@ def describe_inputs(document: dict[str, Any]) -> str:
 
 
 def data_uri(path: Path) -> str:
-    """The file as a data URI, typed by its name. Raises UserError when it cannot be read."""
+    """Return the file as a data URI, typed by its name. Raises UserError when it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -124,7 +124,7 @@ def _file(name: str, text: str) -> str:
 
 
 def _check(name: str, value: Any, shape: dict[str, Any]) -> None:
-    """The server's own checks, in its words, before anything is started."""
+    """Raise UserError where the server would refuse the value, in its words."""
     if "enum" in shape and value not in shape["enum"]:
         raise UserError(f"{name}: {value!r} is not one of {', '.join(map(str, shape['enum']))}")
     if "minimum" in shape and not value >= shape["minimum"]:
@@ -143,7 +143,9 @@ def _type_name(shape: dict[str, Any]) -> str:
     if shape["type"] == "array":
         return f"list of {_type_name(shape['items'])}"
     names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
-    return "@file or URL" if shape.get("format") == "uri" else names.get(shape["type"], shape["type"])
+    if shape.get("format") == "uri":
+        return "@file or URL"
+    return names.get(shape["type"], str(shape["type"]))
 
 
 def _default_text(shape: dict[str, Any], required: bool) -> str:

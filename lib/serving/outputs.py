@@ -1,4 +1,4 @@
-"""A prediction's output onto disk or the terminal."""
+"""Write a prediction's output to disk or to the terminal."""
 
 import base64
 import binascii
@@ -6,25 +6,28 @@ import json
 import mimetypes
 import os
 import secrets
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from lib.errors import UserError
 
-# mimetypes knows these by other or no endings on some systems.
+DOWNLOAD_SECONDS = 60.0
+"""The longest silence."""
+# mimetypes has other or no endings for these on some systems.
 ENDINGS = {"application/x-tar": ".tar", "image/jpeg": ".jpg", "video/webm": ".webm", "text/plain": ".txt"}
 
 
 def save_output(output: Any, *, target: Path | None = None, folder: Path | None = None) -> list[Path]:
-    """Writes every file in `output` (data URIs and URLs) and returns where; other values print as text.
+    """Write every file in `output` (data URIs and URLs) and return the paths; print other values as text.
 
     A single file goes to `target` if given. Otherwise names are `output.mp4`, `output.1.mp4`, ... in
-    `folder` (the working directory by default), and nothing is overwritten. A file has its name only when
-    it is whole. What goes to a pipe or device, such as /dev/stdout, is not in what is returned. Raises
-    UserError when it cannot be written.
+    `folder` (the working directory by default), and nothing is overwritten. A file appears under its name
+    when it is complete. Pipes and devices, such as /dev/stdout, are not among the returned paths. Raises
+    UserError when a file cannot be downloaded or written.
     """
     if isinstance(output, list):
         return [
@@ -52,10 +55,13 @@ def _is_file(value: Any) -> bool:
 
 
 def _read(source: str) -> tuple[bytes, str]:
-    """`(content, file ending)` of a data URI or a URL."""
+    """Return the content and the file ending of a data URI or a URL."""
     if not source.startswith("data:"):
-        with urllib.request.urlopen(source) as reply:
-            return reply.read(), Path(source.partition("?")[0]).suffix
+        try:
+            reply = httpx2.get(source, follow_redirects=True, timeout=DOWNLOAD_SECONDS).raise_for_status()
+        except httpx2.HTTPError as error:
+            raise UserError(f"cannot download the output: {error}") from error
+        return reply.content, Path(source.partition("?")[0]).suffix
     header, _, payload = source.partition(",")
     kind = header.removeprefix("data:").partition(";")[0]
     try:
@@ -66,13 +72,13 @@ def _read(source: str) -> tuple[bytes, str]:
 
 
 def _create(folder: Path, ending: str, content: bytes) -> Path:
-    """A new file; the first free name, even when several of us look for one at once."""
+    """Write a new file under the first free name, even when several processes look for one at once."""
     with _written(folder / f"output{ending}", content) as partial:
         number = 0
         while True:
             path = folder / (f"output{ending}" if number == 0 else f"output.{number}{ending}")
             try:
-                path.touch(exist_ok=False)  # the name is ours now; a hard link is not possible everywhere
+                path.touch(exist_ok=False)  # reserves the name; not every file system has hard links
             except FileExistsError:
                 number += 1
                 continue
@@ -85,13 +91,13 @@ def _create(folder: Path, ending: str, content: bytes) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> list[Path]:
-    if path.exists() and not path.is_file():  # a file must not take the place of a device
+    if path.exists() and not path.is_file():  # do not replace a device with a file
         try:
             path.write_bytes(content)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         return []
-    place = path.resolve()  # nor that of a link, such as /dev/stdout when it leads to a file
+    place = path.resolve()  # nor a link, such as /dev/stdout when it leads to a file
     with _written(place, content) as partial:
         os.replace(partial, place)
     return [path]
@@ -99,7 +105,7 @@ def _replace(path: Path, content: bytes) -> list[Path]:
 
 @contextmanager
 def _written(path: Path, content: bytes) -> Iterator[Path]:
-    """`content` in a file beside `path` under a name of its own, gone after the block."""
+    """Yield a file with `content` next to `path` under a temporary name, removed after the block."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.write_bytes(content)

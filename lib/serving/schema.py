@@ -1,4 +1,4 @@
-"""The OpenAPI document of a predictor, in the shapes that Cog's own generator writes.
+"""The OpenAPI document of a predictor, as Cog's own generator writes it.
 
 coglet validates requests against `components.schemas.Input` (and `TrainingInput`) of this document and
 serves it as /openapi.json; `cog build --openapi-schema FILE` accepts it.
@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lib.serving.signature import FROM_COG, MISSING, SCALARS, InputField, Output, read_signature
+from lib.serving.signature import FROM_COG, MISSING, SCALARS, InputField, Output, Signature, read_signature
 
 STATUSES = ["starting", "processing", "succeeded", "canceled", "failed"]
 WEBHOOK_EVENTS = ["start", "output", "logs", "completed"]
@@ -28,7 +28,7 @@ KEYWORDS = {
 def openapi_schema(
     predictor: Path, *, name: str = "Runner", train: Path | None = None, train_name: str = "train"
 ) -> dict[str, Any]:
-    """The document for class `name` in the file `predictor`, and for `train_name` in the file `train`.
+    """Return the document for class `name` in the file `predictor`, and for `train_name` in the file `train`.
 
     Raises SignatureError where Cog's static reader would lose something.
     """
@@ -47,22 +47,22 @@ def openapi_schema(
 
 
 def training_inputs(train: Path, *, name: str = "train") -> dict[str, Any]:
-    """A document whose Input is that of the training function `name`, for the command line."""
+    """Return a document whose Input is that of the function `name`, for the command line."""
     schemas: dict[str, Any] = {}
     _add_endpoint(schemas, {}, "prediction", read_signature(train, name))
     return {"components": {"schemas": schemas}}
 
 
 def write_schema(path: Path, document: dict[str, Any]) -> None:
-    """Writes `document` to `path` in one step, making its folder."""
+    """Write `document` to `path` in one step, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
-def _add_endpoint(schemas: dict[str, Any], paths: dict[str, Any], kind: str, signature: Any) -> None:
-    """Adds the four components and the paths of predictions or trainings."""
+def _add_endpoint(schemas: dict[str, Any], paths: dict[str, Any], kind: str, signature: Signature) -> None:
+    """Add the four components and the paths of predictions or trainings."""
     noun = kind.capitalize()
     prefix = "" if kind == "prediction" else "Training"
     schemas[f"{prefix}Input"] = _input_schema(schemas, prefix, signature.inputs)
@@ -87,7 +87,7 @@ def _input_schema(schemas: dict[str, Any], prefix: str, inputs: list[InputField]
         }
         component = item.name
         if schemas.get(component, enumeration) != enumeration:
-            # A training input of the same name with other choices than the prediction's.
+            # A training input with the name but not the choices of a prediction's.
             component = f"{prefix}{_title(item.name).replace(' ', '')}"
         schemas[component] = enumeration
         properties[item.name] = {"allOf": [_ref(component)]} | _property(item)
@@ -97,7 +97,7 @@ def _input_schema(schemas: dict[str, Any], prefix: str, inputs: list[InputField]
 
 
 def _property(item: InputField) -> dict[str, Any]:
-    """What a property says besides its type."""
+    """Return a property without its type."""
     shape: dict[str, Any] = {} if item.default is MISSING else {"default": item.default}
     shape |= {KEYWORDS[option]: value for option, value in item.options.items() if option in KEYWORDS}
     if item.optional:
@@ -220,7 +220,7 @@ def _endpoint_paths(kind: str, noun: str) -> dict[str, Any]:
 
 
 def _operation(summary: str, operation_id: str, reply: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One operation; those with a request (`reply` is not None) may answer 422."""
+    """Return one operation; those with a request (`reply` is not None) may answer 422."""
     responses = {"200": {"description": "Successful Response"} | _json(reply or {})}
     if reply is not None:
         responses["422"] = {"description": "Validation Error"} | _json(_ref("HTTPValidationError"))

@@ -1,7 +1,7 @@
-"""Starts and stops a local coglet server: the HTTP server that Replicate runs, without Docker.
+"""Start and stop a local coglet server: the HTTP server that Replicate runs, without Docker.
 
-Each server has a scratch directory of its own as working directory, because coglet reads the input schema
-from `.cog/openapi_schema.json` there; the project is on PYTHONPATH, so several servers run side by side.
+Each server has its own scratch directory as working directory, because coglet reads the input schema from
+`.cog/openapi_schema.json` there. The project is on PYTHONPATH, so several servers can run at once.
 """
 
 import json
@@ -17,21 +17,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from lib.errors import UserError
 from lib.serving.client import health
-from lib.serving.configs import (
+from lib.serving.host import GRACE_SECONDS
+from lib.serving.registry import (
     PROJECT,
     PredictorConfig,
     absolute_folders,
     find_predictor,
     local_environment,
 )
-from lib.serving.host import GRACE_SECONDS
-from lib.serving.schema import openapi_schema, write_schema
+from lib.serving.schema import write_schema
 
 HEALTH_POLL_SECONDS = 0.05
-COGLETS_OWN = b'"target":"coglet"'
+COGLET_TARGET = b'"target":"coglet"'
 # What coglet puts before the reason when setup() fails.
 SETUP_FAILED = "Setup failed: "
 
@@ -41,7 +42,7 @@ class ServerError(RuntimeError):
 
 
 def print_log(line: str) -> None:
-    """The default place for a server's log: standard error."""
+    """Print a line to standard error: the default for a server's log."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -79,7 +80,7 @@ class Server:
         self.log: deque[str] = deque(maxlen=1000)
         self.scratch: Path | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        self._news = threading.Event()
+        self._logged = threading.Event()
         """Set when coglet has logged something, such as that it accepts requests."""
 
     @property
@@ -98,38 +99,35 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Starts the process and waits until it is ready. Raises ServerError."""
-        config = self.config
-        document = openapi_schema(
-            config.predictor, name=config.class_name, train=config.train, train_name=config.train_name
-        )
+        """Start the process and wait until it is ready. Raises ServerError."""
+        document = self.config.openapi()
         check_port(self.host, self.port)
-        self.scratch = Path(tempfile.mkdtemp(prefix="cogvideox-server-"))
-        write_schema(self.scratch / ".cog" / "openapi_schema.json", document)
-        (self.scratch / "tmp").mkdir()
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lib.serving.host", str(self.scratch), self.host, self.mode],
-            cwd=self.scratch,
-            env=self._variables(),
+        self.scratch = scratch = Path(tempfile.mkdtemp(prefix="cogvideox-server-"))
+        write_schema(scratch / ".cog" / "openapi_schema.json", document)
+        (scratch / "tmp").mkdir()
+        self.process = process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "lib.serving.host", str(scratch), self.host, self.mode],
+            cwd=scratch,
+            env=self._variables(scratch),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # Its own group: Ctrl-C in the terminal reaches only the client, which then cancels and stops.
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._relay_log, daemon=True)
+        self._reader = threading.Thread(target=self._relay_log, args=(process,), daemon=True)
         self._reader.start()
-        self._wait_until_ready()
+        self._wait_until_ready(process)
 
     def stop(self) -> None:
-        """Ends the process and all its children, and removes the scratch directory. Safe to repeat.
+        """End the process and all its children, and remove the scratch directory. Safe to repeat.
 
-        An interrupt while the server ends in its own time kills it, and is raised again.
+        An interrupt while this waits for the server kills it, and is raised again.
         """
         process, self.process = self.process, None
         try:
             if process is not None:
-                process.stdin.close()  # the signal to end, see host.py
+                _pipe(process.stdin).close()  # the signal to end, see host.py
                 process.wait(timeout=GRACE_SECONDS + 2)
         except subprocess.TimeoutExpired:
             print_log("the server did not stop in time and is killed")
@@ -138,16 +136,18 @@ class Server:
                 _kill_group(process)
                 process.wait()
                 self._reader.join(timeout=2)
-                process.stdout.close()
+                _pipe(process.stdout).close()
             if self.scratch is not None:
                 shutil.rmtree(self.scratch, ignore_errors=True)
 
     def wait(self) -> int:
-        """Blocks until the process ends by itself; its exit status."""
+        """Block until the process ends by itself, and return its exit status."""
+        if self.process is None:
+            raise RuntimeError("the server is not running")
         return self.process.wait()
 
-    def _variables(self) -> dict[str, str]:
-        """The server's environment: this process's, the configuration's, and what coglet needs."""
+    def _variables(self, scratch: Path) -> dict[str, str]:
+        """Return the server's environment: this process's, the configuration's, and what coglet needs."""
         variables = dict(os.environ) | local_environment(self.config)
         variables |= absolute_folders(variables)
         # coglet starts its worker as plain `python`: it must be this one.
@@ -157,7 +157,7 @@ class Server:
         paths = [str(self.config.file.parent), str(PROJECT), os.environ.get("PYTHONPATH", "")]
         variables["PYTHONPATH"] = os.pathsep.join(path for path in dict.fromkeys(paths) if path)
         variables["PYTHONUNBUFFERED"] = "1"
-        variables["TMPDIR"] = str(self.scratch / "tmp")
+        variables["TMPDIR"] = str(scratch / "tmp")
         variables["PORT"] = str(self.port)
         variables["COG_PREDICT_TYPE_STUB"] = f"{self.config.predictor}:{self.config.class_name}"
         if self.config.train is not None:
@@ -166,12 +166,12 @@ class Server:
             variables["COGVIDEOX_LOCAL_SOURCES"] = "1"
         return variables | self.environment
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         while True:
-            if self.process.poll() is not None:
+            if process.poll() is not None:
                 self._reader.join(timeout=2)
-                raise ServerError(self._failure(f"the server ended with status {self.process.returncode}"))
+                raise ServerError(self._failure(f"the server ended with status {process.returncode}"))
             state = health(self.url)
             status = state.get("status")
             if status in ("READY", "BUSY"):
@@ -180,36 +180,32 @@ class Server:
                 raise ServerError(self._failure(_setup_reason(state)))
             if deadline is not None and time.monotonic() > deadline:
                 raise ServerError(self._failure(f"the server was not ready after {self.timeout:g} s"))
-            self._news.wait(HEALTH_POLL_SECONDS)
-            self._news.clear()
+            self._logged.wait(HEALTH_POLL_SECONDS)
+            self._logged.clear()
 
     def _failure(self, reason: str) -> str:
         return "\n".join([f"{self.config.name} did not start: {reason}", *list(self.log)[-20:]])
 
-    def _relay_log(self) -> None:
-        """Keeps what the predictor prints, and passes it on; must run for as long as the server does."""
-        for raw in self.process_output():
-            if COGLETS_OWN in raw:
-                self._news.set()
+    def _relay_log(self, process: subprocess.Popen[bytes]) -> None:
+        """Keep what the predictor prints and pass it on, for as long as the server runs."""
+        for raw in iter(_pipe(process.stdout).readline, b""):
+            if COGLET_TARGET in raw:
+                self._logged.set()
             for line, in_prediction in _readable(raw):
                 self.log.append(line)
                 if self.prediction_logs or not in_prediction:
                     self.on_log(line)
 
-    def process_output(self) -> Iterator[bytes]:
-        """Lines of the process's output until it closes."""
-        return iter(self.process.stdout.readline, b"")
-
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on at the moment."""
+    """Return a port that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError when the port cannot be listened on."""
+    """Raise UserError when the port cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -221,7 +217,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def _readable(raw: bytes) -> Iterator[tuple[str, bool]]:
-    """`(line, printed during a prediction)` for what is worth showing of one line of coglet's JSON log."""
+    """Yield the lines in one line of coglet's JSON log, and whether a prediction printed them."""
     text = raw.decode(errors="replace").rstrip("\r\n")
     try:
         record = json.loads(text)
@@ -237,15 +233,20 @@ def _readable(raw: bytes) -> Iterator[tuple[str, bool]]:
             yield line.rstrip(), target == "coglet::prediction"
 
 
-def _setup_reason(state: dict) -> str:
-    """`RuntimeError: no weights here` out of coglet's sentence around it."""
+def _setup_reason(state: dict[str, Any]) -> str:
+    """Return `RuntimeError: no weights here` from coglet's sentence around it."""
     logs = state.get("setup", {}).get("logs", "") or state.get("status", "")
     reason = logs.rpartition(SETUP_FAILED)[2].strip()
     return reason.removeprefix("setup failed: ")
 
 
-def _kill_group(process: subprocess.Popen) -> None:
-    """Ends what is left of the process and its children."""
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None, "opened with PIPE"
+    return stream
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of the process and its children."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

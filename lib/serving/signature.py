@@ -1,7 +1,7 @@
-"""Reads a predictor's signature from its source, as Cog's build does, and refuses what Cog would lose.
+"""Read a predictor's signature from its source, as Cog's build does, and refuse what Cog would lose.
 
-Nothing is imported or run, so this takes milliseconds. Cog drops or garbles anything that is not spelled
-out literally, mostly in silence: here it is an error that names the line and what to write instead.
+Nothing is imported or run, so this takes milliseconds. Cog silently drops or garbles most things that are not
+spelled out literally: here they are errors that name the line and what to write instead.
 """
 
 import ast
@@ -58,7 +58,7 @@ class Signature:
 
 
 def read_signature(path: Path, name: str) -> Signature:
-    """The signature of class `name` (its `run`) or of function `name` in the Python file at `path`.
+    """Return the signature of class `name` (its `run`) or of function `name` in the Python file at `path`.
 
     Raises SignatureError with every problem found.
     """
@@ -70,7 +70,7 @@ def read_signature(path: Path, name: str) -> Signature:
 
 
 class _Reader:
-    """One file's syntax tree, and the problems met while reading it."""
+    """One file's syntax tree, and the problems found while reading it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,9 +94,9 @@ class _Reader:
         if not found:
             self.problem(self.tree, f"{name} is not defined in this file; Cog does not follow imports")
             return None
-        method = isinstance(found[-1], ast.ClassDef)
         function = found[-1]
-        if method:
+        method = isinstance(function, ast.ClassDef)
+        if isinstance(function, ast.ClassDef):
             runs = [n for n in function.body if getattr(n, "name", None) in ("run", "predict")]
             if not runs:
                 self.problem(function, f"{name} inherits run(); Cog reads only this file: define run() here")
@@ -151,7 +151,7 @@ class _Reader:
                 result.options[keyword.arg] = value
 
     def literal(self, label: str, node: ast.expr) -> Any:
-        """The value of a literal, else MISSING. A name, a call or an f-string is a problem: Cog drops it."""
+        """Return the value of a literal, else MISSING. Cog drops names, calls and f-strings."""
         if isinstance(node, ast.JoinedStr):
             self.problem(node, f"{label}: an f-string is lost; write the text out")
             return MISSING
@@ -165,7 +165,7 @@ class _Reader:
             return MISSING
 
     def plain_text(self, label: str, keyword: ast.keyword) -> None:
-        """A string must be one token, right after `=`: Cog garbles parentheses and joined parts."""
+        """Check that a string is one token right after `=`: Cog garbles parentheses and joined parts."""
         value = keyword.value
         if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
             return
@@ -176,26 +176,26 @@ class _Reader:
         if "(" in before or len(strings) != 1 or value.lineno != value.end_lineno:
             self.problem(value, f"{label}: one string on one line, without parentheses or joined parts")
 
-    def between(self, outer: ast.AST, inner: ast.AST) -> str:
-        """The source from the start of `outer` to the start of `inner` (columns count UTF-8 bytes)."""
+    def between(self, outer: ast.keyword, inner: ast.expr) -> str:
+        """Return the source from the start of `outer` to the start of `inner` (columns count UTF-8 bytes)."""
         chunk = self.lines[outer.lineno - 1 : inner.lineno]
         chunk[-1] = chunk[-1][: inner.col_offset]
         chunk[0] = chunk[0][outer.col_offset :]
         return b"".join(chunk).decode()
 
     def annotation(self, name: str, node: ast.expr) -> dict[str, Any]:
-        """`{type, optional, repeated}` of `int`, `Optional[int]`, `list[int]`, `Optional[list[int]]`."""
+        """Return type, optional and repeated of `int`, `Optional[int]` or `Optional[list[int]]`."""
         optional = False
         if isinstance(node, ast.BinOp):
             self.problem(node, f"{name}: write Optional[...] instead of {ast.unparse(node)}")
             return {"type": "str", "optional": True}
-        if _subscript(node) == "Optional":
+        if isinstance(node, ast.Subscript) and _wrapper(node) == "Optional":
             optional, node = True, node.slice
-        if _subscript(node) == "Literal":
+        if _wrapper(node) == "Literal":
             self.problem(node, f"{name}: Literal is a build error; use choices=[...]")
             return {"type": "str"}
-        repeated = _subscript(node) in ("list", "List")
-        element = node.slice if repeated else node
+        repeated = isinstance(node, ast.Subscript) and _wrapper(node) in ("list", "List")
+        element = node.slice if isinstance(node, ast.Subscript) and repeated else node
         return {"type": self.element(name, element), "optional": optional, "repeated": repeated}
 
     def element(self, name: str, node: ast.expr) -> str:
@@ -208,7 +208,7 @@ class _Reader:
         return known
 
     def consistency(self, node: ast.arg, result: InputField) -> None:
-        """What Cog checks at start-up, found at test time instead: defaults inside bounds and choices."""
+        """Check what Cog checks at start-up: defaults are within bounds and choices."""
         options, default = result.options, result.default
         low, high, choices = options.get("ge"), options.get("le"), options.get("choices")
         if choices is not None and (not isinstance(choices, list) or len(choices) < 2):
@@ -233,8 +233,8 @@ class _Reader:
             return Output(type="str")
         if isinstance(node, ast.Name) and node.id in self.classes:
             return Output(fields=self.model(self.classes[node.id]))
-        wrapper = _subscript(node) or ""
-        if wrapper in ("list", "List", "Iterator", "AsyncIterator"):
+        wrapper = _wrapper(node) or ""
+        if isinstance(node, ast.Subscript) and wrapper in ("list", "List", "Iterator", "AsyncIterator"):
             return Output(
                 type=self.element("output", node.slice),
                 repeated=True,
@@ -243,7 +243,7 @@ class _Reader:
         return Output(type=self.element("output", node))
 
     def model(self, node: ast.ClassDef) -> dict[str, tuple[str, bool]]:
-        """Field name -> (type, may be empty) of a `BaseModel` in this file."""
+        """Return (type, whether it may be empty) by field of a `BaseModel` in this file."""
         fields = {}
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
@@ -252,8 +252,8 @@ class _Reader:
         return fields
 
 
-def _subscript(node: ast.expr) -> str | None:
-    """`Optional` of `Optional[int]`, whatever module it is taken from; None for anything else."""
+def _wrapper(node: ast.expr) -> str | None:
+    """Return `Optional` for `Optional[int]` or `typing.Optional[int]`, None for anything else."""
     if not isinstance(node, ast.Subscript):
         return None
     return node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from lib.serving.client import health, request
-from lib.serving.configs import PredictorConfig
+from lib.serving.registry import PredictorConfig
 from lib.serving.server import Server
 from tests.writable_hub import Hub
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from tests.caption_factory import write_captioner
 from tests.clips_factory import caption, write_clips
 from tests.integration.conftest import wait_for

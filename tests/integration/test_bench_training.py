@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import pytest
 
 from lib.datasets.clips import find_clips
 from lib.serving.client import request, wait_until_idle
-from lib.serving.configs import PROJECT
 from lib.serving.outputs import save_output
+from lib.serving.registry import PROJECT
 from tests.caption_factory import write_captioner
 from tests.clips_factory import data_uri, write_clips, zip_of
 from tests.training_commands import finished, losses

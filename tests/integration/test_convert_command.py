@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib.models.layout import missing_files
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from lib.storage.lock import lock
 from tests.convert_factory import (
     VAE_FILE,

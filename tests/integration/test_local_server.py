@@ -24,7 +24,7 @@ from lib.serving.client import (
     request,
     wait_until_idle,
 )
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from lib.serving.server import Server, ServerError, free_port
 from tests.integration.conftest import SAMPLE, sample_config, start_slowly, wait_for
 
@@ -243,34 +243,34 @@ def test_training_is_served_and_validated(tmp_path):
 
 
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "-m", "lib.commands.serving", *arguments]
+    command = [sys.executable, "-P", "-m", "lib.commands.predict", *arguments]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_the_command_writes_beside_the_caller_and_says_how_to_repeat(url, tmp_path):
-    first = run_cli("predict", "t2v", "--url", url, "-i", "text=two words", "-i", "seed=", cwd=tmp_path)
+    first = run_cli("t2v", "--url", url, "-i", "text=two words", "-i", "seed=", cwd=tmp_path)
     assert (first.returncode, first.stdout) == (0, "output.txt\n"), first.stderr
     assert f"again: script/predict t2v -i 'text=two words' -i seed=7 --url {url}" in first.stderr
     assert "seed 7" in first.stderr and "progress:" not in first.stderr
-    second = run_cli("predict", "t2v", "--url", url, "-i", "text=other", cwd=tmp_path)
+    second = run_cli("t2v", "--url", url, "-i", "text=other", cwd=tmp_path)
     assert second.stdout == "output.1.txt\n"
     assert (tmp_path / "output.txt").read_text() == "two words"
     assert (tmp_path / "output.1.txt").read_text() == "other"
-    third = run_cli("predict", "t2v", "--url", url, "-i", "text=x", "-o", "named.txt", cwd=tmp_path)
+    third = run_cli("t2v", "--url", url, "-i", "text=x", "-o", "named.txt", cwd=tmp_path)
     assert (third.stdout, (tmp_path / "named.txt").read_text()) == ("named.txt\n", "x")
     assert f"again: script/predict t2v -i text=x -i seed=7 -o named.txt --url {url}" in third.stderr
 
 
 def test_the_command_fails_with_the_servers_message(url, tmp_path):
-    done = run_cli("predict", "t2v", "--url", url, "-i", "text=a", "-i", "fail=true", cwd=tmp_path)
+    done = run_cli("t2v", "--url", url, "-i", "text=a", "-i", "fail=true", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == "ValueError: boom"
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_refuses_an_unknown_input_before_sending(url, tmp_path):
-    done = run_cli("predict", "t2v", "--url", url, "-i", "txt=a", cwd=tmp_path)
+    done = run_cli("t2v", "--url", url, "-i", "txt=a", cwd=tmp_path)
     assert done.returncode == 2
     assert "there is no input 'txt'. Did you mean text?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -278,7 +278,7 @@ def test_the_command_refuses_an_unknown_input_before_sending(url, tmp_path):
 
 def test_ctrl_c_cancels_and_exits_130(serve, sample, url, tmp_path):
     log = serve(sample).log
-    command = [sys.executable, "-P", "-m", "lib.commands.serving", "predict", "t2v", "--url", url]
+    command = [sys.executable, "-P", "-m", "lib.commands.predict", "t2v", "--url", url]
     command += ["-i", "text=slow", "-i", "steps=400"]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

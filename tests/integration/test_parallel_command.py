@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from lib.video.reader import decode
 from tests.integration.conftest import wait_for
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.serving.client import health, predict, request, wait_until_idle
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from lib.serving.server import Server
 from lib.storage.scratch import PREFIX
 from tests.integration.conftest import group_members, sample_config, start_slowly, wait_for
@@ -74,7 +74,7 @@ def test_a_stopped_server_removes_its_results_itself(tmp_path, way, busy):
 PARENT = """
 import sys
 from pathlib import Path
-from lib.serving.configs import read_config
+from lib.serving.registry import read_config
 from lib.serving.server import Server
 server = Server(read_config(Path(sys.argv[1])))
 server.start()
@@ -106,7 +106,7 @@ INTERRUPTED = """
 import os, signal, sys, time
 from pathlib import Path
 from lib.serving.client import predict
-from lib.serving.configs import read_config
+from lib.serving.registry import read_config
 from lib.serving.server import Server
 
 def interrupt(line):
@@ -139,7 +139,7 @@ IMPATIENT = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from lib.serving.client import request, wait_until_idle, health
-from lib.serving.configs import read_config
+from lib.serving.registry import read_config
 from lib.serving.server import Server
 
 server = Server(read_config(Path(sys.argv[1])), on_log=lambda line: None)

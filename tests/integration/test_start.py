@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 
 OFFLINE = """
 import socket

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from lib.storage.lock import lock
 from tests.clips_factory import write_clips, zip_of
 from tests.http_host import Host, Served

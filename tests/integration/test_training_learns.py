@@ -10,7 +10,7 @@ import pytest
 
 from lib.lora.attach import Loras
 from lib.lora.source import Choice, parse
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from tiny.concept import generate_concept, write_concept_clips
 from tiny.evaluate import load_generator
 from training.config import TrainingConfig

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from lib.serving.server import free_port
 from tests.clips_factory import star_frames, write_clips, zip_of
 from tests.training_commands import begun, finished, losses, several, started

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 
 PAGES = sorted(
     [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("tiny/*.md")],

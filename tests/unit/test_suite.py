@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from tests.conftest import SHARED_SERVERS
 
 # A pytest plugin: by the time tests are collected, what they and the servers they start would inherit.

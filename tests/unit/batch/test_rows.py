@@ -4,7 +4,7 @@ import pytest
 
 from lib.batch.rows import read_rows
 from lib.errors import UserError
-from lib.serving.configs import PROJECT
+from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
 
 

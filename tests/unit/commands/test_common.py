@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from lib.commands.common import begin, help_status
+from lib.commands.common import help_status, stop_on_signals
 
 DOCUMENT = {
     "components": {
@@ -25,7 +25,7 @@ def handlers(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_does_not_wait(number, capfd):
-    stop = begin("stopping soon")
+    stop = stop_on_signals("stopping soon")
     assert not stop.is_set()
     signal.raise_signal(number)
     assert stop.is_set() and capfd.readouterr().err == "\nstopping soon\n"
@@ -35,7 +35,7 @@ def test_the_first_signal_asks_and_the_second_does_not_wait(number, capfd):
 
 
 def test_a_process_that_is_not_to_say_so_stops_in_silence(capfd):
-    stop = begin("")
+    stop = stop_on_signals("")
     signal.raise_signal(signal.SIGINT)
     assert stop.is_set() and capfd.readouterr().err == ""
 

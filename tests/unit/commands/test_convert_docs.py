@@ -7,8 +7,8 @@ import pytest
 
 from lib.commands.convert import COMMANDS, LOCALLY, _split, settings_of
 from lib.convert.configs import OPTIONS
-from lib.serving.configs import PROJECT
 from lib.serving.inputs import input_properties, parse_inputs
+from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
 
 PAGES = {name: (PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/convert.md")}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lib.errors import UserError
-from lib.serving.configs import (
+from lib.serving.registry import (
     PROJECT,
     absolute_folders,
     find_predictor,

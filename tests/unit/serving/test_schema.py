@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.serving.configs import predictors
+from lib.serving.registry import predictors
 from lib.serving.schema import openapi_schema, write_schema
 
 PREDICTOR = """

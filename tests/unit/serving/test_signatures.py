@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.serving.configs import PROJECT, predictors
+from lib.serving.registry import PROJECT, predictors
 from lib.serving.signature import MISSING, SignatureError, read_signature
 
 HEAD = "from typing import List, Literal, Optional\nfrom cog import BaseModel, BaseRunner, Input, Path\n"

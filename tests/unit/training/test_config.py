@@ -10,8 +10,8 @@ from typing import get_args, get_origin, get_type_hints
 import pytest
 
 from lib.errors import UserError
-from lib.serving.configs import PROJECT
 from lib.serving.inputs import describe_inputs, input_properties, parse_inputs
+from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
 from lib.serving.signature import read_signature
 from tests.training_factory import config

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from lib.serving.configs import PROJECT, find_predictor
 from lib.serving.inputs import input_properties, parse_inputs
+from lib.serving.registry import PROJECT, find_predictor
 from lib.serving.schema import openapi_schema, training_inputs
 from training.config import TrainingConfig
 from training.plan import check_at_the_door

@@ -1,14 +1,16 @@
-"""Which predictors there are: read from the cog*.yaml files, so that a new one appears by itself."""
+"""The registry of predictors: what the cog*.yaml files name, so that a new file appears by itself."""
 
 import ast
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lib.errors import UserError
 from lib.models import specs
+from lib.serving.schema import openapi_schema
 from lib.weights import manifest
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -27,19 +29,25 @@ class PredictorConfig:
     environment: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """The predictor's docstring up to its first colon or line end."""
+        """Return the predictor's docstring up to its first colon or line end."""
         docstring = ast.get_docstring(ast.parse(self.predictor.read_text(encoding="utf-8"))) or self.name
         return docstring.splitlines()[0].partition(":")[0].rstrip(".")
 
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document, training included. Raises SignatureError."""
+        return openapi_schema(
+            self.predictor, name=self.class_name, train=self.train, train_name=self.train_name
+        )
+
 
 def predictors(project: Path = PROJECT) -> dict[str, PredictorConfig]:
-    """Name -> configuration, sorted by name: `predict_t2v.py` is `t2v`."""
-    found = [read_config(file) for file in sorted(project.glob("cog*.yaml"))]
+    """Return the predictors by name, in order: `predict_t2v.py` is `t2v`."""
+    found = [read_config(file) for file in project.glob("cog*.yaml")]
     return {config.name: config for config in sorted(found, key=lambda config: config.name)}
 
 
 def read_config(file: Path) -> PredictorConfig:
-    """One cog*.yaml. Raises UserError when it names no predictor."""
+    """Read one cog*.yaml. Raises UserError when it names no predictor."""
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     target = document.get("run") or document.get("predict")
     if not target:
@@ -59,7 +67,7 @@ def read_config(file: Path) -> PredictorConfig:
 
 
 def find_predictor(name: str, project: Path = PROJECT) -> PredictorConfig:
-    """The configuration called `name`. Raises UserError naming those that exist."""
+    """Return the configuration called `name`. Raises UserError listing the names that exist."""
     known = predictors(project)
     if name not in known:
         raise UserError(f"there is no predictor {name!r}; there are: {', '.join(known)}")
@@ -67,10 +75,10 @@ def find_predictor(name: str, project: Path = PROJECT) -> PredictorConfig:
 
 
 def local_environment(config: PredictorConfig) -> dict[str, str]:
-    """The variables of the file's `environment:`, under those already set, with the embedded model.
+    """Return the variables of the file's `environment:` that are not set here, with the embedded model.
 
-    The model named there is for images that are built; locally, without COGVIDEOX_MODEL, the embedded one for
-    the same task runs.
+    The model in the file is for images that are built; a local server without COGVIDEOX_MODEL runs the
+    embedded one for the same task.
     """
     variables = dict(config.environment)
     if spec := specs.SPECS.get(variables.pop("COGVIDEOX_MODEL", "")):
@@ -79,10 +87,10 @@ def local_environment(config: PredictorConfig) -> dict[str, str]:
 
 
 def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
-    """The folders of model and cache, and COG_WEIGHTS' file, where set, as they are named from anywhere.
+    """Return absolute paths for the variables that name files: model, cache and COG_WEIGHTS.
 
-    They are relative to where the caller stands; a server stands in its scratch directory. The name of a
-    known model stays one even where a folder is called the same.
+    They are relative to the caller's working directory, and a server has another. A known model's name is
+    not a path even where a folder has the same name.
     """
     found = {}
     if cache := variables.get("COGVIDEOX_CACHE"):
