@@ -79,7 +79,8 @@ def run(part: str, folder: str) -> dict:
 
 def measure(options: argparse.Namespace) -> dict:
     """Return frames per second over all clips but the first, and peak memory (of the GPU if there is one)."""
-    from lib.caption.captioner import CaptionSettings, sample_clip
+    from lib.caption.captioner import sample_clip
+    from lib.caption.request import CaptionSettings
 
     paths = sorted(options.folder.glob("*.mp4"))
     if options.part == "reading":

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import torch
 
-from lib.caption.preprocessing import MEAN, STD, pixel_values
+from lib.caption.inputs import MEAN, STD, pixel_values
 from tiny import loop, world
 from tiny.judge import judge
 

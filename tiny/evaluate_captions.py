@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.caption.captioner import Captioner, CaptionSettings
-from lib.video.reader import write_video
+from lib.caption.captioner import Captioner
+from lib.caption.request import CaptionSettings
+from lib.video.writer import write_video
 from tiny import world
 from tiny.judge import ATTRIBUTE_NAMES
 from tiny.world import Attributes

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from lib.caption.inputs import Prompt, Template, build_position_ids, build_prompt
 from lib.caption.model import CaptionModel
-from lib.caption.prompt import Prompt, Template, build_position_ids, build_prompt
 from tiny import loop, world
 from tiny.caption_pool import CaptionPool, build_caption_pool, normalised
 from tiny.captioner import BOS, EOS, PAD, UNKNOWN, build_caption_tokenizer, caption_config, sample_exchange
@@ -270,8 +270,7 @@ def _with_answer(prompt: Prompt, answer: list[int]) -> tuple[torch.Tensor, ...]:
 @torch.no_grad()
 def _right(model: CaptionModel, tokenizer: PreTrainedTokenizerFast, pool: CaptionPool) -> dict[str, float]:
     """Share of rendered held-out clips whose caption is right word for word, by template."""
-    from lib.caption.model import Decoding
-    from lib.caption.preprocessing import pixel_values
+    from lib.caption.inputs import pixel_values
     from tiny.caption_pool import compress
     from tiny.captions import canonical_caption
 
@@ -287,7 +286,7 @@ def _right(model: CaptionModel, tokenizer: PreTrainedTokenizerFast, pool: Captio
             frames.append(pixel_values(clip[picks], size))
             prompts.append(_prompt("Please describe this video in detail.", count, template, tokenizer, None))
             answers.append(canonical_caption(attributes))
-        said = model.generate(prompts, frames, Decoding(max_new_tokens=20))
+        said = model.generate(prompts, frames, max_new_tokens=20)
         right = [
             tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
             for ids, answer in zip(said, answers, strict=True)

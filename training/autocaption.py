@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.caption.record import Record, Row, fingerprint
+from lib.caption.journal import Journal, Row, fingerprint
 from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
 from lib.models import derive, specs
@@ -25,7 +25,8 @@ from training.prepare import WITHOUT_CAPTION, check_left_out, gather, tell_left_
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lib.caption.captioner import Captioner, CaptionSettings
+    from lib.caption.captioner import Captioner
+    from lib.caption.request import CaptionSettings
 
 BATCH = 4
 """Clips described together; where the GPU is too small for it, fewer."""
@@ -45,7 +46,7 @@ def write_captions(
     every clip where its caption is from. `origin` is the checkpoint or the output that the run goes on from.
     Raises UserError when no clip is left or the captioner does not fit this machine; Stopped.
     """
-    from lib.caption.captioner import DEFAULT_PROMPT, CaptionSettings
+    from lib.caption.request import DEFAULT_PROMPT, CaptionSettings
 
     name = captioner_name(plan.config, plan.base)
     settings = CaptionSettings(
@@ -97,7 +98,7 @@ def _known(run: Path, origin: Path | None, marks: dict[str, str]) -> dict[str, R
     foreign = {} if origin is None else _rows(origin / checkpoints.CAPTIONS, marks)
     more = [row for name, row in foreign.items() if name not in own and row.status == "captioned"]
     if more:
-        record = Record(run / "captions.jsonl")
+        record = Journal(run / "captions.jsonl")
         try:
             record.add(more)
         finally:
@@ -110,7 +111,7 @@ def _rows(path: Path, marks: dict[str, str]) -> dict[str, Row]:
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
             return {}
-        found = Record(path).read()
+        found = Journal(path).read()
         as_lines(list(found.values())).encode()  # half a surrogate pair has no UTF-8
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
@@ -132,10 +133,10 @@ def _caption(
     from lib.caption.batch import caption_clips
 
     place = accelerator.process_index
-    record = Record(run / (f"captions.{place}.jsonl" if place else "captions.jsonl"))
+    record = Journal(run / (f"captions.{place}.jsonl" if place else "captions.jsonl"))
     try:
         return caption_clips(
-            _load(name, report), clips, settings, record=record, known={}, model=label(name),
+            _load(name, report), clips, settings, journal=record, known={}, model=label(name),
             batch_size=BATCH, report=report, stop=stop,
         )  # fmt: skip
     finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib.caption.record import Row
+from lib.caption.journal import Row
 from lib.datasets.clips import Clip, LeftOut, find_clips, full_caption
 from lib.datasets.source import fetch_hub_dataset, open_data
 from lib.errors import UserError

@@ -1,4 +1,4 @@
-"""Captions for many clips: read ahead while the model writes, in batches, noted as soon as they are done."""
+"""Captions for many clips: clips are read ahead while the model generates, batch by batch."""
 
 import contextlib
 import os
@@ -11,53 +11,59 @@ from itertools import islice
 import torch
 
 from lib.cancellation import check_stop
-from lib.caption.captioner import Caption, Captioner, CaptionSettings, SampledClip
-from lib.caption.record import Record, Row, fingerprint
+from lib.caption.captioner import Caption, Captioner, SampledClip
+from lib.caption.dataset import known_rows
+from lib.caption.journal import Journal, Row, fingerprint
+from lib.caption.request import CaptionSettings
 from lib.datasets.clips import Clip
 from lib.errors import UserError
 from lib.progress import Report
 
 READERS = max(1, min(4, (os.cpu_count() or 2) - 1))
-"""Clips decoded at once, in processes of their own, while the model writes."""
+"""Clips that are decoded at the same time, each in a process of its own."""
 
 
 def caption_clips(
     captioner: Captioner, clips: list[Clip], settings: CaptionSettings, *,
-    record: Record, known: dict[str, Row], model: str, batch_size: int, report: Report,
+    journal: Journal, known: dict[str, Row], model: str, batch_size: int, report: Report,
     replace: bool = False, stop_on_failure: bool = False, stop: threading.Event | None = None,
 ) -> list[Row]:  # fmt: skip
-    """A row for each clip, in their order, in the record too as soon as it is there.
+    """Return a row for each clip in order; each is added to the journal as soon as it is known.
 
-    Clips that have a caption keep it unless `replace`. What `known` (rows of an earlier run by file name)
-    says about the same clip, settings and `model` is not done again, a failure neither. A clip that cannot be
-    read is a failed row; with `stop_on_failure` the batch that has one is the last, and what comes after it
-    has no row. Raises Stopped, after which the record holds all that was done; UserError when the record
-    cannot be written, or the GPU has too little memory for a single clip.
+    Args:
+        known: Rows of an earlier run by file name. Those about the same clip, settings and model are
+            returned again, failures included.
+        model: Identifies the model in fingerprints.
+        replace: Whether to caption clips that have a caption already.
+        stop_on_failure: Whether to end after the first batch with an unreadable clip; later clips have no
+            row.
+
+    Raises:
+        Stopped: The journal has everything that was done.
+        UserError: The journal cannot be written, or the GPU has too little memory for one clip.
     """
     captioner.check(settings)
-    marks = {clip.name: fingerprint(clip, (settings, model)) for clip in clips}
-    rows = settled(clips, marks, known, replace=replace)
+    fingerprints = {clip.name: fingerprint(clip, (settings, model)) for clip in clips}
+    rows = known_rows(clips, fingerprints, known, replace=replace)
     waiting = [clip for clip in clips if clip.name not in rows]
     if rows:
         report(f"{len(rows)} of {len(clips)} clips are done already")
     if stop_on_failure and any(row.status == "failed" for row in rows.values()):
         waiting = []
-    progress, at_once = _Progress(len(waiting), report), batch_size
+    progress = _Progress(len(waiting), report)
+    limit = batch_size
     with contextlib.closing(_read_ahead(captioner, waiting, settings, 2 * batch_size, stop)) as read:
         while batch := list(islice(read, batch_size)):
+            sampled = [item for _, item in batch if isinstance(item, SampledClip)]
+            captions, limit = caption_within_memory(
+                captioner, sampled, settings, limit=limit, report=report, stop=stop
+            )
+            results = iter(captions)
             done = [
-                Row(file_name=clip.name, status="failed", error=str(sampled), fingerprint=marks[clip.name])
-                for clip, sampled in batch
-                if isinstance(sampled, UserError)
+                _row(clip, next(results) if isinstance(item, SampledClip) else item, fingerprints[clip.name])
+                for clip, item in batch
             ]
-            sound = [(clip, sampled) for clip, sampled in batch if isinstance(sampled, SampledClip)]
-            captions, at_once = within_memory(
-                captioner, [sampled for _, sampled in sound], settings,
-                at_once=at_once, report=report, stop=stop,
-            )  # fmt: skip
-            for (clip, _), caption in zip(sound, captions, strict=True):
-                done.append(_row(clip, caption, marks[clip.name]))
-            record.add(done)
+            journal.add(done)
             rows |= {row.file_name: row for row in done}
             failed = sum(row.status == "failed" for row in done)
             progress(len(done), failed=failed)
@@ -66,28 +72,13 @@ def caption_clips(
     return [rows[clip.name] for clip in clips if clip.name in rows]
 
 
-def settled(
-    clips: list[Clip], marks: dict[str, str], known: dict[str, Row], *, replace: bool
-) -> dict[str, Row]:
-    """File name -> row of the clips for which the model is not needed: they have a caption, or a row."""
-    rows = {}
-    for clip in clips:
-        earlier = known.get(clip.name)
-        if clip.caption and not replace:
-            rows[clip.name] = Row(file_name=clip.name, status="kept", caption=clip.caption)
-        elif earlier and earlier.fingerprint == marks[clip.name]:
-            rows[clip.name] = earlier
-    return rows
-
-
-def _row(clip: Clip, caption: Caption, mark: str) -> Row:
-    if not caption.text:
-        return Row(
-            file_name=clip.name, status="failed", error="the model said nothing about it", fingerprint=mark
-        )
+def _row(clip: Clip, result: Caption | UserError, fingerprint: str) -> Row:
+    if isinstance(result, UserError) or not result.text:
+        error = str(result) if isinstance(result, UserError) else "the model generated an empty caption"
+        return Row(file_name=clip.name, status="failed", error=error, fingerprint=fingerprint)
     return Row(
-        file_name=clip.name, status="captioned", caption=caption.text, finished=caption.finished,
-        fingerprint=mark,
+        file_name=clip.name, status="captioned", caption=result.text, finished=result.finished,
+        fingerprint=fingerprint,
     )  # fmt: skip
 
 
@@ -95,7 +86,7 @@ def _read_ahead(
     captioner: Captioner, clips: list[Clip], settings: CaptionSettings, ahead: int,
     stop: threading.Event | None,
 ) -> Iterator[tuple[Clip, SampledClip | UserError]]:  # fmt: skip
-    """The clips in their order, each with its frames or why there are none; at most `ahead` are held."""
+    """Yield the clips in order with their frames or their error, holding at most `ahead` of them."""
 
     def read(clip: Clip) -> SampledClip | UserError:
         check_stop(stop)
@@ -106,7 +97,7 @@ def _read_ahead(
 
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="clip")
     try:
-        queue: list[tuple[Clip, Future]] = []
+        queue: list[tuple[Clip, Future[SampledClip | UserError]]] = []
         upcoming = iter(clips)
         while True:
             for clip in islice(upcoming, ahead - len(queue)):
@@ -119,34 +110,34 @@ def _read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def within_memory(
+def caption_within_memory(
     captioner: Captioner, clips: list[SampledClip], settings: CaptionSettings, *,
-    at_once: int, report: Report, on_token: Callable[[int], None] | None = None,
+    limit: int, report: Report, on_token: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[list[Caption], int]:  # fmt: skip
-    """As captioner.caption, `at_once` clips together or, where the GPU's memory is too small, ever fewer.
+    """Describe clips in batches of `limit`, halved whenever the GPU runs out of memory.
 
-    Returns the captions and how many clips fit together. Raises UserError when not even one does; Stopped.
+    Returns the captions and the batch size that fits. Raises UserError if a single clip does not; Stopped.
     """
     captions: list[Caption] = []
-    while part := clips[len(captions) : len(captions) + at_once]:
+    while batch := clips[len(captions) : len(captions) + limit]:
         try:
-            captions += captioner.caption(part, settings, on_token=on_token, stop=stop)
+            captions += captioner.caption(batch, settings, on_token=on_token, stop=stop)
             continue
-        except torch.OutOfMemoryError:  # gone, with what the try had made, when the memory is emptied
-            if len(part) == 1:
+        except torch.OutOfMemoryError:  # only after this block are the failed attempt's tensors freed
+            if len(batch) == 1:
                 raise UserError(
-                    "the GPU has too little memory for one clip. COGVIDEOX_QUANTIZATION=8bit or 4bit makes "
+                    "the GPU has too little memory for one clip. COGVIDEOX_QUANTIZATION=int8 or int4 makes "
                     "the model smaller."
                 ) from None
         torch.cuda.empty_cache()
-        at_once = len(part) // 2
-        report(f"a batch of {len(part)} does not fit into the GPU's memory: {at_once} at once from here on")
-    return captions, at_once
+        limit = len(batch) // 2
+        report(f"a batch of {len(batch)} does not fit into the GPU's memory: batches of {limit} from now on")
+    return captions, limit
 
 
 class _Progress:
-    """Counts clips, and says how long the rest will take at the pace so far."""
+    """Reports finished clips and an estimate of the time left."""
 
     def __init__(self, total: int, report: Report) -> None:
         self.total, self.report = total, report

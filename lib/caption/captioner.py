@@ -1,96 +1,48 @@
-"""Video files -> captions: settings checked at the door, clips read frame by frame, described in batches."""
+"""Video files to captions: frames are read one by one, and clips described in batches."""
 
 import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from lib.cancellation import check_stop
+from lib.caption.checkpoint import load_model
 from lib.caption.config import read_config
-from lib.caption.model import CaptionModel, Decoding
-from lib.caption.preprocessing import clip_pixel_values
-from lib.caption.prompt import Template, build_prompt
-from lib.caption.sampling import FrameSampling, choose_frames
+from lib.caption.inputs import build_prompt, choose_frames, clip_pixel_values
+from lib.caption.model import CaptionModel
+from lib.caption.precision import Quantization
+from lib.caption.request import CaptionSettings, FrameSampling, Template
 from lib.errors import UserError
 from lib.video.reader import open_video
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-DEFAULT_PROMPT = "Please describe this video in detail."
 DECODING_SECONDS = 120.0
-"""How long a file may keep the decoder busy."""
+"""How long the decoder may take for a file."""
 MAX_PROMPT_TOKENS = 2048
-MAX_RATIO = 50
-"""Of a frame's sides: scaled by the shorter one, a narrower frame would fill the memory."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CaptionSettings:
-    """What is asked about clips, and how answers are made. Raises UserError for what is not allowed."""
-
-    prompt: str = DEFAULT_PROMPT
-    frame_sampling: FrameSampling = "auto"
-    template: Literal["auto", "chat", "base", "vqa"] = "auto"
-    max_new_tokens: int = 2048
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise UserError(f"prompt is empty; ask something, such as {DEFAULT_PROMPT!r}")
-        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
-            raise UserError("prompt has bytes that are no text; send it in UTF-8")
-        for name, allowed in (
-            ("frame_sampling", get_args(FrameSampling)),
-            ("template", ("auto", *get_args(Template))),
-        ):
-            if (given := getattr(self, name)) not in allowed:
-                raise UserError(f"{name}={given} is unknown; allowed are {', '.join(allowed)}")
-        for name, lowest, highest in (
-            ("max_new_tokens", 1, 2048),
-            ("temperature", 0, 5),
-            ("top_p", 0.01, 1),
-        ):
-            if not lowest <= (given := getattr(self, name)) <= highest:
-                raise UserError(f"{name}={given} is out of range: {lowest} to {highest}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed} is out of range: 0 to {2**63 - 1}")
-
-    @property
-    def decoding(self) -> Decoding:
-        return Decoding(
-            max_new_tokens=self.max_new_tokens,
-            temperature=float(
-                self.temperature
-            ),  # a request may give whole numbers, which transformers refuses
-            top_p=float(self.top_p),
-        )
+MAX_ASPECT_RATIO = 50
+"""Scaling the shorter side of a narrower frame would make it too large for memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampledClip:
-    """The frames of a clip that the model is to see."""
+    """The frames of a clip that the model sees."""
 
     pixel_values: torch.Tensor
     """float32 [T, 3, S, S]."""
     sampling: Literal["chat", "base", "uniform"]
-    seconds: float
-    """Length of the whole clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
-    """What the model says about a clip."""
+    """The model's answer about a clip."""
 
     text: str
     tokens: int
-    """Generated, the end token not counted."""
+    """Generated tokens without the end token."""
     finished: bool
     """False where max_new_tokens cut it off."""
 
@@ -98,43 +50,39 @@ class Caption:
 def sample_clip(
     path: Path, *, sampling: FrameSampling, size: int, stop: threading.Event | None = None
 ) -> SampledClip:
-    """Read the frames of a video file that `sampling` chooses, scaled to `size`, a few at a time.
+    """Read the frames of a video file that `sampling` selects, scaled to `size`.
 
-    Raises UserError for a file that is no video, is damaged, or takes too long; Stopped.
+    Raises UserError for a file that is not a video, is damaged, or takes too long; Stopped.
     """
     with open_video(path, timeout=DECODING_SECONDS, stop=stop) as video:
         info = video.info
-        if max(info.width, info.height) > MAX_RATIO * min(info.width, info.height):
+        if max(info.width, info.height) > MAX_ASPECT_RATIO * min(info.width, info.height):
             raise UserError(
-                f"video {Path(path).name} is {info.width}x{info.height}: "
-                f"its longer side may be {MAX_RATIO} times its shorter one"
+                f"video {path.name} is {info.width}x{info.height}: "
+                f"its longer side may be at most {MAX_ASPECT_RATIO} times its shorter side"
             )
         chosen, used = choose_frames(
             video.timestamps, fps=info.fps, duration=info.duration, sampling=sampling
         )
         frames = clip_pixel_values(video.read(chosen), size)
-    return SampledClip(pixel_values=frames, sampling=used, seconds=info.duration)
+    return SampledClip(pixel_values=frames, sampling=used)
 
 
 class Captioner:
     """A loaded model with its tokenizer."""
 
-    def __init__(self, model: CaptionModel, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(self, model: CaptionModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
-
-    @property
-    def frame_size(self) -> int:
-        """Side in pixels of the frames that the model sees."""
-        return self.model.config.vision_config.image_size
 
     def sample(
         self, path: Path, settings: CaptionSettings, *, stop: threading.Event | None = None
     ) -> SampledClip:
-        """As sample_clip, at this model's size."""
-        return sample_clip(path, sampling=settings.frame_sampling, size=self.frame_size, stop=stop)
+        """Read a clip's frames at the model's size; see sample_clip."""
+        size = self.model.config.vision_config.image_size
+        return sample_clip(path, sampling=settings.frame_sampling, size=size, stop=stop)
 
     def check(self, settings: CaptionSettings) -> None:
-        """Raise UserError where the prompt is longer than the model reads."""
+        """Raise UserError if the prompt has too many tokens."""
         count = len(self._encode(settings.prompt))
         if count > MAX_PROMPT_TOKENS:
             raise UserError(f"the prompt has {count} tokens; allowed are {MAX_PROMPT_TOKENS}")
@@ -147,10 +95,10 @@ class Captioner:
         on_token: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> list[Caption]:
-        """Describe clips together, however many frames each has.
+        """Describe clips, which may have different numbers of frames, in one batch.
 
-        At temperature 0 captions do not depend on what else is in the batch (in float32); above it they are
-        drawn from the seed, for the batch as a whole. Raises Stopped.
+        At temperature 0 and in float32, captions do not depend on the rest of the batch. Above 0 they are
+        sampled from the seed for the batch. Raises Stopped.
         """
         check_stop(stop)
         config = self.model.config
@@ -172,13 +120,15 @@ class Captioner:
             answers = self.model.generate(
                 prompts,
                 [clip.pixel_values for clip in clips],
-                settings.decoding,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
                 on_token=on_token,
                 stop=stop,
             )
         return [
             Caption(
-                text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                text=str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip(),
                 tokens=len(ids),
                 finished=len(ids) < settings.max_new_tokens,
             )
@@ -190,35 +140,28 @@ class Captioner:
 
 
 def load_captioner(
-    folder: Path, *, device: str, dtype: torch.dtype, quantization: str | None = None,
-    report: Callable[[int, int], None] | None = None,
-) -> Captioner:  # fmt: skip
-    """The captioner in a model's folder.
+    folder: Path, *, device: str, dtype: torch.dtype, quantization: Quantization = "none"
+) -> Captioner:
+    """Load a model's folder.
 
-    Raises UserError when the folder is none or not whole, or its tokenizer is another model's.
+    Raises UserError if the folder is not a complete captioning model, or its tokenizer does not fit.
     """
-    from lib.caption.checkpoint import load_model
-
-    tokenizer, words = load_tokenizer(folder), read_config(folder).vocab_size
-    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= words:
+    tokenizer, vocab_size = load_tokenizer(folder), read_config(folder).vocab_size
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
         raise UserError(
-            f"{folder.name}: its tokenizer.json has token {highest}, but its model knows {words} tokens only."
+            f"{folder.name}: tokenizer.json has token {highest}, but the model's vocab_size is {vocab_size}."
         )
-    return Captioner(
-        load_model(folder, device=device, dtype=dtype, quantization=quantization, report=report), tokenizer
-    )
+    return Captioner(load_model(folder, device=device, dtype=dtype, quantization=quantization), tokenizer)
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a model's folder, from tokenizer.json alone: no class named there is looked for."""
-    from transformers import PreTrainedTokenizerFast
-
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load tokenizer.json of a model's folder; tokenizer classes named in its configs are ignored."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder.name} has no tokenizer.json; captioning needs one.")
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    except Exception as error:  # of the tokenizers library, which has no class of its own for it
-        raise UserError(f"{folder.name}: its tokenizer.json cannot be read: {error}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise UserError(f"{folder.name}: tokenizer.json cannot be read: {error}") from error
 
 
 def _template(settings: CaptionSettings, clip: SampledClip) -> Template:

@@ -1,11 +1,11 @@
-"""The released checkpoint's files <-> a CaptionModel: names, shards, types; nothing missing, nothing over.
+"""Loading and saving a CaptionModel in the layout of the released checkpoint.
 
 Tensors are read one at a time straight to their device, so loading needs no second copy of the weights.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lib.caption.config import read_config, write_config
 from lib.caption.model import CaptionModel
-from lib.caption.quantization import Quantization, quantize
+from lib.caption.precision import Quantization, set_quantized
 from lib.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -36,20 +36,20 @@ LAYER_NAMES = {
     "mlp.language_mlp.up_proj.weight": ("mlp.up_proj.weight",),
     "mlp.language_mlp.down_proj.weight": ("mlp.down_proj.weight",),
 }
-"""Released name -> ours, in a layer of the language model; of several, rows one after the other."""
+"""Released name -> our names in a layer of the language model; several are concatenated along dim 0."""
 OTHER_NAMES = {
     "model.embed_tokens.weight": "language.model.embed_tokens.weight",
     "model.norm.weight": "language.model.norm.weight",
     "lm_head.weight": "language.lm_head.weight",
 }
 INV_FREQ = "self_attn.rotary_emb.inv_freq"
-"""Stored in every layer, the same; there is one here."""
+"""The same in every layer of a checkpoint; a CaptionModel has it once."""
 OUR_INV_FREQ = "language.model.rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One tensor of a file: which of the model's it holds (rows one after the other), and its shape."""
+    """A tensor in a checkpoint: the parameters concatenated in it, the rows of each, and its shape."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
@@ -57,7 +57,7 @@ class Entry:
 
 
 def entries(model: CaptionModel) -> dict[str, Entry]:
-    """Released key -> what it holds, for every tensor that a checkpoint of this model has."""
+    """Return every tensor that a checkpoint of this model has, by its released key."""
     named = {released: (ours,) for released, ours in OTHER_NAMES.items()}
     for layer in range(model.config.num_hidden_layers):
         for released, ours in LAYER_NAMES.items():
@@ -78,40 +78,33 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    quantization: Quantization | None = None,
-    report: Callable[[int, int], None] | None = None,
+    quantization: Quantization = "none",
 ) -> CaptionModel:
-    """The model in a folder, for inference, on `device` in `dtype`; with `quantization` some layers smaller.
+    """Load the model in a folder for inference.
 
-    `report` hears how many tensors of how many are loaded. Raises UserError naming the tensor for a
-    checkpoint that lacks one, has one too many or one of another shape.
+    Raises UserError naming the tensor for a checkpoint with a missing, an unknown or a wrongly shaped one.
     """
     with torch.device("meta"):
         model = CaptionModel(read_config(folder)).requires_grad_(False).eval()
     wanted, files = entries(model), _files(folder)
     _check_keys(wanted, files, folder)
-    for done, (key, tensor) in enumerate(_tensors(folder, files, str(device)), start=1):
+    for key, tensor in _tensors(folder, files, str(device)):
         entry = wanted[key]
         if tuple(tensor.shape) != entry.shape or not tensor.is_floating_point():
             raise UserError(
                 f"{folder.name}: {key} is {tensor.dtype} {list(tensor.shape)}; "
-                f"by config.json it is a float tensor {list(entry.shape)}."
+                f"according to config.json it should be a float tensor {list(entry.shape)}."
             )
         for name, part in zip(entry.names, tensor.to(dtype).split(entry.rows), strict=True):
             if name == OUR_INV_FREQ:
                 _set_inv_freq(model, part, key)
-            elif not quantize(model, name, part, quantization):
+            elif not set_quantized(model, name, part, quantization):
                 _set(model, name, part)
-        if report is not None:
-            report(done, len(wanted))
     return model
 
 
 def save_model(model: CaptionModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model's config.json and weights into an existing folder, in the released layout.
-
-    One file where the weights fit into `shard_bytes`, else shards with an index.
-    """
+    """Write config.json and weights into an existing folder, with an index if there are several shards."""
     tensors = _released_tensors(model)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -124,7 +117,9 @@ def save_model(model: CaptionModel, folder: Path, *, shard_bytes: int = SHARD_BY
     write_config(model.config, folder, dtype=str(model.dtype).removeprefix("torch."))
     names = [SINGLE]
     if len(shards) > 1:
-        names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
+        names = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+        ]
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
@@ -132,7 +127,7 @@ def save_model(model: CaptionModel, folder: Path, *, shard_bytes: int = SHARD_BY
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, metadata={"format": "pt"})
-        os.chmod(folder / name, 0o644)  # safetensors writes files that only their owner may read
+        os.chmod(folder / name, 0o644)  # safetensors files are readable by their owner only
 
 
 def _released_tensors(model: CaptionModel) -> dict[str, torch.Tensor]:
@@ -140,33 +135,33 @@ def _released_tensors(model: CaptionModel) -> dict[str, torch.Tensor]:
     found = {}
     for key, entry in entries(model).items():
         parts = [ours[name] for name in entry.names]
-        # The one tensor of frequencies is written once for every layer; a file takes no tensor twice.
+        # The frequencies are written for every layer; a file cannot contain a tensor twice.
         copied = len(parts) > 1 or entry.names == (OUR_INV_FREQ,)
         found[key] = torch.cat(parts) if copied else parts[0].contiguous()
     return found
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Key -> name of the file that holds it."""
+    """Return the name of the file with each key."""
     try:
         if (folder / INDEX).is_file():
             found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(found.values()))
         else:
             names = [SINGLE]
-        held: dict[str, str] = {}
+        files: dict[str, str] = {}
         for name in names:
             with safe_open(folder / name, framework="pt") as file:
-                held |= dict.fromkeys(file.keys(), name)
+                files |= dict.fromkeys(file.keys(), name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder.name}: its weights cannot be read: {error}") from error
-    return held
+        raise UserError(f"{folder.name}: the weights cannot be read: {error}") from error
+    return files
 
 
 def _check_keys(wanted: dict[str, Entry], files: dict[str, str], folder: Path) -> None:
     faults = []
     for what, keys in (
-        ("lacks", [key for key in wanted if key not in files]),
+        ("is missing", [key for key in wanted if key not in files]),
         ("has unknown", [key for key in files if key not in wanted]),
     ):
         if keys:
@@ -174,14 +169,14 @@ def _check_keys(wanted: dict[str, Entry], files: dict[str, str], folder: Path) -
             faults.append(f"{what} {', '.join(keys[:SHOWN])}{more}")
     if faults:
         raise UserError(
-            f"{folder.name} is not a whole CogVLM2-Caption checkpoint: it {' and it '.join(faults)}."
+            f"{folder.name} is not a complete CogVLM2-Caption checkpoint: it {' and it '.join(faults)}."
         )
 
 
 def _tensors(folder: Path, files: dict[str, str], device: str) -> Iterator[tuple[str, torch.Tensor]]:
     for name in sorted(set(files.values())):
         with safe_open(folder / name, framework="pt", device=device) as file:
-            for key in (key for key, place in files.items() if place == name):
+            for key in (key for key, file_name in files.items() if file_name == name):
                 yield key, file.get_tensor(key)
 
 
@@ -195,6 +190,4 @@ def _set_inv_freq(model: CaptionModel, frequencies: torch.Tensor, key: str) -> N
     if rotary.inv_freq.is_meta:
         rotary.inv_freq = frequencies
     elif not torch.equal(rotary.inv_freq, frequencies):
-        raise UserError(
-            f"{key} differs from that of other layers; in a CogVLM2-Caption they are all the same."
-        )
+        raise UserError(f"{key} differs between layers; in a CogVLM2-Caption it is the same in all of them.")

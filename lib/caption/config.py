@@ -1,4 +1,4 @@
-"""What a CogVLM2-Caption's config.json says, in the names that the released file uses."""
+"""The config.json of a CogVLM2-Caption, with the names of the released file."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -7,14 +7,14 @@ from pathlib import Path
 from lib.errors import UserError
 
 ARCHITECTURE = "CogVLMVideoForCausalLM"
-"""What the released checkpoint calls itself; nothing here imports the code that it ships."""
+"""The released checkpoint's architecture name. The code that it ships is never imported."""
 ROPE_BASE = 500_000.0
-"""Llama 3's; the released config.json does not say it."""
+"""Llama 3's; it is not in the released config.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
-    """The vision tower. Lengths are pixels; the defaults are the released checkpoint's."""
+    """The vision tower; sizes are in pixels, and the defaults are those of the released checkpoint."""
 
     hidden_size: int = 1792
     intermediate_size: int = 15360
@@ -31,18 +31,18 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of a frame."""
+        """Return the number of patches along one side of a frame."""
         return self.image_size // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """Tokens of one frame in the language model: a quarter of its patches, and one before and after."""
+        """Return the number of tokens for one frame: a quarter of its patches, plus boi and eoi."""
         return (self.grid // 2) ** 2 + 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionConfig:
-    """The whole model; the defaults are the released checkpoint's."""
+    """The complete model; the defaults are those of the released checkpoint."""
 
     hidden_size: int = 4096
     intermediate_size: int = 14336
@@ -74,14 +74,14 @@ class CaptionConfig:
         for name, (given, allowed) in expected.items():
             if given != allowed:
                 raise ValueError(f"{name} is {given!r}; this model has {allowed!r}")
-        for name, whole, part in (
+        for name, value, divisor in (
             ("hidden_size", self.hidden_size, 2 * self.num_attention_heads),
             ("num_attention_heads", self.num_attention_heads, self.num_multi_query_heads),
             ("vision_config.hidden_size", vision.hidden_size, vision.num_heads),
             ("vision_config.image_size", vision.image_size, 2 * vision.patch_size),
         ):
-            if whole % part:
-                raise ValueError(f"{name} is {whole}, which is no multiple of {part}")
+            if value % divisor:
+                raise ValueError(f"{name} is {value}, which is not a multiple of {divisor}")
 
     @property
     def head_dim(self) -> int:
@@ -93,9 +93,9 @@ class CaptionConfig:
 
 
 def read_config(folder: Path) -> CaptionConfig:
-    """The configuration in a model's folder, with the end tokens of generation_config.json added.
+    """Read config.json in a model's folder, and end tokens from generation_config.json.
 
-    Raises UserError when it is missing, damaged or of another model.
+    Raises UserError if the configuration is missing, damaged or another model's.
     """
     content = _json(folder / "config.json")
     if content is None:
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> CaptionConfig:
 
 
 def parse_config(content: dict, generation: dict | None = None, *, place: str) -> CaptionConfig:
-    """As read_config, of what the two files say. `place` names the model in errors."""
+    """Parse the content of the two files; see read_config. `place` names the model in errors."""
     if ARCHITECTURE not in (content.get("architectures") or []):
         raise UserError(
             f"{place} is a {', '.join(content.get('architectures') or ['model of unknown kind'])}; "
@@ -115,7 +115,7 @@ def parse_config(content: dict, generation: dict | None = None, *, place: str) -
         config = CaptionConfig(**_known(CaptionConfig, content) | {"vision_config": vision})
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{place} has a config.json that is no CogVLM2-Caption's: {reason}.") from error
+        raise UserError(f"{place}: config.json is not that of a CogVLM2-Caption: {reason}.") from error
     more = (generation or {}).get("eos_token_id")
     ends = [*config.eos_token_ids, *(more if isinstance(more, list) else [more])]
     ends = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
@@ -124,7 +124,7 @@ def parse_config(content: dict, generation: dict | None = None, *, place: str) -
 
 
 def write_config(config: CaptionConfig, folder: Path, *, dtype: str) -> None:
-    """Write config.json as the released model has it, less the names of the code that it ships."""
+    """Write config.json as in the released model, without the names of the code that it ships."""
     content = {"architectures": [ARCHITECTURE], **asdict(config), "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -137,7 +137,7 @@ def _json(path: Path) -> dict | None:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object.")
+        raise UserError(f"{path} is not a JSON object.")
     return content
 
 

@@ -1,6 +1,6 @@
-"""The language model: transformers' Llama with the two details in which the original's arithmetic differs.
+"""The language model: transformers' Llama, with the original's RMS norm and rotary embedding.
 
-In bfloat16 both change logits (by up to 0.23 on a small model), so captions would not be the original's.
+Both round differently in bfloat16 (logits of a small model change by up to 0.23), so captions would differ.
 """
 
 import torch
@@ -11,7 +11,7 @@ from lib.caption.config import ROPE_BASE, CaptionConfig
 
 
 def build_language_model(config: CaptionConfig) -> LlamaForCausalLM:
-    """A Llama of the configured size with fresh weights (none on the meta device)."""
+    """Build a Llama of the configured size with random weights."""
     llama = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -26,7 +26,7 @@ def build_language_model(config: CaptionConfig) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         bos_token_id=config.bos_token_id,
         eos_token_id=list(config.eos_token_ids),
-        pad_token_id=None,  # a padding index would keep the embedding of a row at zero
+        pad_token_id=None,  # a padding index would fix that row of the embedding at zero
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(llama)
@@ -39,7 +39,7 @@ def build_language_model(config: CaptionConfig) -> LlamaForCausalLM:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm that rounds to the model's type once, after the weight, not before it too."""
+    """Root mean square norm that rounds to the model's dtype once, after multiplying by the weight."""
 
     def __init__(self, config: CaptionConfig) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary positions with frequencies from the checkpoint, and angles in the type of these frequencies.
+    """Rotary embedding with the checkpoint's frequencies, whose dtype is also that of the angles.
 
-    In bfloat16 positions above 256 are rounded to even ones and more: so the model was trained.
+    In bfloat16 that rounds positions above 256; the model was trained so.
     """
 
     inv_freq: torch.Tensor
@@ -67,7 +67,7 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, [B, L, head_dim] in hidden's type."""
+        """Return cosine and sine, [B, L, head_dim], in the dtype of `hidden`."""
         angles = position_ids[..., None].to(self.inv_freq.dtype) * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)

@@ -1,36 +1,40 @@
-"""CogVLM2-Caption: a vision tower in front of a language model, and generation from both."""
+"""CogVLM2-Caption: a vision tower, a language model, and generation from both."""
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lib.cancellation import check_stop
 from lib.caption.config import CaptionConfig
+from lib.caption.inputs import VISION, Prompt, pad_left
 from lib.caption.language import build_language_model
-from lib.caption.prompt import VISION, Prompt, pad_left
 from lib.caption.vision import VisionTower
 
 FRAMES_AT_ONCE = 24
-"""Through the vision tower: one clip's worth, whatever the batch."""
-LOWEST_TEMPERATURE = 1e-4
-"""Below it the likeliest token is as good as certain, and logits divided by it leave the range of numbers."""
+"""How many frames pass through the vision tower together: one clip, whatever the batch size."""
+MIN_TEMPERATURE = 1e-4
+"""Logits divided by less would overflow; sampling is practically greedy there."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decoding:
-    """How tokens are chosen: the likeliest at temperature 0, drawn above it."""
+class _Watch(StoppingCriteria):
+    """Counts generated tokens, and raises Stopped between two of them."""
 
-    max_new_tokens: int = 2048
-    temperature: float = 0.0
-    top_p: float = 1.0
+    def __init__(self, on_token: Callable[[int], None] | None, stop: threading.Event | None) -> None:
+        self.on_token, self.stop, self.count = on_token, stop, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        check_stop(self.stop)
+        self.count += 1
+        if self.on_token is not None:
+            self.on_token(self.count)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class CaptionModel(nn.Module):
-    """The released checkpoint's structure; see lib/caption/checkpoint.py for its weights."""
+    """The complete model; lib/caption/checkpoint.py loads its weights."""
 
     def __init__(self, config: CaptionConfig) -> None:
         super().__init__()
@@ -44,18 +48,18 @@ class CaptionModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, also where weights are quantised."""
+        """The dtype of activations, also where weights are quantized."""
         return self.language.model.norm.weight.dtype
 
     def see(self, frames: torch.Tensor) -> torch.Tensor:
-        """Vision tokens [N, tokens, hidden] of pixel values [N, 3, S, S]."""
+        """Return the vision tokens [N, tokens, hidden] of pixel values [N, 3, S, S]."""
         parts = frames.split(FRAMES_AT_ONCE)
         return torch.cat([self.vision(part.to(self.device, self.dtype)) for part in parts])
 
     def embed(self, prompts: list[Prompt], frames: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the language model takes, with padding at the left, for clips of different lengths.
+        """Return the language model's inputs for clips of different lengths, padded on the left.
 
-        `frames` holds per prompt its clip's pixel values [T, 3, S, S]. Returns inputs_embeds [B, L, hidden],
+        `frames` has each clip's pixel values [T, 3, S, S]. The result has inputs_embeds [B, L, hidden],
         attention_mask and position_ids [B, L].
         """
         ids, types, positions, mask = (
@@ -71,44 +75,36 @@ class CaptionModel(nn.Module):
         self,
         prompts: list[Prompt],
         frames: list[torch.Tensor],
-        decoding: Decoding,
         *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
         on_token: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> list[list[int]]:
-        """The new tokens of each clip, without the end token.
+        """Generate each clip's new tokens, without the end token.
 
-        `on_token` hears after each step how many there are. Draws from torch's global generator. Raises
-        Stopped between two tokens.
+        Greedy at temperature 0; above it, tokens are sampled with torch's global generator. `on_token` gets
+        the number of tokens after each step. Raises Stopped between two tokens.
         """
         inputs = self.embed(prompts, frames)
         check_stop(stop)
-        done = 0
-
-        def watch(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-            nonlocal done
-            check_stop(stop)
-            done += 1
-            if on_token is not None:
-                on_token(done)
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-        chosen = {"do_sample": False, "temperature": None, "top_p": None}
-        if decoding.temperature > 0:
-            temperature = max(decoding.temperature, LOWEST_TEMPERATURE)
-            chosen = {"do_sample": True, "temperature": temperature, "top_p": decoding.top_p}
+        sampling = {"do_sample": False, "temperature": None, "top_p": None}
+        if temperature > 0:  # transformers refuses integers
+            warmth = float(max(temperature, MIN_TEMPERATURE))
+            sampling = {"do_sample": True, "temperature": warmth, "top_p": float(top_p)}
         tokens = self.language.generate(
             **inputs,
-            **chosen,
+            **sampling,
             top_k=None,
-            max_new_tokens=decoding.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             pad_token_id=self.config.pad_token_id,
             eos_token_id=list(self.config.eos_token_ids),
-            stopping_criteria=StoppingCriteriaList([watch]),
+            stopping_criteria=StoppingCriteriaList([_Watch(on_token, stop)]),
         )
         return [_until_end(row, self.config.eos_token_ids) for row in tokens.tolist()]
 
 
 def _until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
-    places = [place for place, token in enumerate(tokens) if token in ends]
-    return tokens[: places[0]] if places else tokens
+    first = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:first]

@@ -1,6 +1,6 @@
-"""The vision tower: frames -> the tokens that stand for them in the language model.
+"""The vision tower, which turns frames into tokens of the language model.
 
-Modules are named as in the released checkpoint (`model.vision.*`), so that its keys need no table.
+Modules are named as in the released checkpoint (`model.vision.*`), so that its keys need no mapping.
 """
 
 import torch
@@ -13,7 +13,7 @@ PROJECTION_EPS = 1e-5
 
 
 class VisionTower(nn.Module):
-    """[N, 3, S, S] pixel values -> [N, tokens, hidden]: per frame one boi, its patches by row, one eoi."""
+    """Maps pixel values [N, 3, S, S] to [N, tokens, hidden]: for each frame boi, its patches by row, eoi."""
 
     def __init__(self, config: CaptionConfig) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class VisionTower(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of a frame by row, a class token before them, learned positions added."""
+    """Patches of a frame by row after a class token, with learned positions."""
 
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """A transformer layer that normalises what attention and MLP add, not what they receive."""
+    """A transformer layer with post-norm: the outputs of attention and MLP are normalized."""
 
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token of a frame attends to every other."""
+    """Self-attention within a frame."""
 
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Projection(nn.Module):
-    """A gated linear unit from the tower's width to the language model's."""
+    """A gated linear unit that projects to the hidden size of the language model."""
 
     def __init__(self, config: CaptionConfig) -> None:
         super().__init__()

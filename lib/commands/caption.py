@@ -1,10 +1,10 @@
 """Captions a data set on this machine: script/caption FOLDER [setting=value ...]
 
-A folder gets its captions in place: a .txt beside each clip, metadata.jsonl (which counts where both are
-there), prompts.txt and videos.txt; what is there stays. With output_dir=PATH, which an archive (zip or tar)
-needs, all of it goes to a folder of its own, with the clips unless include_videos=false.
-On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m lib.caption FOLDER ...
-The same command again goes on where one was stopped (captions.jsonl says what is done).
+A folder is captioned in place: a .txt next to each clip, metadata.jsonl (which takes precedence), prompts.txt
+and videos.txt. Existing captions are kept. With output_dir=PATH, which an archive (zip or tar) needs, they go
+to a separate folder, along with the clips unless include_videos=false.
+On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m lib.commands.caption FOLDER ...
+The same command resumes a stopped run (captions.jsonl lists what is done).
 """
 
 import os
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lib.cancellation import Stopped
-from lib.caption.place import Place, settled_place
+from lib.commands.caption_paths import CaptionPaths, resolve_paths
 from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
 from lib.distributed.launched import FirstFailedError, Processes
 from lib.errors import UserError
+from lib.predictors.input_files import check_file
 from lib.progress import LogView, Report
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
@@ -28,7 +29,7 @@ SOURCE, OUTPUT_DIR = "input_videos", "output_dir"
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Return the exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     document = _settings()
     status = help_status(arguments, usage=USAGE, about=__doc__, document=document)
     if status is not None:
@@ -41,13 +42,13 @@ def main(arguments: list[str]) -> int:
     try:
         values = parse_inputs(_pairs(arguments), document, send_files=False)
         status = FAILED
-        place = _place(values.pop(SOURCE), values.pop(OUTPUT_DIR, ""))
+        paths = _paths(values.pop(SOURCE), values.pop(OUTPUT_DIR, ""))
     except UserError as error:
-        if first:  # the others are told the same
+        if first:  # the others have the same error
             print(error, file=sys.stderr)
         return status
     try:
-        result = _run(place, values, stop, view.line if first else _silent)
+        result = _run(paths, values, stop, view.line if first else _silent)
     except UserError as error:
         view.close()
         print(error if first else f"process {rank}: {error}", file=sys.stderr)
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
     except (Stopped, KeyboardInterrupt):
         view.close()
         if first:
-            print("stopped; the same command goes on", file=sys.stderr)
+            print("stopped; the same command resumes it", file=sys.stderr)
         return INTERRUPTED
     view.close()
     if first and result is not None:
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _settings() -> dict[str, Any]:
-    """The predictor's inputs as this command takes them: a folder too, and a place for the captions."""
+    """Return the schema of the predictor's inputs with those of this command: a folder, and output_dir."""
     document = training_inputs(PROJECT / "predict_caption_dataset.py", name="Runner")
     properties = document["components"]["schemas"]["Input"]["properties"]
     properties[SOURCE] = {
@@ -76,30 +77,26 @@ def _settings() -> dict[str, Any]:
         "type": "string",
         "x-order": 0,
         "default": "",
-        "description": "Where captions and clips go. Empty: captions beside the clips. An archive needs it.",
+        "description": "Where captions and clips go. Empty: captions next to the clips. An archive needs it.",
     }
     return document
 
 
-def _place(source: str, output: str) -> Place:
-    """Raises UserError where the data set is none of this machine's, or captions would be in the way."""
-    from lib.predictors.input_files import check_file
-
+def _paths(source: str, output: str) -> CaptionPaths:
+    """Return the paths of the run. Raises UserError if the data set is not on this machine."""
     if "://" in source:
         raise UserError(f"{source} is an address; give a folder, zip or tar on this machine.")
     clips = check_file(Path(source.removeprefix("@")).expanduser())
-    return settled_place(clips, Path(output).expanduser() if output else None)
+    return resolve_paths(clips, Path(output).expanduser() if output else None)
 
 
-def _run(place: Place, values: dict[str, Any], stop: threading.Event, report: Report) -> Path | None:
-    """The folder of captions; None where another process tells why there are none."""
+def _run(paths: CaptionPaths, values: dict[str, Any], stop: threading.Event, report: Report) -> Path | None:
+    """Return the folder of captions; None if the first process failed, which reports why."""
+    from lib.commands.caption_run import caption_dataset  # torch loads only after the arguments are checked
+
     processes = Processes()
     try:
-        from lib.commands.caption_local import (
-            caption_dataset,  # torch comes in only for a command that can be run
-        )
-
-        return caption_dataset(place, values, processes=processes, stop=stop, report=report)
+        return caption_dataset(paths, values, processes=processes, stop=stop, report=report)
     except FirstFailedError:
         return None
     finally:
@@ -107,7 +104,7 @@ def _run(place: Place, values: dict[str, Any], stop: threading.Event, report: Re
 
 
 def _pairs(arguments: list[str]) -> list[str]:
-    """All settings, the data set among them."""
+    """Return all arguments as NAME=VALUE, the data set included."""
     pairs: list[str] = []
     for argument in arguments:
         name, equals, _ = argument.partition("=")
@@ -118,12 +115,12 @@ def _pairs(arguments: list[str]) -> list[str]:
         else:
             pairs.append(f"{SOURCE}={argument}")
     if not any(pair.startswith(f"{SOURCE}=") for pair in pairs):
-        raise UserError(f"no folder or archive is given; usage: {USAGE}")
+        raise UserError(f"a folder or archive is missing; usage: {USAGE}")
     return pairs
 
 
 def _silent(line: str) -> None:
-    """What every process would say, the first says."""
+    """Report nothing: the first process reports for all."""
 
 
 if __name__ == "__main__":

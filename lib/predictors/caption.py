@@ -10,10 +10,11 @@ from typing import Any, Self
 import torch
 
 from lib import settings
-from lib.caption.batch import within_memory
-from lib.caption.captioner import Captioner, CaptionSettings, load_captioner
+from lib.caption.batch import caption_within_memory
+from lib.caption.captioner import Captioner, load_captioner
 from lib.caption.config import read_config
 from lib.caption.precision import Precision, choose_precision
+from lib.caption.request import CaptionSettings
 from lib.pipelines.load import inspect_machine, silence_libraries
 from lib.predictors import input_files
 from lib.predictors.compute_thread import ComputeThread
@@ -54,7 +55,7 @@ class CaptionService:
                 "model": model.label,
                 "device": precision.device,
                 "dtype": precision.dtype,
-                "quantization": precision.quantization or "none",
+                "quantization": precision.quantization,
             },
             fingerprint=model_fingerprint(model),
         )
@@ -77,11 +78,11 @@ class CaptionPredictor(CaptionService):
         read = time.perf_counter()
         report, longest = throttled(print_line, REPORT_SECONDS), request.max_new_tokens
         [caption], _ = self.compute.run(
-            lambda: within_memory(
+            lambda: caption_within_memory(
                 self.captioner,
                 [clip],
                 request,
-                at_once=1,
+                limit=1,
                 report=print_line,
                 on_token=lambda done: report(progress_line("writing the caption", done, longest)),
                 stop=stop,

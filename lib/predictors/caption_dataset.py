@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.caption.batch import caption_clips
-from lib.caption.dataset import DatasetRequest, captioned, check_left_out, request_from, summary
-from lib.caption.record import Record
+from lib.caption.dataset import captioned_dataset, check_left_out, summary
+from lib.caption.journal import Journal
+from lib.caption.request import DatasetRequest
 from lib.datasets.caption_files import CaptionedDataset, pack
 from lib.datasets.clips import find_clips
 from lib.datasets.source import open_data
@@ -24,7 +25,7 @@ from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 from lib.weights.cache import cache_folder
 
-KEPT_RECORDS = 20
+KEPT_JOURNALS = 20
 
 
 class DatasetCaptionPredictor(CaptionService):
@@ -35,14 +36,14 @@ class DatasetCaptionPredictor(CaptionService):
     def __call__(self, metrics: MetricSink, *, input_videos: Path, **inputs: object) -> Path:
         """Return the path of a zip of captioned clips, which stays until the next request or shutdown.
 
-        `inputs` are those of lib.caption.dataset.request_from. Raises UserError.
+        `inputs` are those of lib.caption.request.DatasetRequest. Raises UserError.
         """
         self.scratch.clear()
         archive = input_files.check_file(input_videos)
         if archive.is_dir():
             raise UserError(f"{archive} is a folder; send a zip or tar of it, or use script/caption.")
-        request = request_from(inputs)
-        self.captioner.check(request.question)
+        request = DatasetRequest.from_inputs(inputs)
+        self.captioner.check(request.settings)
         stop = threading.Event()
         with self.scratch.request() as folder:
             path, result = self.compute.run(
@@ -58,55 +59,55 @@ class DatasetCaptionPredictor(CaptionService):
         """Return the zip and the metrics."""
         work = folder / "data"
         try:
-            key = f"{sha256_of(archive, stop=stop)} {request.question} {self.fingerprint}"
+            key = f"{sha256_of(archive, stop=stop)} {request.settings} {self.fingerprint}"
             data = open_data(archive, work, stop=stop)
-            with resumable_record(key, folder / "captions.jsonl") as record:
-                result, seconds = self._caption_clips(data, request, record, stop)
+            with resumable_journal(key, folder / "captions.jsonl") as journal:
+                result, seconds = self._caption_clips(data, request, journal, stop)
                 for clip in result.left_out:
                     print_line(f"left out: {clip.name}: {clip.reason}")
                 print_line(summary(result))
                 path = pack(result, folder / "captioned.zip", videos=request.include_videos, stop=stop)
-                record.rewrite(())
+                journal.rewrite(())
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return path, {**result.counts, **({} if seconds is None else {"seconds_per_clip": seconds})}
 
     def _caption_clips(
-        self, data: Path, request: DatasetRequest, record: Record, stop: threading.Event
+        self, data: Path, request: DatasetRequest, journal: Journal, stop: threading.Event
     ) -> tuple[CaptionedDataset, float | None]:
         """Return the captioned data set, and the seconds per clip that the model was run for."""
         clips, left_out = find_clips(data, need_captions=False)
         check_left_out(left_out, request)
-        known, started = record.read(), time.perf_counter()
+        known, started = journal.read(), time.perf_counter()
         rows = caption_clips(
             self.captioner,
             clips,
-            request.question,
-            record=record,
+            request.settings,
+            journal=journal,
             known=known,
             model=self.fingerprint,
             batch_size=request.batch_size,
             report=print_line,
-            replace=request.replaces,
-            stop_on_failure=request.stops,
+            replace=request.replaces_captions,
+            stop_on_failure=request.stops_at_bad_clip,
             stop=stop,
         )
         seconds = time.perf_counter() - started
         computed = sum(row.status != "kept" and row != known.get(row.file_name) for row in rows)
         try:
-            result = captioned(clips, left_out, rows, request)
+            result = captioned_dataset(clips, left_out, rows, request)
         except UserError:  # the next request tries the failed clips again
-            record.rewrite(row for row in rows if row.status == "captioned")
+            journal.rewrite(row for row in rows if row.status == "captioned")
             raise
         return result, round(seconds / computed, 3) if computed else None
 
 
 @contextlib.contextmanager
-def resumable_record(key: str, fallback: Path) -> Iterator[Record]:
-    """Open the record of a request; `key` is everything that its captions depend on.
+def resumable_journal(key: str, fallback: Path) -> Iterator[Journal]:
+    """Open the journal of a request; `key` is everything that its captions depend on.
 
-    Records are kept in the cache folder, the newest KEPT_RECORDS of them. Where another server is working on
-    the same request, or the folder cannot be written, the record is `fallback`.
+    The newest KEPT_JOURNALS are kept in the cache folder. Where another server works on the same request,
+    or the folder cannot be written, the journal is `fallback`.
     """
     folder = cache_folder() / "captions"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
@@ -117,18 +118,18 @@ def resumable_record(key: str, fallback: Path) -> Iterator[Record]:
         except OSError as error:
             print_line(f"a cancelled request will start from scratch: {disk_error(error, path)}")
             owned = False
-        record = Record(path if owned else fallback)
+        journal = Journal(path if owned else fallback)
         try:
-            yield record
+            yield journal
         finally:
-            record.close()
+            journal.close()
 
 
 def _remove_oldest(folder: Path, newest: Path) -> None:
-    """Remove the oldest records that are not in use."""
+    """Remove the oldest journals that are not in use."""
     others = [path for path in folder.glob("*.jsonl") if path != newest]
     others.sort(key=lambda path: path.stat().st_mtime)
-    for path in others[: max(0, len(others) - KEPT_RECORDS + 1)]:
+    for path in others[: max(0, len(others) - KEPT_JOURNALS + 1)]:
         with lock(path, print_line, wait=False) as unused:
             if unused:
                 path.unlink(missing_ok=True)

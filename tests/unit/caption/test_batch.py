@@ -1,10 +1,11 @@
-"""Captions in batches where the GPU has too little memory: it is made out, since no test has a GPU."""
+"""Captions in batches when the GPU runs out of memory, which is simulated."""
 
 import pytest
 import torch
 
-from lib.caption.batch import within_memory
-from lib.caption.captioner import Caption, Captioner, CaptionSettings, SampledClip, load_captioner
+from lib.caption.batch import caption_within_memory
+from lib.caption.captioner import Caption, Captioner, SampledClip, load_captioner
+from lib.caption.request import CaptionSettings
 from lib.errors import UserError
 from tests.caption_factory import write_captioner
 
@@ -21,15 +22,13 @@ def captioner(tmp_path_factory) -> Captioner:
 def clips() -> list[SampledClip]:
     random = torch.Generator().manual_seed(3)
     return [
-        SampledClip(
-            pixel_values=torch.randn(frames, 3, 48, 48, generator=random), sampling="chat", seconds=2.0
-        )
+        SampledClip(pixel_values=torch.randn(frames, 3, 48, 48, generator=random), sampling="chat")
         for frames in (1, 3, 2, 5, 4, 2, 1)
     ]
 
 
 def with_memory_for(count: int, monkeypatch) -> list[int]:
-    """Let the model run out of memory with more than that many clips; how many it was asked about."""
+    """Let batches of more than `count` clips run out of memory; return the sizes of the batches."""
     asked: list[int] = []
     original = Captioner.caption
 
@@ -43,28 +42,26 @@ def with_memory_for(count: int, monkeypatch) -> list[int]:
     return asked
 
 
-def test_a_batch_that_does_not_fit_is_done_in_smaller_ones_with_the_same_captions(
-    captioner, clips, monkeypatch
-):
+def test_a_batch_that_does_not_fit_is_split_with_the_same_captions(captioner, clips, monkeypatch):
     alone = captioner.caption(clips, SETTINGS)
     said: list[str] = []
     asked = with_memory_for(2, monkeypatch)
-    captions, fits = within_memory(captioner, clips, SETTINGS, at_once=8, report=said.append)
+    captions, fits = caption_within_memory(captioner, clips, SETTINGS, limit=8, report=said.append)
     assert captions == alone
     assert len({caption.text for caption in captions}) > 1
     assert fits == 1
     assert asked == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert said == [
-        "a batch of 7 does not fit into the GPU's memory: 3 at once from here on",
-        "a batch of 3 does not fit into the GPU's memory: 1 at once from here on",
+        "a batch of 7 does not fit into the GPU's memory: batches of 3 from now on",
+        "a batch of 3 does not fit into the GPU's memory: batches of 1 from now on",
     ]
 
 
-def test_a_clip_that_does_not_fit_alone_is_an_error_that_says_what_helps(captioner, clips, monkeypatch):
+def test_a_clip_that_does_not_fit_alone_is_an_error_with_a_remedy(captioner, clips, monkeypatch):
     with_memory_for(0, monkeypatch)
     with pytest.raises(UserError) as caught:
-        within_memory(captioner, clips[:2], SETTINGS, at_once=2, report=lambda line: None)
+        caption_within_memory(captioner, clips[:2], SETTINGS, limit=2, report=lambda line: None)
     assert str(caught.value) == (
-        "the GPU has too little memory for one clip. COGVIDEOX_QUANTIZATION=8bit or 4bit makes the model "
+        "the GPU has too little memory for one clip. COGVIDEOX_QUANTIZATION=int8 or int4 makes the model "
         "smaller."
     )

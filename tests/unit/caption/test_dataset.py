@@ -13,14 +13,15 @@ import pytest
 
 from lib.cancellation import Stopped
 from lib.caption.captioner import Captioner
-from lib.caption.dataset import DatasetRequest, captioned, request_from
-from lib.caption.place import settled_place
-from lib.caption.record import Record, Row
-from lib.commands.caption_local import caption_dataset
+from lib.caption.dataset import captioned_dataset
+from lib.caption.journal import Journal, Row
+from lib.caption.request import DatasetRequest
+from lib.commands.caption_paths import resolve_paths
+from lib.commands.caption_run import caption_dataset
 from lib.datasets.clips import Clip, LeftOut, find_clips
 from lib.distributed.launched import Processes
 from lib.errors import UserError
-from lib.predictors.caption_dataset import KEPT_RECORDS, DatasetCaptionPredictor, resumable_record
+from lib.predictors.caption_dataset import KEPT_JOURNALS, DatasetCaptionPredictor, resumable_journal
 from lib.predictors.start import start_caption_dataset
 from lib.storage.archive import extract_archive
 from lib.storage.lock import lock
@@ -101,7 +102,7 @@ def local(
     """What a run on this machine reports."""
     told: list[str] = []
     caption_dataset(
-        settled_place(source, output), QUICK | inputs, processes=Processes(),
+        resolve_paths(source, output), QUICK | inputs, processes=Processes(),
         stop=stop or threading.Event(), report=told.append,
     )  # fmt: skip
     return told
@@ -257,16 +258,15 @@ def test_an_archive_without_a_sound_clip_is_refused(predictor, tmp_path):
 )
 def test_what_is_not_allowed_is_refused_at_the_door(inputs, said):
     with pytest.raises(UserError) as refused:
-        request_from(inputs)
+        DatasetRequest.from_inputs(inputs)
     assert str(refused.value) == said
 
 
 def test_captions_that_were_cut_off_are_counted():
     clips = [Clip(path=Path(name), name=name, caption="") for name in ("a", "b")]
     rows = [Row(file_name=name, status="captioned", caption="x", finished=name == "a") for name in ("a", "b")]
-    request = request_from({})
-    assert isinstance(request, DatasetRequest)
-    assert captioned(clips, [LeftOut(name="c", reason="r")], rows, request).cut_off == 1
+    request = DatasetRequest.from_inputs({})
+    assert captioned_dataset(clips, [LeftOut(name="c", reason="r")], rows, request).cut_off == 1
 
 
 # Going on
@@ -278,19 +278,19 @@ def test_a_request_that_was_cancelled_goes_on_and_a_finished_one_begins_anew(
     archive = zip_of(clips, tmp_path / "in.zip")
     whole, _ = packed(predictor, archive, tmp_path / "whole")
     asked.clear()
-    original = Record.add
+    original = Journal.add
 
     def cancelled(self, rows):
         original(self, rows)
         if len(asked) == 2:
             raise Stopped
 
-    monkeypatch.setattr(Record, "add", cancelled)
+    monkeypatch.setattr(Journal, "add", cancelled)
     with pytest.raises(Stopped):
         predictor(Metrics(), input_videos=archive, batch_size=2, **QUICK)
     assert [path.suffix for path in records()] == [".jsonl"]
     assert list(predictor.scratch.folder.iterdir()) == []
-    monkeypatch.setattr(Record, "add", original)
+    monkeypatch.setattr(Journal, "add", original)
     out, metrics = packed(predictor, archive, tmp_path / "out", trigger_word="TOK")
     assert asked == [2, 2, 1]
     assert captions(out) == {name: f"TOK {text}" for name, text in captions(whole).items()}
@@ -311,28 +311,28 @@ def test_another_question_begins_anew(predictor, clips, tmp_path, asked):
 def test_only_the_newest_records_stay_and_those_in_use(monkeypatch):
     folder = cache_folder() / "captions"
     folder.mkdir(parents=True)
-    for age in range(KEPT_RECORDS + 5):
+    for age in range(KEPT_JOURNALS + 5):
         (folder / f"{age}.jsonl").touch()
         os.utime(folder / f"{age}.jsonl", (1e9 - age, 1e9 - age))
-    oldest = folder / f"{KEPT_RECORDS + 4}.jsonl"
-    with lock(oldest, print), resumable_record("question", folder / "elsewhere") as record:
+    oldest = folder / f"{KEPT_JOURNALS + 4}.jsonl"
+    with lock(oldest, print), resumable_journal("question", folder / "elsewhere") as record:
         record.add([Row(file_name="a", status="captioned")])
-        with resumable_record("question", folder / "elsewhere") as other:
+        with resumable_journal("question", folder / "elsewhere") as other:
             assert other.path == folder / "elsewhere", "another server has it"
-    kept = {f"{age}.jsonl" for age in range(KEPT_RECORDS - 1)} | {oldest.name, record.path.name}
+    kept = {f"{age}.jsonl" for age in range(KEPT_JOURNALS - 1)} | {oldest.name, record.path.name}
     assert {path.name for path in folder.iterdir()} == kept
 
 
 def test_a_cache_that_cannot_be_written_does_not_end_the_request(monkeypatch, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
-    with resumable_record("question", tmp_path / "elsewhere.jsonl") as record:
+    with resumable_journal("question", tmp_path / "elsewhere.jsonl") as record:
         record.add([Row(file_name="a", status="captioned")])
     assert (tmp_path / "elsewhere.jsonl").is_file()
     assert capsys.readouterr().out.startswith("a cancelled request will start from scratch: ")
 
 
 def test_a_record_is_read_over_what_a_kill_cut_off_and_rewritten_whole(tmp_path):
-    record = Record(tmp_path / "captions.jsonl")
+    record = Journal(tmp_path / "captions.jsonl")
     record.add([Row(file_name="a", status="captioned", caption="x"), Row(file_name="b", status="failed")])
     record.close()
     record.path.write_bytes(record.path.read_bytes() + b'{"file_name": "c", "sta')
@@ -340,7 +340,7 @@ def test_a_record_is_read_over_what_a_kill_cut_off_and_rewritten_whole(tmp_path)
     record.add([Row(file_name="d", status="captioned", caption="half \ud83d")])
     assert list(record.read()) == ["a", "b", "d"]
     record.rewrite(row for row in record.read().values() if row.status == "captioned")
-    assert list(Record(record.path).read()) == ["a", "d"]
+    assert list(Journal(record.path).read()) == ["a", "d"]
     record.rewrite(())
     assert list(tmp_path.iterdir()) == []
 
@@ -381,17 +381,17 @@ def test_an_archive_goes_into_a_folder_with_its_clips(clips, tmp_path):
 
 def test_a_stopped_run_leaves_its_record_and_goes_on(clips, tmp_path, asked, monkeypatch):
     stop = threading.Event()
-    original = Record.add
+    original = Journal.add
 
     def last(self, rows):
         original(self, rows)
         stop.set()
 
-    monkeypatch.setattr(Record, "add", last)
+    monkeypatch.setattr(Journal, "add", last)
     with pytest.raises(Stopped):
         local(clips, tmp_path / "out", stop=stop, batch_size=2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["captions.jsonl"]
-    monkeypatch.setattr(Record, "add", original)
+    monkeypatch.setattr(Journal, "add", original)
     assert local(clips, tmp_path / "out")[0] == "2 of 5 clips are done already"
     assert asked == [2, 3]
 
@@ -399,16 +399,16 @@ def test_a_stopped_run_leaves_its_record_and_goes_on(clips, tmp_path, asked, mon
 def test_records_of_several_processes_are_one_afterwards(clips, tmp_path, asked):
     out = tmp_path / "out"
     local(clips, out)
-    rows = Record(out / "captions.jsonl").read()
+    rows = Journal(out / "captions.jsonl").read()
     first, second, *_ = rows
     stale = replace(rows[first], fingerprint="of another question", caption="stale")
-    other = Record(out / "captions.1.jsonl")
+    other = Journal(out / "captions.1.jsonl")
     other.add([rows[second], stale])
     other.close()
-    Record(out / "captions.jsonl").rewrite(row for name, row in rows.items() if name != second)
+    Journal(out / "captions.jsonl").rewrite(row for name, row in rows.items() if name != second)
     local(clips, out)
     assert asked == [5]
-    assert Record(out / "captions.jsonl").read() == rows
+    assert Journal(out / "captions.jsonl").read() == rows
     assert not (out / "captions.1.jsonl").exists()
 
 
@@ -423,14 +423,14 @@ def test_places_that_would_get_in_the_way_are_refused(clips, tmp_path):
             "in.zip is not a folder. An archive needs output_dir=PATH, where its captions go; for a single ",
         ),
         (tmp_path / "none", None, "none does not exist. Give a folder, or a zip or tar of clips."),
-        (clips, clips / "out", "lies within the data set, where its clips would be found again; give a"),
-        (clips, tmp_path / "theirs", "has a metadata.jsonl that is not of an earlier run"),
+        (clips, clips / "out", "is inside the data set, whose clips would be found there again; give a"),
+        (clips, tmp_path / "theirs", "has a metadata.jsonl that is not from an earlier run"),
         (clips, archive, "in.zip is a file; give a folder."),
     ):
         with pytest.raises(UserError) as refused:
-            settled_place(source, output)
+            resolve_paths(source, output)
         assert said in str(refused.value)
-    assert settled_place(clips, clips).in_place and settled_place(clips, None).in_place
+    assert resolve_paths(clips, clips).in_place and resolve_paths(clips, None).in_place
 
 
 def test_two_commands_do_not_caption_in_one_folder(clips):

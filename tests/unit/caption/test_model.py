@@ -4,21 +4,19 @@ import gzip
 import json
 import math
 import re
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
 from lib.cancellation import Stopped
-from lib.caption import preprocessing
 from lib.caption.checkpoint import load_model
-from lib.caption.model import CaptionModel, Decoding
-from lib.caption.preprocessing import MEAN, STD, clip_pixel_values, pixel_values
-from lib.caption.prompt import Prompt, build_prompt
+from lib.caption.inputs import Prompt, build_prompt, pixel_values
+from lib.caption.model import CaptionModel
 
 CASES = Path(__file__).resolve().parents[2] / "data" / "caption"
 BF16_LEAD_STEPS = 3
@@ -66,7 +64,7 @@ class Case:
 
 
 def encode(text: str) -> list[int]:
-    """The tokenizer that the cases were made with: digits by threes, other characters one by one."""
+    """Tokenize as in the cases: digits by threes, other characters one by one."""
     parts = re.findall(r"\d{1,3}|\D", text)
     return [1000 + int(part) if part.isdigit() else 3000 + ord(part) % 256 for part in parts]
 
@@ -131,8 +129,8 @@ def test_vision_tokens_and_logits_are_the_originals(case):
 @pytest.mark.parametrize("name", cases_of("torch.float32"))
 def test_every_generated_token_is_the_originals(name, tmp_path):
     case = read_case(name, tmp_path)
-    decoding = Decoding(max_new_tokens=case.settings["max_new_tokens"])
-    tokens = case.model.generate([case.own_prompt()], [case.pixels()], decoding)
+    length = case.settings["max_new_tokens"]
+    tokens = case.model.generate([case.own_prompt()], [case.pixels()], max_new_tokens=length)
     assert tokens == [case.expected["tokens"].tolist()]
 
 
@@ -144,9 +142,7 @@ def test_in_bfloat16_every_token_that_rounding_cannot_change_is_the_originals(na
     columns = case.expected["vocab_columns"].tolist()
     decided = 0
     for step, logits in enumerate(case.expected["step_logits"]):
-        [[token]] = case.model.generate(
-            [continued(prompt, tokens[:step])], [case.pixels()], Decoding(max_new_tokens=1)
-        )
+        [[token]] = case.model.generate([continued(prompt, tokens[:step])], [case.pixels()], max_new_tokens=1)
         best, second = logits.topk(2).values.tolist()
         allowed = BF16_LEAD_STEPS * bfloat16_step(best)
         assert best - logits[columns.index(token)].item() <= allowed, f"step {step}"
@@ -187,7 +183,7 @@ def test_the_logits_of_every_step_are_the_originals(case):
     assert (logits.float() - case.expected["step_logits"]).abs().max() < tolerance
 
 
-def test_clips_of_different_lengths_together_give_the_same_tokens_as_one_by_one(small):
+def test_a_batch_of_clips_of_different_lengths_gives_the_same_tokens_as_each_alone(small):
     random = np.random.default_rng(4)
     size = small.model.config.vision_config.image_size
     prompts, clips = [], []
@@ -200,99 +196,50 @@ def test_clips_of_different_lengths_together_give_the_same_tokens_as_one_by_one(
     ):
         prompts.append(small.prompt(question, frames=frames, template=template))
         clips.append(pixel_values(random.integers(0, 256, (frames, 40, 56, 3), np.uint8), size))
-    decoding = Decoding(max_new_tokens=16)
     alone = [
-        small.model.generate([prompt], [clip], decoding)[0]
+        small.model.generate([prompt], [clip], max_new_tokens=16)[0]
         for prompt, clip in zip(prompts, clips, strict=True)
     ]
-    assert small.model.generate(prompts, clips, decoding) == alone
+    assert small.model.generate(prompts, clips, max_new_tokens=16) == alone
     assert len({tuple(tokens) for tokens in alone}) > 1
 
 
-def test_a_temperature_draws_tokens_and_a_seed_repeats_them(small):
-    decoding = Decoding(max_new_tokens=12, temperature=1.0, top_p=0.95)
-
-    def drawn(seed: int) -> list[int]:
+def test_above_temperature_0_tokens_are_sampled_and_a_seed_repeats_them(small):
+    def sampled(seed: int) -> list[int]:
         torch.manual_seed(seed)
-        return small.model.generate([small.own_prompt()], [small.pixels()], decoding)[0]
+        return small.model.generate(
+            [small.own_prompt()], [small.pixels()], max_new_tokens=12, temperature=1.0, top_p=0.95
+        )[0]
 
-    assert drawn(1) == drawn(1)
-    assert len({tuple(drawn(seed)) for seed in range(5)}) > 1
+    assert sampled(1) == sampled(1)
+    assert len({tuple(sampled(seed)) for seed in range(5)}) > 1
 
 
-def test_the_lowest_temperatures_take_the_likeliest_tokens(small):
+def test_very_low_temperatures_give_the_greedy_tokens(small):
     likeliest = small.expected["tokens"].tolist()
     for temperature in (1e-3, 1e-6, 1e-40):
-        decoding = Decoding(max_new_tokens=len(likeliest), temperature=temperature, top_p=0.9)
-        assert small.model.generate([small.own_prompt()], [small.pixels()], decoding) == [likeliest]
+        options = {"max_new_tokens": len(likeliest), "temperature": temperature, "top_p": 0.9}
+        assert small.model.generate([small.own_prompt()], [small.pixels()], **options) == [likeliest]
 
 
-def test_generation_ends_at_the_end_token_and_between_two_tokens_when_told(small):
-    import threading
-
-    tokens = small.expected["tokens"].tolist()
-    stop, heard = threading.Event(), []
+def test_a_stop_ends_generation_between_two_tokens(small):
+    stop, counts = threading.Event(), []
 
     def on_token(count: int) -> None:
-        heard.append(count)
+        counts.append(count)
         if count == 3:
             stop.set()
 
     with pytest.raises(Stopped):
         small.model.generate(
-            [small.own_prompt()], [small.pixels()], Decoding(max_new_tokens=12), on_token=on_token, stop=stop
+            [small.own_prompt()], [small.pixels()], max_new_tokens=12, on_token=on_token, stop=stop
         )
-    assert heard == [1, 2, 3]
-    ended = small.model
-    original = ended.config
-    try:
-        from dataclasses import fields
-
-        values = {field.name: getattr(original, field.name) for field in fields(original)}
-        ended.config = type(original)(**values | {"eos_token_id": [128001, tokens[4]]})
-        assert ended.generate([small.own_prompt()], [small.pixels()], Decoding(max_new_tokens=12)) == [
-            tokens[:4]
-        ]
-    finally:
-        ended.config = original
+    assert counts == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("height", "width"), [(224, 224), (360, 640), (641, 353), (1080, 1920), (17, 400)])
-def test_preprocessing_scales_the_short_side_and_takes_the_middle(height, width):
-    frame = np.zeros((height, width, 3), np.uint8)
-    frame[height // 2, width // 2] = 255
-    frame[:, : width // 2, 0] = 200  # red left half
-    values = pixel_values(frame[None], 32)[0]
-    assert values.shape == (3, 32, 32) and values.dtype == torch.float32
-    red = values[0].mean(0)
-    assert red[:14].min() > red[18:].max() + 1
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("count", [1, 3, 8, 24])
-@pytest.mark.parametrize(
-    ("height", "width", "size"), [(90, 131, 112), (64, 48, 32), (47, 85, 48), (40, 40, 24)]
-)
-def test_a_clips_frames_become_what_the_original_makes_of_all_at_once(height, width, size, count, threads):
-    frames = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
-    mean, std = (torch.tensor(numbers).view(3, 1, 1, 1) for numbers in (MEAN, STD))
-    usual = torch.get_num_threads()
-    torch.set_num_threads(threads)  # torch has more than one way to scale, which differ in the last bit
-    try:
-        clip = (torch.from_numpy(frames).permute(3, 0, 1, 2) / 255.0 - mean) / std
-        short, long = sorted((height, width))
-        scaled = {short: size, long: int(np.floor(long / short * size))} if short < long else {short: size}
-        clip = F.interpolate(clip, size=(scaled[height], scaled[width]), mode="bilinear", align_corners=False)
-        top, left = (round((scaled[side] - size) / 2.0) for side in (height, width))
-        clip = clip[..., top : top + size, left : left + size].permute(1, 0, 2, 3)
-        assert torch.equal(clip_pixel_values(iter(frames), size), clip)
-    finally:
-        torch.set_num_threads(usual)
-
-
-def test_large_frames_are_scaled_a_few_at_a_time(monkeypatch):
-    frames = np.random.default_rng(0).integers(0, 256, (7, 60, 80, 3), np.uint8)
-    whole = clip_pixel_values(iter(frames), 48)
-    monkeypatch.setattr(preprocessing, "AT_ONCE_BYTES", 2 * 4 * 60 * 80 * 3)
-    parts = clip_pixel_values(iter(frames), 48)
-    assert parts.shape == (7, 3, 48, 48) and torch.allclose(parts, whole, atol=1e-6)
+def test_generation_ends_at_any_of_the_end_tokens(small, monkeypatch):
+    tokens = small.expected["tokens"].tolist()
+    config = replace(small.model.config, eos_token_id=[128001, tokens[4]])
+    monkeypatch.setattr(small.model, "config", config)
+    made = small.model.generate([small.own_prompt()], [small.pixels()], max_new_tokens=12)
+    assert made == [tokens[:4]]

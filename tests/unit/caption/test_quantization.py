@@ -1,4 +1,4 @@
-"""Quantised loading with the real bitsandbytes, which is installed apart (.venv/extras): hence a process."""
+"""Quantized loading with the real bitsandbytes, in a process with the optional packages of .venv/extras."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 from pathlib import Path
 from lib.caption.checkpoint import load_model, save_model
 from lib.caption.model import CaptionModel
-from lib.caption.prompt import build_prompt
+from lib.caption.inputs import build_prompt
 from tiny.captioner import caption_config
 
 folder = Path(sys.argv[1])
@@ -38,9 +38,9 @@ def figures(quantization):
             kinds.setdefault(part, set()).add(str(module.weight.dtype))
     return seen, logits, {part: sorted(found) for part, found in kinds.items()}
 
-seen, logits, _ = figures(None)
+seen, logits, _ = figures("none")
 report = {}
-for quantization in ("8bit", "4bit"):
+for quantization in ("int8", "int4"):
     small_seen, small_logits, kinds = figures(quantization)
     report[quantization] = {
         "kinds": kinds,
@@ -61,19 +61,19 @@ def report(tmp_path_factory) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_8_bits_hold_the_language_model_and_the_vision_tower_but_not_the_output_layer(report):
-    assert report["8bit"]["kinds"] == {
+def test_int8_quantizes_language_model_and_vision_tower_but_not_the_output_layer(report):
+    assert report["int8"]["kinds"] == {
         "vision": ["torch.int8"],
         "language": ["torch.int8"],
         "output": ["torch.float32"],
     }
-    assert report["8bit"]["vision"] < 0.1 and report["8bit"]["logits"] > 0.99
+    assert report["int8"]["vision"] < 0.1 and report["int8"]["logits"] > 0.99
 
 
-def test_4_bits_hold_the_language_model_alone(report):
-    assert report["4bit"]["kinds"] == {
+def test_int4_quantizes_the_language_model_alone(report):
+    assert report["int4"]["kinds"] == {
         "vision": ["torch.float32"],
         "language": ["torch.uint8"],
         "output": ["torch.float32"],
     }
-    assert report["4bit"]["vision"] == 0 and report["4bit"]["logits"] > 0.9
+    assert report["int4"]["vision"] == 0 and report["int4"]["logits"] > 0.9

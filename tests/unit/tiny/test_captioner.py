@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from lib.caption.inputs import pixel_values
 from lib.caption.model import CaptionModel
-from lib.caption.preprocessing import pixel_values
 from tiny import loop, world
 from tiny.caption_pool import FRAMES, CaptionPool, compress, normalised
 from tiny.captioner import (

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from lib.caption.record import Row
+from lib.caption.journal import Row
 from lib.datasets.clips import LeftOut, find_clips
 from lib.errors import UserError
 from lib.lora.file import read_header

@@ -1,7 +1,4 @@
-"""What became of every clip of a data set, one JSON line each, written as soon as it is known.
-
-A run that is killed goes on from here: what a line says is not done again.
-"""
+"""The journal of a captioning run: what became of each clip, one JSON line each, for resuming."""
 
 import hashlib
 import json
@@ -9,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from lib.datasets.clips import Clip
 from lib.storage.disk import disk_error
@@ -19,36 +16,35 @@ Status = Literal["captioned", "kept", "failed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One clip."""
+    """The result for one clip."""
 
     file_name: str
     """Its path within the data set, with forward slashes."""
     status: Status
-    """captioned by the model, kept with the caption that it had, failed with an error."""
+    """captioned by the model, kept (it had a caption), or failed with an error."""
     caption: str = ""
-    """As the model or its owner wrote it, without what is put before and after all captions."""
+    """Without trigger word, prefix and suffix."""
     error: str = ""
     finished: bool = True
     """False where max_new_tokens cut the caption off."""
     fingerprint: str = ""
-    """Of the clip's size and of everything that its caption depends on; see `fingerprint`."""
 
 
-def fingerprint(clip: Clip, question: object) -> str:
-    """Tells whether a row is about this clip and this question (settings, model)."""
-    text = f"{clip.name} {clip.path.stat().st_size} {question}"
+def fingerprint(clip: Clip, context: object) -> str:
+    """Return a hash of a clip's name and size and of what its caption depends on (settings, model)."""
+    text = f"{clip.name} {clip.path.stat().st_size} {context}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Record:
-    """An append-only file of rows; of several processes each has its own."""
+class Journal:
+    """An append-only file of rows. Each of several processes has its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = None
+        self._file: BinaryIO | None = None
 
     def read(self) -> dict[str, Row]:
-        """File name -> its newest row; what a kill cut off in the middle of a line is none."""
+        """Return the newest row of each file name; damaged and incomplete lines are skipped."""
         found = {}
         try:
             lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -63,13 +59,13 @@ class Record:
         return found
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append rows; on the disk when this returns. Raises UserError when the disk refuses."""
+        """Append rows and flush them to disk. Raises UserError for a disk error."""
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("ab")
                 if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                    self._file.write(b"\n")  # a line that a kill cut off
+                    self._file.write(b"\n")  # ends the incomplete line of a killed run
             for row in rows:
                 self._file.write(_line(row))
             self._file.flush()
@@ -78,7 +74,7 @@ class Record:
             raise disk_error(error, self.path) from error
 
     def rewrite(self, rows: Iterable[Row]) -> None:
-        """Hold these rows and no others, in one step; without any, no file. Raises UserError."""
+        """Replace the content in one step; without rows, remove the file. Raises UserError."""
         self.close()
         lines = [_line(row) for row in rows]
         partial = self.path.with_name(f"{self.path.name}.partial")
@@ -100,5 +96,5 @@ class Record:
 
 
 def _line(row: Row) -> bytes:
-    # "replace": half a surrogate pair, which JSON can hold, has no UTF-8.
+    # "replace": a lone surrogate, which JSON can contain, cannot be encoded in UTF-8.
     return json.dumps(asdict(row), ensure_ascii=False).encode(errors="replace") + b"\n"
