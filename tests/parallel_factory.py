@@ -1,4 +1,4 @@
-"""Small models and processes that share them, for the tests of lib/parallel."""
+"""Small models and processes that share them, for the tests of lib/distributed."""
 
 import os
 import pickle
@@ -65,12 +65,12 @@ import pickle, sys
 from importlib import import_module
 module, name, arguments, rank, count, meeting, result = pickle.load(open(sys.argv[1], "rb"))[int(sys.argv[2])]
 import torch
-from lib.distributed.process_group import Group
+from lib.distributed.process_group import ProcessGroup
 torch.set_num_threads(1)
 work = getattr(import_module(module), name)
-group = Group.join(rank=rank, count=count, device="cpu", meeting=meeting, seconds=60)
+group = ProcessGroup.join(rank=rank, count=count, device="cpu", store=meeting, seconds=60)
 made = work(group, *arguments)
-group.leave()
+group.close()
 pickle.dump(made, open(result, "wb"))
 """
 

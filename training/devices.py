@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lib.distributed import launched
+from lib.distributed import accelerate_processes
 from lib.errors import UserError
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock
@@ -37,7 +37,7 @@ def start_accelerator(config: TrainingConfig, run: Path) -> Accelerator:
     Raises UserError as start_accelerator does. Sharding is refused there: a frozen base with a
     LoRA has next to nothing to shard.
     """
-    accelerator = launched.start_accelerator(
+    accelerator = accelerate_processes.start_accelerator(
         seconds=config.nccl_timeout,
         mixed_precision=precision(config, "cuda" if torch.cuda.is_available() else "cpu"),
         log_with=list(trackers(config)) or None,

@@ -1,34 +1,34 @@
-"""What the process that deals out a list and those that make its clips tell each other."""
+"""What the process that distributes a list and its batch workers send each other."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Begin:
-    """The first message."""
-
-    task: str
+from lib.models.specs import VideoTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Begun:
-    """The answer: what it makes clips with."""
+class LoadPredictor:
+    """The first message to a worker."""
 
-    model: str
+    task: VideoTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
-    """The other answer: why no process can make any."""
+class PredictorReady:
+    """The answer: the worker can take rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictorRefused:
+    """The other answer: why no worker can load the predictor."""
 
     error: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Make:
-    """One clip, to a file."""
+class MakeClip:
+    """One row: make its clip and save it to a file."""
 
     number: int
     inputs: dict[str, Any]
@@ -36,8 +36,8 @@ class Make:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """What became of a clip: its metrics, or why there is none."""
+class ClipResult:
+    """The result of a row: the clip's metrics, or why there is no clip."""
 
     number: int
     metrics: dict[str, Any]

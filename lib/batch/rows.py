@@ -41,20 +41,20 @@ class Row:
         return hashlib.sha256(facts.encode(errors="replace")).hexdigest()[:16]
 
 
-def read_rows(path: Path, *, settings: list[str], document: Document) -> list[Row]:
-    """The rows of a list; `settings` (input=value) hold for those that do not say otherwise.
+def read_rows(path: Path, *, common: list[str], document: Document) -> list[Row]:
+    """The rows of a list; `common` (input=value) holds for those that do not say otherwise.
 
     A .txt has a prompt on each line, a .csv a column and a .jsonl a key for each input; empty lines and cells
     and null count as not given. Paths in a list are relative to its folder. Raises UserError naming the row.
     """
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"prompts={path} is no list that is known; give {', '.join(ENDINGS)}.")
-    common = dict(pair.split("=", 1) for pair in settings)
+    shared = dict(pair.split("=", 1) for pair in common)
     rows = []
     for number, found in enumerate(_entries(path), start=1):
         try:
             own = {name: _from_list(name, text, path.parent, document) for name, text in found.items()}
-            rows.append(settled_row(common | own, number=number, document=document))
+            rows.append(resolve_row(shared | own, number=number, document=document))
         except UserError as error:
             raise UserError(f"{path.name}, row {number}: {error}") from error
     if not rows:
@@ -62,7 +62,7 @@ def read_rows(path: Path, *, settings: list[str], document: Document) -> list[Ro
     return rows
 
 
-def settled_row(texts: dict[str, str], *, number: int, document: Document) -> Row:
+def resolve_row(texts: dict[str, str], *, number: int, document: Document) -> Row:
     """A row with every input of the predictor, the default where none is given. Raises UserError."""
     given = parse_inputs([f"{name}={text}" for name, text in texts.items()], document, send_files=False)
     properties = input_properties(document)

@@ -1,242 +1,193 @@
-"""A list of clips by several processes, each of which takes the next; begun again where one is lost.
+"""A list of clips made by several batch workers, each of which takes the next row.
 
-This process deals out the rows and alone writes down what became of them, a line of JSON each, as soon as it
-is known. A row whose process died is dealt out once more; a second death is its result.
+This process distributes the rows and alone records their results, as soon as they are known. A row whose
+worker died is tried once more; a second death is its result.
 """
 
 import contextlib
-import json
-import os
 import shutil
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from lib.batch.messages import Begin, Begun, Made, Make, Refused
+from lib import settings
+from lib.batch.clip import partial_path
+from lib.batch.messages import ClipResult, LoadPredictor, MakeClip, PredictorReady, PredictorRefused
+from lib.batch.results import Results, result_record
 from lib.batch.rows import Row
-from lib.commands.common import FAILED, INTERRUPTED
-from lib.distributed.clip import partial_of
+from lib.cancellation import check_stop
+from lib.distributed.child_process import ChildProcess, Exited, gpu_environment
 from lib.distributed.layout import VARIABLE
-from lib.distributed.process import Ended, Process, own_gpu
 from lib.errors import UserError
-from lib.models import specs
-from lib.progress import LogView
+from lib.models.specs import DEFAULT_MODELS, VideoTask
+from lib.progress import Report
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 
 MODULE = "lib.batch.worker"
 RESULTS, WORK, LOCK = "results.jsonl", ".work", ".parallel"
 POLL_SECONDS = 0.1
-MOST_DEATHS = 2
-"""Of processes at the same row, or each while it loads: after so many it is given up."""
+MAX_DEATHS = 2
+"""Deaths of workers at the same row, or on average of each while it loads, before it is given up."""
 
 
 def make_list(
-    task: str, rows: list[Row], output: Path, *, processes: int, gpus: int, stop: threading.Event
+    task: VideoTask,
+    rows: list[Row],
+    output: Path,
+    *,
+    processes: int,
+    gpus: int,
+    stop: threading.Event,
+    report: Report,
 ) -> int:
-    """Make what is missing in the folder `output`; the exit status. Raises UserError."""
-    view = LogView()
-    try:
-        with _alone(output):
-            model = os.environ.get("COGVIDEOX_MODEL") or specs.DEFAULT_MODELS[task]
-            model = f"{model} {os.environ.get('COG_WEIGHTS', '')}"
-            marks = {row.number: row.fingerprint(model) for row in rows}
-            results = Results(output / RESULTS)
-            done = {
-                row.number
-                for row in rows
-                if results.has(row.number, marks[row.number]) and (output / row.name).is_file()
-            }
-            if done:
-                view.line(f"{len(done)} of {len(rows)} clips are done already")
-            waiting = [row for row in rows if row.number not in done]
-            try:
-                if waiting:
-                    count = min(processes, len(waiting))
-                    batch = Batch(task=task, output=output, processes=count, gpus=gpus, view=view)
-                    batch.run(waiting, marks=marks, results=results, stop=stop)
-            finally:
-                results.close()
-                shutil.rmtree(output / WORK, ignore_errors=True)
-            if stop.is_set():
-                view.line("stopped; the same command goes on")
-                return INTERRUPTED
-            failed = results.settle(rows, marks)
-            view.line(f"{len(rows) - failed} of {len(rows)} clips are in {output}")
-            return FAILED if failed else 0
-    finally:
-        view.close()
+    """Make the clips that are missing in the folder `output` and return how many rows failed.
+
+    Raises UserError, and Stopped once `stop` is set, with what is done kept.
+    """
+    with _exclusive(output, report):
+        current = settings.current()
+        model = f"{current.model or DEFAULT_MODELS[task]} {current.default_lora}"
+        fingerprints = {row.number: row.fingerprint(model) for row in rows}
+        results = Results(output / RESULTS)
+        waiting = [
+            row
+            for row in rows
+            if not (results.has(row.number, fingerprints[row.number]) and (output / row.name).is_file())
+        ]
+        if len(waiting) < len(rows):
+            report(f"{len(rows) - len(waiting)} of {len(rows)} clips are done already")
+        try:
+            if waiting:
+                count = min(processes, len(waiting))
+                batch = Batch(task=task, output=output, processes=count, gpus=gpus, report=report)
+                with contextlib.closing(batch.run(waiting, stop=stop)) as finished:
+                    for row, result in finished:
+                        results.add(result_record(row, result, fingerprints[row.number]))
+        finally:
+            results.close()
+            shutil.rmtree(output / WORK, ignore_errors=True)
+        check_stop(stop)
+        failed = results.rewrite(rows)
+        report(f"{len(rows) - failed} of {len(rows)} clips are in {output}")
+        return failed
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """The processes, and what each is at."""
+    """The batch workers, and the row that each is making."""
 
-    task: str
+    task: VideoTask
     output: Path
     processes: int
     gpus: int
-    view: LogView
-    _heard: SimpleQueue = field(default_factory=SimpleQueue)
-    """(place, message)."""
-    _makers: dict[int, Process] = field(default_factory=dict)
-    """By place: 0, 1, ..., each of which is a GPU."""
+    report: Report
+    _inbox: SimpleQueue[tuple[int, Any]] = field(default_factory=SimpleQueue)
+    """Messages, each with its worker's slot."""
+    _workers: dict[int, ChildProcess] = field(default_factory=dict)
+    """By slot: 0, 1, ..., each of which is a GPU."""
     _idle: set[int] = field(default_factory=set)
-    _at: dict[int, Row] = field(default_factory=dict)
-    """Place -> the row that is being made there."""
+    _rows: dict[int, Row] = field(default_factory=dict)
+    """Slot -> the row that is being made there."""
     _deaths: Counter[int] = field(default_factory=Counter)
-    """Row number -> the processes it has cost."""
+    """Row number -> the workers that died while making it."""
     _early_deaths: int = 0
-    """Processes in a row that ended while they were loading."""
+    """Workers that died while they were loading, one after the other."""
 
-    def run(
-        self, rows: list[Row], *, marks: dict[int, str], results: "Results", stop: threading.Event
-    ) -> None:
-        """Make the rows. Raises UserError where no process can make any; returns early when stopped."""
+    def run(self, rows: list[Row], *, stop: threading.Event) -> Generator[tuple[Row, ClipResult], None, None]:
+        """Make the rows and yield each one's result.
+
+        Returns early when `stop` is set. Raises UserError when no worker can make any.
+        """
         waiting, done = deque(rows), 0
         try:
-            for place in range(self.processes):
-                self._start(place)
+            for slot in range(self.processes):
+                self._start(slot)
             while done < len(rows) and not stop.is_set():
                 while waiting and self._idle:
-                    self._deal(self._idle.pop(), waiting.popleft())
+                    self._assign(self._idle.pop(), waiting.popleft())
                 with contextlib.suppress(Empty):
-                    place, message = self._heard.get(timeout=POLL_SECONDS)
-                    for row, made in self._answer(place, message, waiting):
-                        results.add(_result(row, made, marks[row.number]))
+                    slot, message = self._inbox.get(timeout=POLL_SECONDS)
+                    finished = self._handle(slot, message, waiting)
+                    if finished is not None:
+                        yield finished
                         done += 1
-                        self.view.line(f"progress: making {done}/{len(rows)}")
-                        if made.error:
-                            self.view.line(f"row {row.number}: {made.error}")
+                        row, result = finished
+                        self.report(f"progress: making {done}/{len(rows)}")
+                        if result.error:
+                            self.report(f"row {row.number}: {result.error}")
         finally:
-            for process in self._makers.values():
-                process.kill()
-            for row in self._at.values():
-                self._partial(row).unlink(missing_ok=True)
+            for worker in self._workers.values():
+                worker.kill()
+            for row in self._rows.values():
+                self._remove_partial(row)
 
-    def _answer(self, place: int, message: Any, waiting: "deque[Row]") -> Iterator[tuple[Row, Made]]:
-        """Do what a message asks for; yields the row that is settled by it, if one is."""
-        if isinstance(message, Refused):
+    def _handle(self, slot: int, message: Any, waiting: deque[Row]) -> tuple[Row, ClipResult] | None:
+        """Handle a worker's message; return the row that it finishes, if it does, and its result."""
+        if isinstance(message, PredictorRefused):
             raise UserError(message.error)
-        if isinstance(message, Begun):
+        if isinstance(message, PredictorReady):
             self._early_deaths = 0
-            self._idle.add(place)
-        elif isinstance(message, Made):
-            self._idle.add(place)
-            yield self._at.pop(place), message
-        elif isinstance(message, Ended):
-            self._idle.discard(place)
-            row = self._at.pop(place, None)
-            if row is None:
-                self._early_deaths += 1
-                if self._early_deaths >= MOST_DEATHS * self.processes:
-                    raise UserError(
-                        f"A process {message.how} while it was loading the model, again and again."
-                    )
-            else:
-                self._partial(row).unlink(missing_ok=True)
-                self._deaths[row.number] += 1
-                if self._deaths[row.number] < MOST_DEATHS:
-                    self.view.line(f"row {row.number}: its process {message.how}; it is made again")
-                    waiting.appendleft(row)
-                else:
-                    yield row, Made(number=row.number, metrics={}, error=f"Its process {message.how}, twice.")
-            self._start(place)
+            self._idle.add(slot)
+        elif isinstance(message, ClipResult):
+            self._idle.add(slot)
+            return self._rows.pop(slot), message
+        elif isinstance(message, Exited):
+            return self._handle_death(slot, message.how, waiting)
+        return None
 
-    def _start(self, place: int) -> None:
-        work = self.output / WORK / str(place)
+    def _handle_death(self, slot: int, how: str, waiting: deque[Row]) -> tuple[Row, ClipResult] | None:
+        """Restart a worker that died, and return its row to the queue or give it up."""
+        self._idle.discard(slot)
+        row, finished = self._rows.pop(slot, None), None
+        if row is None:
+            self._early_deaths += 1
+            if self._early_deaths >= MAX_DEATHS * self.processes:
+                raise UserError(f"A process {how} while it was loading the model, again and again.")
+        else:
+            self._remove_partial(row)
+            self._deaths[row.number] += 1
+            if self._deaths[row.number] < MAX_DEATHS:
+                self.report(f"row {row.number}: its process {how}; trying again")
+                waiting.appendleft(row)
+            else:
+                error = f"Its process {how}, twice."
+                finished = row, ClipResult(number=row.number, metrics={}, error=error)
+        self._start(slot)
+        return finished
+
+    def _start(self, slot: int) -> None:
+        work = self.output / WORK / str(slot)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        alone = {VARIABLE: "off", "TMPDIR": str(work.resolve())}
-        gpu = own_gpu(place, processes=self.processes, gpus=self.gpus)
-        self._makers[place] = Process(
-            MODULE, hear=lambda message: self._heard.put((place, message)), environment=gpu | alone
+        environment = gpu_environment(slot, processes=self.processes, gpus=self.gpus)
+        environment |= {VARIABLE: "off", "TMPDIR": str(work.resolve())}
+        worker = ChildProcess(
+            MODULE, on_message=lambda message: self._inbox.put((slot, message)), environment=environment
         )
-        self._makers[place].tell(Begin(task=self.task))
+        self._workers[slot] = worker
+        worker.send(LoadPredictor(task=self.task))
 
-    def _deal(self, place: int, row: Row) -> None:
-        self._at[place] = row
+    def _assign(self, slot: int, row: Row) -> None:
+        self._rows[slot] = row
         output = self.output.resolve() / row.name
-        self._makers[place].tell(Make(number=row.number, inputs=row.inputs, output=output))
+        self._workers[slot].send(MakeClip(number=row.number, inputs=row.inputs, output=output))
 
-    def _partial(self, row: Row) -> Path:
-        return partial_of(self.output / row.name)
-
-
-class Results:
-    """results.jsonl: what became of each row, the newest line of a row counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._known: dict[int, dict[str, Any]] = {}
-        self._file = None
-        with contextlib.suppress(FileNotFoundError):
-            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a last one may be cut off
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    record = json.loads(line)
-                    self._known[record["row"]] = record
-
-    def has(self, number: int, mark: str) -> bool:
-        """Whether this row, as it stands in the list now, was made."""
-        record = self._known.get(number, {})
-        return record.get("status") == "made" and record.get("fingerprint") == mark
-
-    def add(self, record: dict[str, Any]) -> None:
-        """On the disk when this returns. Raises UserError when the disk refuses."""
-        self._known[record["row"]] = record
-        try:
-            if self._file is None:
-                self._file = self.path.open("ab+")
-                if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                    self._file.write(b"\n")
-            self._file.write(_line(record))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-
-    def settle(self, rows: list[Row], marks: dict[int, str]) -> int:
-        """One line each in the list's order; how many of them failed. Raises UserError."""
-        self.close()
-        kept = [self._known[row.number] for row in rows]
-        partial = partial_of(self.path)
-        try:
-            partial.write_bytes(b"".join(map(_line, kept)))
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-        finally:
-            partial.unlink(missing_ok=True)
-        return sum(record["status"] == "failed" for record in kept)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _result(row: Row, made: Made, mark: str) -> dict[str, Any]:
-    """A line: what was asked for, what was used where it was left open, and what it took."""
-    facts: dict[str, Any] = {"row": row.number, "status": "failed" if made.error else "made"}
-    facts |= {"error": made.error} if made.error else {"file": row.name}
-    return facts | row.given | made.metrics | {"fingerprint": mark}
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n"
+    def _remove_partial(self, row: Row) -> None:
+        partial_path(self.output / row.name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold the output folder. Raises UserError while another command has it, and where there can be none."""
+def _exclusive(output: Path, report: Report) -> Iterator[None]:
+    """Hold the output folder. Raises UserError when it cannot be one, or another command holds it."""
     if output.exists() and not output.is_dir():
         raise UserError(f"OUTPUT {output} is a file; a list of clips goes to a folder.")
     try:
-        with lock(output / LOCK, print, wait=False) as held:
+        with lock(output / LOCK, report, wait=False) as held:
             if not held:
                 raise UserError(f"another process is making clips in {output}; wait for it.")
             yield

@@ -1,36 +1,34 @@
-"""A process that makes whole clips: `python -m lib.batch.worker DESCRIPTOR`, for lib/batch/run.py."""
+"""A batch worker, which makes clips by itself: `python -m lib.batch.worker DESCRIPTOR`."""
 
 import os
 import sys
 
-from lib.batch.messages import Begin, Begun, Made, Make, Refused
-from lib.distributed.process import messages, send
+from lib.batch.clip import make_clip
+from lib.batch.messages import ClipResult, LoadPredictor, MakeClip, PredictorReady, PredictorRefused
+from lib.distributed.child_process import connect_to_parent, send
+from lib.errors import UserError
+from lib.predictors.start import start_video
 
 
 def main(descriptor: int) -> None:
-    """Make one clip after the other until nobody is left who wants one."""
-    connection, told = messages(descriptor)
-    from lib.distributed.clip import Metrics, move_to
-    from lib.errors import UserError
-    from lib.predictors.start import start_video
-
-    begin: Begin = told.get()
+    """Make one clip after the other until the parent is gone."""
+    connection, inbox = connect_to_parent(descriptor)
+    load: LoadPredictor = inbox.get()
     try:
-        predictor = start_video(begin.task)
+        predictor = start_video(load.task)
     except UserError as error:
-        return send(connection, Refused(error=str(error)))
-    send(connection, Begun(model=predictor.setup_metrics["model"]))
+        return send(connection, PredictorRefused(error=str(error)))
+    send(connection, PredictorReady())
     while True:
-        make: Make = told.get()
-        metrics = Metrics()
+        clip: MakeClip = inbox.get()
+        metrics, problem = {}, ""
         try:
-            move_to(predictor(metrics, **make.inputs), make.output)
-            made = Made(number=make.number, metrics=dict(metrics))
+            metrics = dict(make_clip(predictor, clip.inputs, clip.output))
         except UserError as error:
-            made = Made(number=make.number, metrics={}, error=str(error))
+            problem = str(error)
         except Exception as error:
-            made = Made(number=make.number, metrics={}, error=f"{type(error).__name__}: {error}")
-        send(connection, made)
+            problem = f"{type(error).__name__}: {error}"
+        send(connection, ClipResult(number=clip.number, metrics=metrics, error=problem))
 
 
 if __name__ == "__main__":

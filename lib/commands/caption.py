@@ -16,7 +16,7 @@ from typing import Any
 from lib.cancellation import Stopped
 from lib.commands.caption_paths import CaptionPaths, resolve_paths
 from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
-from lib.distributed.launched import FirstFailedError, Processes
+from lib.distributed.accelerate_processes import AccelerateProcesses, FirstProcessError
 from lib.errors import UserError
 from lib.predictors.input_files import check_file
 from lib.progress import LogView, Report
@@ -94,13 +94,13 @@ def _run(paths: CaptionPaths, values: dict[str, Any], stop: threading.Event, rep
     """Return the folder of captions; None if the first process failed, which reports why."""
     from lib.commands.caption_run import caption_dataset  # torch loads only after the arguments are checked
 
-    processes = Processes()
+    processes = AccelerateProcesses()
     try:
         return caption_dataset(paths, values, processes=processes, stop=stop, report=report)
-    except FirstFailedError:
+    except FirstProcessError:
         return None
     finally:
-        processes.leave()
+        processes.close()
 
 
 def _pairs(arguments: list[str]) -> list[str]:

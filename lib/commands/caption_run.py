@@ -15,7 +15,7 @@ from lib.commands.caption_paths import CaptionPaths
 from lib.datasets.caption_folder import complete_folder, write_folder
 from lib.datasets.clips import Clip, LeftOut, find_clips
 from lib.datasets.source import open_data
-from lib.distributed.launched import Processes
+from lib.distributed.accelerate_processes import AccelerateProcesses
 from lib.errors import UserError
 from lib.predictors.caption import load_for_this_machine, model_fingerprint
 from lib.predictors.model import Model, resolve_model
@@ -28,13 +28,13 @@ UNPACKED, LOCK = ".unpacked", ".captions"
 
 
 def caption_dataset(
-    paths: CaptionPaths, inputs: Mapping[str, Any], *, processes: Processes, stop: threading.Event,
+    paths: CaptionPaths, inputs: Mapping[str, Any], *, processes: AccelerateProcesses, stop: threading.Event,
     report: Report,
 ) -> Path:  # fmt: skip
     """Caption the clips of a folder or archive, and return the folder of the captions.
 
     `inputs` are those of predict_caption_dataset.py without input_videos. Each process captions its share,
-    and the first one writes. Raises UserError, FirstFailedError and Stopped; the journals in the output
+    and the first one writes. Raises UserError, FirstProcessError and Stopped; the journals in the output
     folder keep what is done for the next call.
     """
     request = DatasetRequest.from_inputs(inputs)
@@ -42,13 +42,15 @@ def caption_dataset(
     first = processes.is_first
     with exclusive(paths.output) if first else contextlib.nullcontext():
         try:
-            data = Path(processes.from_first("data", lambda: _opened(paths, request, stop), stop=stop))
+            data = Path(
+                processes.broadcast_from_first("data", lambda: _opened(paths, request, stop), stop=stop)
+            )
             clips, left_out = find_clips(data, need_captions=False)
             identity = model_fingerprint(model)
             fingerprints = {clip.name: fingerprint(clip, (request.settings, identity)) for clip in clips}
             known = _read_journals(paths, fingerprints)
             done = known_rows(clips, fingerprints, known, replace=request.replaces_captions)
-            processes.meet("journals read", stop=stop)  # before any process writes to one
+            processes.barrier("journals read", stop=stop)  # before any process writes to one
             if done:
                 report(f"{len(done)} of {len(clips)} clips are done already")
             waiting = [clip for clip in clips if clip.name not in done]
@@ -59,7 +61,7 @@ def caption_dataset(
             if first:
                 if processes.count > 1:
                     report("waiting for the other processes")
-                processes.meet("captioned", stop=stop)
+                processes.barrier("captioned", stop=stop)
                 report(_finish(paths, request, clips, left_out, fingerprints, report))
                 _remove_unpacked(paths)
             else:

@@ -6,34 +6,43 @@ A list of clips, each made by one process, goes to the folder OUTPUT, with a lin
   script/parallel t2v prompts=prompts.txt num_inference_steps=30 clips
 A list is a .txt with a prompt on each line, or a .csv or .jsonl with a column or key for each input. The same
 command again makes what is missing. Without --processes there is one for each GPU.
-For one clip on several machines: torchrun ... -m lib.parallel t2v [input=value ...] OUTPUT
 """
 
 import os
 import signal
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO, cast, get_args
 
-from lib.batch.rows import Row, read_rows, settled_row
+from lib import settings
+from lib.batch.clip import make_clip
+from lib.batch.rows import Row, read_rows, resolve_row
+from lib.batch.run import make_list
 from lib.cancellation import Stopped
 from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
+from lib.distributed.layout import VARIABLE, parse_layout
 from lib.errors import UserError
+from lib.models.specs import VideoTask
+from lib.progress import LogView
 from lib.serving.inputs import input_properties
 from lib.serving.registry import find_predictor, local_environment
 from lib.serving.schema import training_inputs
 
 USAGE = "script/parallel t2v|i2v [--processes N] [prompts=LIST] [input=value ...] OUTPUT"
-TASKS = ("t2v", "i2v")
-MOST_PROCESSES = 1024
+TASKS = get_args(VideoTask)
+MAX_PROCESSES = 1024
+SHUTDOWN_SECONDS = 10
+"""How long after Ctrl-C a clip may take to stop by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A command line."""
+class CommandLine:
+    """The parsed arguments."""
 
-    task: str
+    task: VideoTask
     output: Path
     rows: list[Row]
     is_list: bool
@@ -41,60 +50,126 @@ class Asked:
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Return the exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     task = arguments[0] if arguments and arguments[0] in TASKS else "t2v"
-    document = _inputs(task)
     asks_for_help = arguments[1:2] if arguments[:1] == [task] else arguments
     if asks_for_help in (["-h"], ["--help"]) or not arguments:
-        return help_status(asks_for_help, usage=USAGE, about=__doc__, document=document)
-    rank = int(os.environ.get("RANK", "0"))
+        status = help_status(asks_for_help, usage=USAGE, about=__doc__ or "", document=_inputs(task))
+        return status or 0
     try:
-        asked = _parse(arguments)
+        command = _parse(arguments)
     except UserError as error:
-        if rank == 0:
-            print(error, file=sys.stderr)
+        print(error, file=sys.stderr)
         return MISUSED
-    os.environ |= local_environment(find_predictor(asked.task))
+    os.environ |= local_environment(find_predictor(command.task))
+    view = LogView()
     try:
-        return _run(asked, arguments)
+        return _make_list(command, view) if command.is_list else _make_clip(command, view)
     except UserError as error:
-        if rank == 0:
-            print(error, file=sys.stderr)
+        view.close()
+        print(error, file=sys.stderr)
         return FAILED
     except (Stopped, KeyboardInterrupt):
+        view.line("stopped; run the same command again to go on" if command.is_list else "stopped")
         return INTERRUPTED
+    finally:
+        view.close()
 
 
-def _run(asked: Asked, arguments: list[str]) -> int:
-    if "RANK" in os.environ:
-        from lib.distributed.clip import take_rank
-
-        return take_rank(asked.task, asked.rows[0].inputs, asked.output)
-    stop = stop_on_signals("stopping" if asked.is_list else "")
-    gpus = _gpus()
-    processes = asked.processes or gpus or 1
+def _make_list(command: CommandLine, view: LogView) -> int:
+    stop = stop_on_signals("stopping")
+    gpus = _count_gpus()
+    processes = command.processes or gpus or 1
     if gpus and processes > gpus:
-        has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
-        raise UserError(f"--processes {processes} needs {processes} GPUs; this machine has {has}.")
-    if asked.is_list:
-        from lib.batch.run import make_list
+        available = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UserError(f"--processes {processes} needs {processes} GPUs; this machine has {available}.")
+    failed = make_list(
+        command.task,
+        command.rows,
+        command.output,
+        processes=processes,
+        gpus=gpus,
+        stop=stop,
+        report=view.line,
+    )
+    return FAILED if failed else 0
 
-        return make_list(asked.task, asked.rows, asked.output, processes=processes, gpus=gpus, stop=stop)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the launcher's to answer
-        signal.signal(number, signal.default_int_handler)
-    from lib.distributed.launch import launch
 
-    return launch(arguments, processes=processes)
+def _make_clip(command: CommandLine, view: LogView) -> int:
+    """Make one clip as a server would: this process is the first, a worker pool has the others."""
+    stop_on_signals("")
+    _interrupt_once()
+    _set_processes(command.processes)
+    # Here because they load torch, which reads OMP_NUM_THREADS when it is imported.
+    from lib.distributed.worker_pool import LostProcessError
+    from lib.predictors.start import start_video
+
+    try:
+        with redirect_stdout(cast("TextIO", _Lines(view))):
+            predictor = start_video(command.task)
+            metrics = make_clip(predictor, command.rows[0].inputs, command.output)
+    except LostProcessError as error:
+        raise UserError(error.loss) from error
+    view.close()
+    print(command.output)
+    shown = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in metrics.items()}
+    print(", ".join(f"{name} {value}" for name, value in sorted(shown.items())), file=sys.stderr)
+    return 0
+
+
+def _set_processes(processes: int | None) -> None:
+    """Let --processes choose, unless COGVIDEOX_PARALLEL names a layout. Raises UserError if they differ."""
+    setting = settings.current().parallel
+    if "cfg" in setting or "ulysses" in setting:
+        needed = parse_layout(setting).processes
+        if processes not in (None, needed):
+            raise UserError(f"{VARIABLE}={setting} takes {needed} processes, not {processes}.")
+        processes = needed
+    elif processes is not None:
+        os.environ[VARIABLE] = str(processes)
+    if processes is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+
+def _interrupt_once() -> None:
+    """Raise KeyboardInterrupt at the first Ctrl-C or SIGTERM, and exit if the work does not end in time."""
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        signal.alarm(SHUTDOWN_SECONDS)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, lambda _number, _frame: os._exit(INTERRUPTED))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+
+class _Lines:
+    """A standard output whose lines go to a LogView."""
+
+    def __init__(self, view: LogView) -> None:
+        self._view, self._rest = view, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._view.line(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: a line is shown when it ends."""
 
 
 def _inputs(task: str) -> dict[str, Any]:
     return training_inputs(find_predictor(task).predictor, name="Runner")
 
 
-def _parse(arguments: list[str]) -> Asked:
+def _parse(arguments: list[str]) -> CommandLine:
     if not arguments or arguments[0] not in TASKS:
         raise UserError(f"{arguments[0] if arguments else ''!r} is not t2v or i2v; usage: {USAGE}")
     task, *rest = arguments
+    task = cast("VideoTask", task)
     document = _inputs(task)
     processes, pairs, output, prompts = None, [], None, None
     words = iter(rest)
@@ -113,14 +188,14 @@ def _parse(arguments: list[str]) -> Asked:
     if output is None:
         raise UserError(f"no output is given; usage: {USAGE}")
     if prompts is not None:
-        rows = read_rows(prompts, settings=pairs, document=document)
-        return Asked(task=task, output=output, rows=rows, is_list=True, processes=processes)
-    row = settled_row(_with_format(pairs, output, document), number=1, document=document)
-    return Asked(task=task, output=output, rows=[row], is_list=False, processes=processes)
+        rows = read_rows(prompts, common=pairs, document=document)
+        return CommandLine(task=task, output=output, rows=rows, is_list=True, processes=processes)
+    row = resolve_row(_with_format(pairs, output, document), number=1, document=document)
+    return CommandLine(task=task, output=output, rows=[row], is_list=False, processes=processes)
 
 
 def _with_format(pairs: list[str], output: Path, document: dict[str, Any]) -> dict[str, str]:
-    """The settings, with the format that the file's ending says. Raises UserError where they differ."""
+    """Return the inputs with output_format from the file's ending. Raises UserError where they differ."""
     texts = dict(pair.split("=", 1) for pair in pairs)
     ending = output.suffix.removeprefix(".").lower()
     formats = input_properties(document)["output_format"]["enum"]
@@ -133,13 +208,13 @@ def _with_format(pairs: list[str], output: Path, document: dict[str, Any]) -> di
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) <= MOST_PROCESSES:
-        raise UserError(f"--processes {text} is out of range: 1 to {MOST_PROCESSES}.")
+    if not text.isdigit() or not 0 < int(text) <= MAX_PROCESSES:
+        raise UserError(f"--processes {text} is out of range: 1 to {MAX_PROCESSES}.")
     return int(text)
 
 
-def _gpus() -> int:
-    import torch
+def _count_gpus() -> int:
+    import torch  # after the arguments were checked
 
     return torch.cuda.device_count()
 

@@ -1,4 +1,4 @@
-"""This process's place among those that make a clip together: how they meet, agree and part."""
+"""The torch process group of the processes that denoise a clip together."""
 
 import os
 import sys
@@ -8,50 +8,45 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from diffusers import CogVideoXTransformer3DModel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lib.cancellation import Stopped
+from lib.distributed.context_parallel import parallelize
 from lib.distributed.layout import Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed.device_mesh import DeviceMesh
 
 EXCHANGE_SECONDS = 300
 """How long a process waits for the others in the middle of a clip; the first step may have to compile."""
 ABORT_ONLY = "2"
-"""What NCCL does when another process is gone: end what waits for it, and not also this process."""
+"""NCCL's mode when another process is gone: abort what waits for it, but do not end this process."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Group:
-    """A process's membership, from `join` to `leave`."""
+class ProcessGroup:
+    """This process's membership, from `join` to `close`."""
 
     rank: int
     count: int
     device: str
     """cuda or cpu."""
-    _meshes: dict[Layout, "DeviceMesh"] = field(default_factory=dict)
+    _meshes: dict[Layout, DeviceMesh] = field(default_factory=dict)
 
     @classmethod
     def join(
-        cls, *, rank: int, count: int, device: str, meeting: Path | None, seconds: float = EXCHANGE_SECONDS
-    ) -> "Group":
-        """Wait for the others. They meet at a file of this machine, or where torchrun's variables say."""
-        import torch
-        import torch.distributed as dist
-
+        cls, *, rank: int, count: int, device: str, store: Path, seconds: float = EXCHANGE_SECONDS
+    ) -> "ProcessGroup":
+        """Wait until all `count` processes of this machine have joined through the file `store`."""
         if device == "cuda":
-            torch.cuda.set_device(0)  # the only one that a process sees, but for the server's own
+            torch.cuda.set_device(0)  # the only one that a worker sees
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", ABORT_ONLY)
-        store = None
-        if meeting is not None:
-            # All on this machine: gloo would else look up the host's name, which a container may lack.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-            store = dist.FileStore(str(meeting), count)
+        # gloo would otherwise look up the host's name, which a container may not have.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            store=store,
+            store=dist.FileStore(str(store), count),
             rank=rank,
             world_size=count,
             timeout=timedelta(seconds=seconds),
@@ -63,63 +58,36 @@ class Group:
         return self.rank == 0
 
     @contextmanager
-    def sharing(self, transformer: "torch.nn.Module", layout: Layout) -> Iterator[None]:
-        """Share the transformer's calls inside the block; see lib/distributed/context_parallel.py."""
-        from lib.distributed.context_parallel import shared
-
-        with shared(transformer, layout, self._mesh(layout)):
+    def shared_forward(self, transformer: CogVideoXTransformer3DModel, layout: Layout) -> Iterator[None]:
+        """Share the transformer's forward passes inside the block; all processes must make the same ones."""
+        with parallelize(transformer, layout, self._mesh(layout)):
             yield
 
-    def check(self, stop: threading.Event | None) -> None:
-        """Raise Stopped in every process if the first's `stop` is set; each has to call this."""
-        if self.from_first(stop is not None and stop.is_set()):
+    def check_stop(self, stop: threading.Event | None) -> None:
+        """Raise Stopped in every process if the first one's `stop` is set; every process must call this."""
+        stopped = torch.tensor([int(stop is not None and stop.is_set())])
+        dist.broadcast(stopped, src=0)
+        if stopped:
             raise Stopped
 
-    def meet(self) -> None:
-        """Wait for the others at a point that all come to."""
-        import torch
-        import torch.distributed as dist
-
+    def barrier(self) -> None:
+        """Wait until all processes have called this."""
         dist.all_reduce(torch.zeros(1))
 
-    def from_first(self, value: bool) -> bool:
-        """The first process's value, in every process."""
-        import torch
-        import torch.distributed as dist
-
-        told = torch.tensor([int(value)])
-        dist.broadcast(told, src=0)
-        return bool(told)
-
-    def tell(self, message: Any = None) -> Any:
-        """The first process's message, in every process. Only among processes of one run: it is pickled."""
-        import torch
-        import torch.distributed as dist
-
-        box = [message]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
-
     def abort(self) -> None:
-        """Make what waits for the others fail, from any thread; the group is of no use afterwards."""
-        import torch.distributed as dist
-
+        """Make calls that wait for other processes fail, from any thread. The group cannot be used again."""
         if self.device == "cuda":  # gloo notices by itself
             with suppress(AssertionError, ValueError):  # aborted already
                 dist.distributed_c10d._abort_process_group()
 
-    def leave(self) -> None:
-        """To be called at the end, and before another group can be joined."""
-        import torch.distributed as dist
-
+    def close(self) -> None:
+        """Leave the group; needed before another one can be joined."""
         self._meshes.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _mesh(self, layout: Layout) -> "DeviceMesh":
-        """Made when a layout is first used, by all processes at the same point of the same request."""
-        from torch.distributed.device_mesh import init_device_mesh
-
+    def _mesh(self, layout: Layout) -> DeviceMesh:
+        """Return the device mesh of a layout, created by all processes at the same point of a request."""
         if layout not in self._meshes:
             self._meshes[layout] = init_device_mesh(
                 self.device,

@@ -1,204 +1,215 @@
-"""A server's processes on its further GPUs: started in setup, told of each clip, started again when lost."""
+"""Workers on this machine's further GPUs: started in setup, sent each clip, restarted when one is lost."""
 
 import atexit
-import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from lib import settings
 from lib.cancellation import Stopped, check_stop
-from lib.distributed.layout import VARIABLE, Team, choose_team, heads_of
-from lib.distributed.process import Ended, Process, own_gpu
-from lib.distributed.process_group import Group
-from lib.distributed.shared_clip import Failed, Joining, Loading, Part, Ready
+from lib.distributed.child_process import ChildProcess, Exited, gpu_environment
+from lib.distributed.layout import ParallelPlan, attention_heads, plan_processes
+from lib.distributed.messages import (
+    DenoisingJob,
+    Embeddings,
+    JoinGroup,
+    ModelLoaded,
+    ModelSetup,
+    WorkerFailed,
+    denoising_job,
+)
+from lib.distributed.process_group import ProcessGroup
 from lib.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from lib.generation.generator import Embeddings
-    from lib.generation.request import Request
-    from lib.lora.source import Choice
+from lib.generation.request import Request
 
 MODULE = "lib.distributed.worker"
 POLL_SECONDS = 0.05
 NOTICE_SECONDS = 2.0
-"""After an exchange failed: how long until the one whose end it was must have been heard of."""
+"""How long after a failed exchange the exit of the worker that caused it may take to be reported."""
 SETTLE_SECONDS = 0.3
-"""The others fail through it, and may be heard first."""
+"""How long to wait after the first report: workers that fail because of another may report first."""
 
 
 class LostProcessError(RuntimeError):
-    """One of the processes of a clip ended or failed; not the request's fault."""
+    """A process of a clip exited or failed, which is not the request's fault."""
+
+    def __init__(self, loss: str, *, advice: str) -> None:
+        super().__init__(f"{loss} {advice}")
+        self.loss = loss
+        """What happened, without the advice for someone who uses a server."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Crew:
-    """The processes 1, 2, ... of a team; process 0 is the server's own. For one thread at a time."""
+class WorkerPool:
+    """Processes 1, 2, ... of a plan; process 0 is this one. Not for several threads at once."""
 
-    team: Team
-    loading: Loading
+    plan: ParallelPlan
+    setup: ModelSetup
     gpus: int
-    _processes: list[Process] = field(default_factory=list)
-    _ready: set[int] = field(default_factory=set)
+    _workers: list[ChildProcess] = field(default_factory=list)
+    _loaded: set[int] = field(default_factory=set)
+    """Ranks of the workers that have loaded the model."""
     _losses: list[tuple[bool, str]] = field(default_factory=list)
-    """Whether it was the process's own end, and what to say of it; in the order heard."""
-    _times_started: int = 0
-    _group: Group | None = None
-    _meeting: tempfile.TemporaryDirectory | None = None
+    """Whether a process exited (or else reported a failure), and a description; in the order of arrival."""
+    _starts: int = 0
+    _group: ProcessGroup | None = None
+    _store: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Start the processes; they load while this one does."""
+        """Start the workers; they load the model while this process does."""
         atexit.register(self.close)
-        self._start_all()
+        self._start_workers()
 
-    def assemble(self, *, stop: threading.Event | None = None) -> None:
-        """Wait until all have loaded and belong together; those that were lost are started again.
+    def wait_until_ready(self, *, stop: threading.Event | None = None) -> ProcessGroup:
+        """Wait until all workers have loaded the model and joined the group; lost ones are restarted.
 
-        Raises LostProcessError where one cannot be loaded, and Stopped.
+        Raises LostProcessError when one cannot load the model, and Stopped.
         """
-        if self._losses or any(process.has_ended for process in self._processes):
-            self._start_again()
-        while len(self._ready) < len(self._processes):
+        if self._losses or any(worker.has_exited for worker in self._workers):
+            self._restart()
+        while len(self._loaded) < len(self._workers):
             if self._losses:
-                text = self._loss()
-                self._start_again()
-                raise LostProcessError(f"{text} while it was loading the model. Send the request again.")
+                loss = f"{self._main_loss()} while it was loading the model."
+                self._restart()
+                raise LostProcessError(loss, advice="Send the request again.")
             check_stop(stop)
             time.sleep(POLL_SECONDS)
         if self._group is None:
-            self._meeting = tempfile.TemporaryDirectory(prefix="cogvideox-meeting-")
-            meeting = Path(self._meeting.name) / "store"
-            for rank, process in enumerate(self._processes, start=1):
-                process.tell(Joining(rank=rank, count=self.team.processes, meeting=meeting))
-            device = self.loading.machine.device
-            self._group = Group.join(rank=0, count=self.team.processes, device=device, meeting=meeting)
+            self._store = tempfile.TemporaryDirectory(prefix="cogvideox-group-")
+            store = Path(self._store.name) / "store"
+            count = self.plan.processes
+            for rank, worker in enumerate(self._workers, start=1):
+                worker.send(JoinGroup(rank=rank, count=count, store=store))
+            device = self.setup.machine.device
+            self._group = ProcessGroup.join(rank=0, count=count, device=device, store=store)
+        return self._group
 
     @contextmanager
-    def together(
+    def shared_denoising(
         self,
-        request: "Request",
-        embeddings: "Embeddings",
+        request: Request,
+        embeddings: Embeddings,
         stop: threading.Event | None,
         *,
-        transformer: "torch.nn.Module",
-        loras: "Sequence[Choice]",
-    ) -> "Iterator[Callable[[], None]]":
-        """Inside the block all processes denoise this request; yields what checks `stop` for all of them.
+        transformer: CogVideoXTransformer3DModel,
+    ) -> Iterator[Callable[[], None]]:
+        """Denoise a request in all processes; yields the function that checks `stop` for all of them.
 
-        The block has to make the same calls as Generator.latents in the others. Raises LostProcessError.
+        The block must call the transformer and the check exactly as Generator.latents does in the workers.
+        Raises LostProcessError.
         """
-        part = Part.of(request, embeddings, loras, self.team)
-        group = self._begin(part, stop)
+        job = denoising_job(request, embeddings, self.plan)
+        group = self._send_job(job, stop)
         try:
-            with group.sharing(transformer, part.layout):
-                yield lambda: group.check(stop)
+            with group.shared_forward(transformer, job.layout):
+                yield lambda: group.check_stop(stop)
         except Stopped:
             raise  # in all of them
         except BaseException as error:
-            failure = self._failure(error, "while it was making the clip")
+            failure = self._failure(error, "while it was making the clip.")
             raise failure from (None if failure is error else error)
-
-    def _begin(self, part: Part, stop: threading.Event | None) -> Group:
-        """All have heard of a part; told again where one turns out to be gone since the last request."""
-        try:
-            return self._told(part, stop)
-        except LostProcessError:
-            return self._told(part, stop)
-
-    def _told(self, part: Part, stop: threading.Event | None) -> Group:
-        self.assemble(stop=stop)
-        for process in self._processes:
-            process.tell(part)
-        try:
-            self._group.meet()
-        except Exception as error:
-            failure = self._failure(error, "before the clip was begun")
-            raise failure from (None if failure is error else error)
-        return self._group
-
-    def _failure(self, error: BaseException, when: str) -> BaseException:
-        """What to raise for an exchange that failed; the processes, out of step now, are started again."""
-        lost = self._await_loss()
-        self._start_again()
-        if lost is None or isinstance(error, UserError):
-            return error  # all of them met with it
-        return LostProcessError(f"{lost} {when}. It is started again; send the request again.")
-
-    @classmethod
-    def for_server(cls, loading: Loading) -> "Crew | None":
-        """As COGVIDEOX_PARALLEL says; None where one process does it all. Raises UserError."""
-        import torch
-
-        gpus = torch.cuda.device_count() if loading.machine.device == "cuda" else 0
-        heads = heads_of(loading.folder)
-        team = choose_team(os.environ.get(VARIABLE, ""), gpus=gpus, heads=heads)
-        return cls(team=team, loading=loading, gpus=gpus) if team.processes > 1 else None
 
     def close(self) -> None:
-        """End the processes."""
-        self._times_started += 1
-        processes, self._processes = self._processes, []
-        for process in processes:
-            process.kill()
+        """Kill the workers and leave the group."""
+        self._starts += 1
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.kill()
         if self._group is not None:
             self._group.abort()  # NCCL would wait for the others, who are gone
-            self._group.leave()
+            self._group.close()
             self._group = None
-        if self._meeting is not None:
-            self._meeting.cleanup()
-            self._meeting = None
+        if self._store is not None:
+            self._store.cleanup()
+            self._store = None
 
-    def _start_all(self) -> None:
-        self._times_started += 1
-        self._ready, self._losses = set(), []
-        self._processes = [
-            Process(
+    def _send_job(self, job: DenoisingJob, stop: threading.Event | None) -> ProcessGroup:
+        """Give the job to all; once more when one turns out to have been lost since the last request."""
+        try:
+            return self._try_to_send_job(job, stop)
+        except LostProcessError:
+            return self._try_to_send_job(job, stop)
+
+    def _try_to_send_job(self, job: DenoisingJob, stop: threading.Event | None) -> ProcessGroup:
+        group = self.wait_until_ready(stop=stop)
+        for worker in self._workers:
+            worker.send(job)
+        try:
+            group.barrier()
+        except Exception as error:
+            failure = self._failure(error, "before the clip was started.")
+            raise failure from (None if failure is error else error)
+        return group
+
+    def _failure(self, error: BaseException, when: str) -> BaseException:
+        """Return what to raise for a failed exchange. The workers, out of step now, are restarted."""
+        loss = self._wait_for_loss()
+        self._restart()
+        if loss is None or isinstance(error, UserError):
+            return error  # it was raised in all of them
+        return LostProcessError(f"{loss} {when}", advice="It is being restarted; send the request again.")
+
+    def _start_workers(self) -> None:
+        self._starts += 1
+        self._loaded, self._losses = set(), []
+        self._workers = [
+            ChildProcess(
                 MODULE,
-                hear=partial(self._hear, self._times_started, rank),
-                environment=own_gpu(rank, processes=self.team.processes, gpus=self.gpus),
+                on_message=partial(self._on_message, self._starts, rank),
+                environment=gpu_environment(rank, processes=self.plan.processes, gpus=self.gpus),
             )
-            for rank in range(1, self.team.processes)
+            for rank in range(1, self.plan.processes)
         ]
-        for process in self._processes:
-            process.tell(self.loading)
+        for worker in self._workers:
+            worker.send(self.setup)
 
-    def _start_again(self) -> None:
+    def _restart(self) -> None:
         self.close()
-        self._start_all()
+        self._start_workers()
 
-    def _hear(self, time_started: int, rank: int, message: Any) -> None:
-        """In the thread of a process."""
-        if time_started != self._times_started:  # one that was ended here
+    def _on_message(self, start: int, rank: int, message: Any) -> None:
+        """Handle a worker's message, in the thread that reads its connection."""
+        if start != self._starts:  # from a worker that was killed here
             return
-        if isinstance(message, Ready):
-            self._ready.add(rank)
+        if isinstance(message, ModelLoaded):
+            self._loaded.add(rank)
             return
-        name = f"Process {rank + 1} of {self.team.processes}"
-        if isinstance(message, Failed):
+        name = f"Process {rank + 1} of {self.plan.processes}"
+        if isinstance(message, WorkerFailed):
             self._losses.append((False, f"{name} failed ({message.error})"))
-        elif isinstance(message, Ended):
+        elif isinstance(message, Exited):
             self._losses.append((True, f"{name} {message.how}"))
         if self._group is not None:
             self._group.abort()
 
-    def _await_loss(self) -> str | None:
-        """What became of another process, if that is why an exchange with it failed."""
-        until = time.monotonic() + NOTICE_SECONDS
-        while not self._losses and time.monotonic() < until:
+    def _wait_for_loss(self) -> str | None:
+        """Return what happened to another process, if that is why an exchange with it failed."""
+        deadline = time.monotonic() + NOTICE_SECONDS
+        while not self._losses and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         if not self._losses:
             return None
         time.sleep(SETTLE_SECONDS)
-        return self._loss()
+        return self._main_loss()
 
-    def _loss(self) -> str:
-        """One that was killed says more than those that failed because of it."""
-        killed = [text for own, text in self._losses if own and "killed" in text]
+    def _main_loss(self) -> str:
+        """Return the loss that explains the others: a kill rather than a failure that followed from it."""
+        killed = [text for exited, text in self._losses if exited and "killed" in text]
         return killed[0] if killed else self._losses[0][1]
+
+
+def create_pool(setup: ModelSetup) -> WorkerPool | None:
+    """Create the pool that COGVIDEOX_PARALLEL asks for; None if one process is enough. Raises UserError."""
+    gpus = torch.cuda.device_count() if setup.machine.device == "cuda" else 0
+    heads = attention_heads(setup.folder)
+    plan = plan_processes(settings.current().parallel, gpus=gpus, heads=heads)
+    return WorkerPool(plan=plan, setup=setup, gpus=gpus) if plan.processes > 1 else None

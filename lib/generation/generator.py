@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
 """Of prompt and negative prompt, [1, tokens, width] each."""
-Together = (
+SharedDenoising = (
     "Callable[[Request, Embeddings, threading.Event | None], AbstractContextManager[Callable[[], None]]]"
 )
 """Inside its block several processes denoise the same request; yields what raises Stopped in all of them."""
@@ -58,11 +58,11 @@ class Generator:
         *,
         stop: threading.Event | None = None,
         embeddings: "tuple[torch.Tensor, torch.Tensor | None] | None" = None,
-        together: "Together | None" = None,
+        shared_denoising: "SharedDenoising | None" = None,
     ) -> "np.ndarray":
         """Generate one clip: uint8 [frames, height, width, 3]. As `stream`, which takes the same settings."""
         clip = Collected()
-        self.stream(request, clip, stop=stop, embeddings=embeddings, together=together)
+        self.stream(request, clip, stop=stop, embeddings=embeddings, shared_denoising=shared_denoising)
         return clip.whole()
 
     def stream(
@@ -72,15 +72,15 @@ class Generator:
         *,
         stop: threading.Event | None = None,
         embeddings: "tuple[torch.Tensor, torch.Tensor | None] | None" = None,
-        together: "Together | None" = None,
+        shared_denoising: "SharedDenoising | None" = None,
     ) -> None:
         """Generate one clip into the sink, frames as soon as they are decoded.
 
         `embeddings` of prompt and negative prompt, [1, tokens, width] each, spare the text encoder, which the
-        pipeline then need not have. With `together` other processes denoise too, each by `latents`. The same
-        request gives the same noise on every machine: it is drawn on the CPU. Reports progress as lines
-        "progress: denoising 3/50". Raises Stopped when `stop` is set: within one step of denoising, one group
-        of frames (or tile) of decoding.
+        pipeline then need not have. With `shared_denoising` other processes denoise too, each by `latents`.
+        The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress as
+        lines "progress: denoising 3/50". Raises Stopped when `stop` is set: within one step of denoising, one
+        group of frames (or tile) of decoding.
         """
         self.timings.clear()
         tiled = self.decodes_in_tiles(request)
@@ -100,7 +100,11 @@ class Generator:
                         )
                     finally:
                         rest_text_encoder(self.pipeline)
-                shared = together(request, (prompt, negative), stop) if together else nullcontext(check)
+                shared = (
+                    shared_denoising(request, (prompt, negative), stop)
+                    if shared_denoising
+                    else nullcontext(check)
+                )
                 with self.timed("denoising"), shared as check_step:
                     latents = self._denoise(request, prompt, negative, check_step)
                 with self.timed("decoding"):

@@ -5,7 +5,8 @@ from typing import Literal
 
 from lib.errors import UserError
 
-Task = Literal["t2v", "i2v", "caption"]
+VideoTask = Literal["t2v", "i2v"]
+Task = VideoTask | Literal["caption"]
 TASK_NAMES = {"t2v": "text-to-video", "i2v": "image-to-video", "caption": "captioning"}
 MODEL_CLASSES = {
     "CogVideoXPipeline": "t2v",

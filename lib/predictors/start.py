@@ -5,7 +5,7 @@ these functions, after the checks.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lib import settings
 from lib.lora import source
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lib.predictors.video import VideoPredictor
 
 
-def start_video(task: Task, weights_url: str | None = None, **options: Any) -> "VideoPredictor":
+def start_video(task: Task, weights_url: str | None = None) -> "VideoPredictor":
     """Load the video model that COGVIDEOX_MODEL names, as the other COGVIDEOX_* variables say.
 
     `weights_url`, or COG_WEIGHTS, is the LoRA of every request that names none, e.g. a training's output. It
@@ -33,7 +33,7 @@ def start_video(task: Task, weights_url: str | None = None, **options: Any) -> "
 
     from lib.predictors.video import VideoPredictor  # imports torch
 
-    return VideoPredictor.load(model, default_lora=default_lora, started=started, **options)
+    return VideoPredictor.load(model, default_lora=default_lora, started=started)
 
 
 def start_caption() -> "CaptionPredictor":

@@ -2,15 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from lib import settings
-from lib.distributed.shared_clip import Loading
-from lib.distributed.worker_pool import Crew
+from lib.distributed.messages import ModelSetup
+from lib.distributed.worker_pool import WorkerPool, create_pool
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
 from lib.generation.step_cache import steps_to_forecast
@@ -42,8 +41,8 @@ class VideoPredictor:
     default_lora: Address | None
     """The LoRA of every request that names none."""
     compute: ComputeThread
-    crew: Crew | None
-    """The processes on further GPUs."""
+    pool: WorkerPool | None
+    """The workers on further GPUs."""
     scratch: Scratch
     setup_metrics: dict[str, object]
     """Metrics that are the same for every request."""
@@ -55,18 +54,17 @@ class VideoPredictor:
         *,
         default_lora: Address | None,
         started: float,
-        crew_for: Callable[[Loading], Crew | None] = Crew.for_server,
     ) -> "VideoPredictor":
         """Load the model as this machine and the COGVIDEOX_* variables have it, and print how in one line.
 
         `started` is when setup began, by time.perf_counter(). Raises UserError for variables that ask for
         what this machine or model cannot do, and for a LoRA that cannot be used.
         """
-        loading = plan_loading(model)
-        machine, plan, acceleration = loading.machine, loading.plan, loading.settings
-        crew = crew_for(loading)
-        if crew:
-            crew.start()
+        setup = plan_loading(model)
+        machine, plan, acceleration = setup.machine, setup.plan, setup.settings
+        pool = create_pool(setup)
+        if pool:
+            pool.start()
         compute = ComputeThread()
         pipeline = compute.run(
             lambda: load_pipeline(model.spec, model.folder, machine, plan, settings=acceleration)
@@ -77,9 +75,9 @@ class VideoPredictor:
         loras = Loras(pipeline=pipeline, spec=model.spec, offload=plan.offload, report=print_line)
         if default_lora is not None:
             compute.run(lambda: loras.load(Choice(address=default_lora, scale=1.0)))
-        if crew:
-            compute.run(crew.assemble)
-        shared = f", {crew.team.processes} processes" if crew else ""
+        if pool:
+            compute.run(pool.wait_until_ready)
+        shared = f", {pool.plan.processes} processes" if pool else ""
         print_line(
             f"{model.title} on {machine.device} in {machine.dtype}{shared}: {plan}; {acceleration}; "
             f"ready in {time.perf_counter() - started:.1f} s{_scheduler_advice(model.spec)}"
@@ -90,7 +88,7 @@ class VideoPredictor:
             loras=loras,
             default_lora=default_lora,
             compute=compute,
-            crew=crew,
+            pool=pool,
             scratch=Scratch(),
             setup_metrics={
                 "model": model.label,
@@ -138,11 +136,11 @@ class VideoPredictor:
             }
             format = cast("VideoFormat", path.suffix.removeprefix("."))
             shared = None
-            if self.crew is not None:
+            if self.pool is not None:
                 transformer = self.generator.pipeline.transformer
-                shared = partial(self.crew.together, transformer=transformer, loras=request.loras)
+                shared = partial(self.pool.shared_denoising, transformer=transformer)
             with StreamedVideo(path, fps=request.fps, format=format, metadata=metadata) as video:
-                self.generator.stream(request, video, stop=stop, together=shared)
+                self.generator.stream(request, video, stop=stop, shared_denoising=shared)
                 with self.generator.timed("writing"):
                     video.finish()
         seconds = self.generator.timings | ({"lora": round(lora_seconds, 3)} if lora_metrics else {})
@@ -158,12 +156,12 @@ class VideoPredictor:
             "speed": request.speed,
             "computed_steps": request.num_inference_steps - len(forecast),
             **lora_metrics,
-            **(self.crew.team.facts(guided=guided) if self.crew else {}),
+            **(self.pool.plan.metrics(guided=guided) if self.pool else {}),
             **{f"{stage}_seconds": value for stage, value in seconds.items()},
         }
 
 
-def plan_loading(model: Model) -> Loading:
+def plan_loading(model: Model) -> ModelSetup:
     """Return how this machine and the COGVIDEOX_* variables have the model loaded. Raises UserError."""
     machine = inspect_machine(model.spec)
     acceleration = settle(machine)
@@ -171,7 +169,7 @@ def plan_loading(model: Model) -> Loading:
         model.spec, model.folder, machine, forced=settings.current().offload, weights=acceleration.weights
     )
     check_plan(acceleration, plan)
-    return Loading(spec=model.spec, folder=model.folder, machine=machine, plan=plan, settings=acceleration)
+    return ModelSetup(spec=model.spec, folder=model.folder, machine=machine, plan=plan, settings=acceleration)
 
 
 def _scheduler_advice(spec: ModelSpec) -> str:

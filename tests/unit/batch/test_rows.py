@@ -20,7 +20,7 @@ def i2v():
 
 def test_a_text_file_has_a_prompt_on_each_line(tmp_path, t2v):
     (tmp_path / "list.txt").write_text("a cat\n\n  a dog \n")
-    rows = read_rows(tmp_path / "list.txt", settings=["seed=7"], document=t2v)
+    rows = read_rows(tmp_path / "list.txt", common=["seed=7"], document=t2v)
     assert [(row.number, row.name, row.given) for row in rows] == [
         (1, "00001.mp4", {"seed": 7, "prompt": "a cat"}),
         (2, "00002.mp4", {"seed": 7, "prompt": "a dog"}),
@@ -31,7 +31,7 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path, t2v):
 
 def test_a_table_has_a_column_for_each_input_and_says_more_than_the_command_line(tmp_path, t2v):
     (tmp_path / "list.csv").write_text('prompt,seed,output_format\n"a cat, asleep",,webm\na dog,9,\n')
-    rows = read_rows(tmp_path / "list.csv", settings=["seed=7"], document=t2v)
+    rows = read_rows(tmp_path / "list.csv", common=["seed=7"], document=t2v)
     assert [row.given for row in rows] == [
         {"seed": 7, "prompt": "a cat, asleep", "output_format": "webm"},
         {"seed": 9, "prompt": "a dog"},
@@ -42,7 +42,7 @@ def test_a_table_has_a_column_for_each_input_and_says_more_than_the_command_line
 def test_lines_of_json_keep_their_types(tmp_path, t2v):
     lines = [{"prompt": "7", "seed": 7, "use_dynamic_cfg": True, "width": None}, {"guidance_scale": 1.5}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    first, second = read_rows(tmp_path / "list.jsonl", settings=[], document=t2v)
+    first, second = read_rows(tmp_path / "list.jsonl", common=[], document=t2v)
     assert first.given == {"prompt": "7", "seed": 7, "use_dynamic_cfg": True}
     assert second.given == {"guidance_scale": 1.5}
 
@@ -51,15 +51,15 @@ def test_files_named_in_a_list_are_beside_it(tmp_path, i2v):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"png")
     (tmp_path / "list.csv").write_text("image,prompt\nphotos/cat.png,a cat\n")
-    (row,) = read_rows(tmp_path / "list.csv", settings=[], document=i2v)
+    (row,) = read_rows(tmp_path / "list.csv", common=[], document=i2v)
     assert row.inputs["image"] == str(tmp_path / "photos" / "cat.png")
 
 
 def test_the_same_row_has_the_same_mark_and_another_setting_or_model_another(tmp_path, t2v):
     (tmp_path / "list.txt").write_text("a cat\n")
-    (row,) = read_rows(tmp_path / "list.txt", settings=[], document=t2v)
-    (again,) = read_rows(tmp_path / "list.txt", settings=[], document=t2v)
-    (other,) = read_rows(tmp_path / "list.txt", settings=["seed=7"], document=t2v)
+    (row,) = read_rows(tmp_path / "list.txt", common=[], document=t2v)
+    (again,) = read_rows(tmp_path / "list.txt", common=[], document=t2v)
+    (other,) = read_rows(tmp_path / "list.txt", common=["seed=7"], document=t2v)
     assert row.fingerprint("m") == again.fingerprint("m")
     assert len({row.fingerprint("m"), row.fingerprint("n"), other.fingerprint("m")}) == 3
 
@@ -79,11 +79,11 @@ def test_the_same_row_has_the_same_mark_and_another_setting_or_model_another(tmp
 def test_a_list_that_cannot_be_read_says_where(tmp_path, t2v, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as refused:
-        read_rows(tmp_path / name, settings=[], document=t2v)
+        read_rows(tmp_path / name, common=[], document=t2v)
     assert message in str(refused.value)
 
 
 def test_an_image_that_is_not_there_is_named_with_its_row(tmp_path, i2v):
     (tmp_path / "list.csv").write_text("image,prompt\nnone.png,a cat\n")
     with pytest.raises(UserError, match=r"list.csv, row 1: image: there is no file none.png\."):
-        read_rows(tmp_path / "list.csv", settings=[], document=i2v)
+        read_rows(tmp_path / "list.csv", common=[], document=i2v)

@@ -19,7 +19,7 @@ from lib.caption.request import DatasetRequest
 from lib.commands.caption_paths import resolve_paths
 from lib.commands.caption_run import caption_dataset
 from lib.datasets.clips import Clip, LeftOut, find_clips
-from lib.distributed.launched import Processes
+from lib.distributed.accelerate_processes import AccelerateProcesses
 from lib.errors import UserError
 from lib.predictors.caption_dataset import KEPT_JOURNALS, DatasetCaptionPredictor, resumable_journal
 from lib.predictors.start import start_caption_dataset
@@ -102,7 +102,7 @@ def local(
     """What a run on this machine reports."""
     told: list[str] = []
     caption_dataset(
-        resolve_paths(source, output), QUICK | inputs, processes=Processes(),
+        resolve_paths(source, output), QUICK | inputs, processes=AccelerateProcesses(),
         stop=stop or threading.Event(), report=told.append,
     )  # fmt: skip
     return told

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch._dynamo
 from lib.pipelines.attention import install
 from lib.pipelines.compilation import compile_blocks
-from lib.distributed.process_group import Group
+from lib.distributed.process_group import ProcessGroup
 from lib.distributed.layout import Layout
 from tests.unit.pipelines.test_attention import build, run
 from tests.unit.pipelines.test_compilation import Counting
@@ -26,16 +26,16 @@ install(model)
 alone = run(model, "5b")
 compiler = Counting()
 compile_blocks(model, backend=compiler)
-group = Group.join(rank=int(sys.argv[1]), count=2, device="cpu", meeting=Path(sys.argv[2]), seconds=300)
+group = ProcessGroup.join(rank=int(sys.argv[1]), count=2, device="cpu", store=Path(sys.argv[2]), seconds=300)
 found = []
 for layout in 3 * [None, Layout(branches=2, sequence=1), Layout(branches=1, sequence=2)]:
     if layout is None:
         result = run(model, "5b")
     else:
-        with group.sharing(model, layout):
+        with group.shared_forward(model, layout):
             result = run(model, "5b")
     found.append((float((result - alone).abs().max()), compiler.graphs))
-group.leave()
+group.close()
 print(json.dumps(found))
 """
 

@@ -1,6 +1,13 @@
 import pytest
 
-from lib.distributed.layout import Layout, Team, best_layout, choose_team, divides_evenly, heads_divide
+from lib.distributed.layout import (
+    Layout,
+    ParallelPlan,
+    best_layout,
+    divides_evenly,
+    heads_divide,
+    plan_processes,
+)
 from lib.errors import UserError
 
 
@@ -40,24 +47,24 @@ def test_lengths_that_do_not_divide_are_told_from_those_that_do():
 
 
 def test_every_gpu_takes_part_unless_something_else_is_asked_for():
-    assert choose_team("", gpus=8, heads=48) == Team(processes=8, heads=48)
-    assert choose_team("off", gpus=8, heads=48).processes == 1
-    assert choose_team("1", gpus=8, heads=48).processes == 1
-    assert choose_team("4", gpus=8, heads=48).processes == 4
-    assert choose_team("", gpus=0, heads=48).processes == 1
-    assert choose_team("2", gpus=0, heads=48).processes == 2
+    assert plan_processes("", gpus=8, heads=48) == ParallelPlan(processes=8, heads=48)
+    assert plan_processes("off", gpus=8, heads=48).processes == 1
+    assert plan_processes("1", gpus=8, heads=48).processes == 1
+    assert plan_processes("4", gpus=8, heads=48).processes == 4
+    assert plan_processes("", gpus=0, heads=48).processes == 1
+    assert plan_processes("2", gpus=0, heads=48).processes == 2
 
 
 def test_gpus_that_would_only_repeat_are_left_out():
-    assert choose_team("", gpus=7, heads=30).processes == 6
+    assert plan_processes("", gpus=7, heads=30).processes == 6
 
 
 def test_a_layout_that_is_asked_for_holds_with_guidance():
-    team = choose_team("cfg2xulysses2", gpus=4, heads=48)
-    assert team.processes == 4
-    assert str(team.layout(guided=True)) == "cfg2xulysses2"
-    assert str(team.layout(guided=False)) == "ulysses4"
-    ulysses = choose_team("ulysses4", gpus=4, heads=48)
+    plan = plan_processes("cfg2xulysses2", gpus=4, heads=48)
+    assert plan.processes == 4
+    assert str(plan.layout(guided=True)) == "cfg2xulysses2"
+    assert str(plan.layout(guided=False)) == "ulysses4"
+    ulysses = plan_processes("ulysses4", gpus=4, heads=48)
     assert str(ulysses.layout(guided=True)) == "ulysses4"
 
 
@@ -92,5 +99,5 @@ def test_a_layout_that_is_asked_for_holds_with_guidance():
 )
 def test_what_cannot_be_is_refused_with_what_can(asked, gpus, heads, message):
     with pytest.raises(UserError) as refused:
-        choose_team(asked, gpus=gpus, heads=heads)
+        plan_processes(asked, gpus=gpus, heads=heads)
     assert str(refused.value) == message

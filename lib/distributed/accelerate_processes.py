@@ -1,8 +1,8 @@
-"""The processes that `accelerate launch` began: this one's place among them, and what they tell each other.
+"""The processes that `accelerate launch` started: this one's rank, and how they coordinate.
 
-They speak through the store of key and value that brought them together, not through the GPUs: waiting for
-each other then has no limit of time, a stop is heard meanwhile, and nothing hangs when one of them is gone
-(its launcher ends the others).
+They communicate through torch's key-value store, not through the GPUs: waiting for each other then has no
+time limit, a stop is noticed meanwhile, and nothing hangs when one is gone (its launcher ends the others).
+torch and accelerate are imported when processes are joined: script/caption checks its arguments before that.
 """
 
 import json
@@ -22,24 +22,28 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.1
 
 
-class FirstFailedError(Exception):
-    """The first process failed at what the others need, and says why itself."""
+class FirstProcessError(Exception):
+    """The first process failed to make what the others need, and reports the reason itself."""
 
 
-def launched() -> bool:
-    """Whether `accelerate launch`, or torchrun, began this process."""
+def is_launched() -> bool:
+    """Return whether `accelerate launch`, or torchrun, started this process."""
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def start_accelerator(*, seconds: float, **options: Any) -> "Accelerator":
-    """The accelerator of this process: its GPU if there is one, as many processes as were launched.
+    """Create the accelerator of this process, on its GPU if there is one.
 
-    `seconds` is how long an exchange between GPUs may take; `options` are Accelerator's. Raises UserError for
-    a launch that went another way than asked, and for sharding set up with `accelerate config`.
+    Args:
+        seconds: how long an exchange between GPUs may take.
+        options: further arguments of Accelerator.
+
+    Raises:
+        UserError: fewer processes were started than asked for, or `accelerate config` has set up sharding.
     """
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ:
         raise UserError(
-            "accelerate launch was asked for several processes and began one, as it does where it sees no "
+            "accelerate launch was asked for several processes and started one, as it does where it sees no "
             "GPUs; add --multi_gpu, which works on CPUs too."
         )
     import torch
@@ -56,19 +60,19 @@ def start_accelerator(*, seconds: float, **options: Any) -> "Accelerator":
     kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in kinds:
         raise UserError(
-            f"accelerate is set up for {accelerator.distributed_type.value}; several GPUs are used by data "
-            "parallelism alone here (accelerate launch --multi_gpu)."
+            f"accelerate is set up for {accelerator.distributed_type.value}; only data parallelism is "
+            "supported here (accelerate launch --multi_gpu)."
         )
     return accelerator
 
 
-class Processes:
+class AccelerateProcesses:
     """All processes of a run; `rank` is this one's number of `count`."""
 
     def __init__(self) -> None:
         """Join them. Raises UserError as start_accelerator does."""
         self.rank, self.count = 0, 1
-        if launched():
+        if is_launched():
             accelerator = start_accelerator(seconds=3600)
             self.rank, self.count = accelerator.process_index, accelerator.num_processes
         if self.count > 1:
@@ -80,45 +84,45 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def from_first(self, topic: str, make: Callable[[], Any], *, stop: threading.Event) -> Any:
-        """What `make` returns, anything that JSON can hold, in every process; only the first calls it.
+    def broadcast_from_first(self, topic: str, make: Callable[[], Any], *, stop: threading.Event) -> Any:
+        """Call `make` in the first process only and return its result in all of them.
 
-        Each topic once. Raises what `make` raises in the first process, in the others FirstFailedError; and
-        Stopped.
+        The result must be valid in JSON, and a topic can be used once. Raises what `make` raises in the first
+        process, FirstProcessError in the others, and Stopped.
         """
         if self.count == 1:
             return make()
         key = f"cogvideox/{topic}"
         if self.is_first:
-            told: dict[str, Any] = {}
+            message: dict[str, Any] = {}
             try:
-                told = {"made": make()}
-                return told["made"]
+                message = {"made": make()}
+                return message["made"]
             finally:
-                self._store.set(key, json.dumps(told))
+                self._store.set(key, json.dumps(message))
         self._wait_for([key], stop)
-        told = json.loads(self._store.get(key))
-        if "made" not in told:
-            raise FirstFailedError
-        return told["made"]
+        message = json.loads(self._store.get(key))
+        if "made" not in message:
+            raise FirstProcessError
+        return message["made"]
 
     def arrive(self, topic: str) -> None:
-        """Let the others know that this process is at a point."""
+        """Tell the others that this process has reached a barrier, without waiting for them."""
         if self.count > 1:
             self._store.set(f"cogvideox/{topic}/{self.rank}", "here")
 
-    def meet(self, topic: str, *, stop: threading.Event) -> None:
-        """Arrive and wait until all processes have. Raises Stopped."""
+    def barrier(self, topic: str, *, stop: threading.Event) -> None:
+        """Wait until all processes have arrived. Raises Stopped."""
         if self.count > 1:
             self.arrive(topic)
             self._wait_for([f"cogvideox/{topic}/{rank}" for rank in range(self.count)], stop)
 
     def share(self, items: list[Any]) -> list[Any]:
-        """Those that this process is to do: every so many-th, so that all advance alike."""
+        """Return this process's share: every count-th item, so that all processes advance alike."""
         return items[self.rank :: self.count]
 
-    def leave(self) -> None:
-        """To be called at the end; torch complains of processes that just go."""
+    def close(self) -> None:
+        """Destroy the process group at the end; torch complains about processes that just exit."""
         if self.count > 1:
             from accelerate import PartialState
 

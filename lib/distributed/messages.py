@@ -1,0 +1,71 @@
+"""What the worker pool and its workers send each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lib.distributed.layout import Layout, ParallelPlan
+from lib.generation.request import Request
+from lib.models.specs import ModelSpec
+from lib.pipelines.acceleration import PLAIN, Acceleration
+from lib.pipelines.load import Machine, MemoryPlan
+
+Embeddings = tuple[torch.Tensor, torch.Tensor | None]
+"""Of prompt and negative prompt, [1, tokens, width] each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSetup:
+    """The first message to a worker: which model to load, and how; the first process does the same."""
+
+    spec: ModelSpec
+    folder: Path
+    machine: Machine
+    plan: MemoryPlan
+    settings: Acceleration = PLAIN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLoaded:
+    """The answer to ModelSetup."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JoinGroup:
+    """Sent once all have loaded: the process group to join, through the file `store`."""
+
+    rank: int
+    count: int
+    store: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoisingJob:
+    """One clip to denoise together with the other processes."""
+
+    request: Request
+    embeddings: Embeddings
+    """Of prompt and negative prompt: only the first process has a text encoder."""
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerFailed:
+    """The last message of a worker that cannot go on."""
+
+    error: str
+
+
+def denoising_job(request: Request, embeddings: Embeddings, plan: ParallelPlan) -> DenoisingJob:
+    """Build the job of a request, with its embeddings on the CPU: every process has a GPU of its own."""
+    prompt, negative = embeddings
+    return DenoisingJob(
+        request=request,
+        embeddings=(_on_cpu(prompt), None if negative is None else _on_cpu(negative)),
+        layout=plan.layout(guided=request.guidance_scale > 1),
+    )
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu()
