@@ -203,8 +203,17 @@ def test_respond_async_is_202_and_streaming_406(server, inputs):
     wait_until_idle(server.url)
 
 
-@pytest.mark.parametrize("output_format", ["mp4", "webm", "gif"])
-@pytest.mark.parametrize(("num_frames", "fps"), [(None, None), (17, 24), (9, 7)])
+@pytest.mark.parametrize(
+    ("output_format", "num_frames", "fps"),
+    [
+        ("mp4", None, None),
+        ("mp4", 17, 24),
+        ("webm", 17, 24),
+        ("webm", 9, 7),
+        ("gif", 9, 7),
+        ("gif", None, None),
+    ],
+)
 def test_the_file_holds_exactly_the_frames_size_and_rate_asked_for(
     server, inputs, tmp_path, output_format, num_frames, fps
 ):
@@ -275,6 +284,7 @@ def result_folders(temporary: Path) -> list[Path]:
     return [f for root in temporary.glob(f"{PREFIX}*") for f in root.iterdir()]
 
 
+@pytest.mark.parametrize("name", ["t2v", pytest.param("i2v", marks=pytest.mark.slow)], indirect=True)
 def test_mixed_requests_leave_at_most_the_last_result_and_shutdown_leaves_nothing(name, inputs, tmp_path):
     # Not the temporary directory that Server would give it: that one goes whatever is in it.
     environment = {"TMPDIR": str(tmp_path)}
