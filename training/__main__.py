@@ -1,10 +1,10 @@
-"""Trains on this machine: script/train input_videos=FOLDER output_dir=runs/star [setting=value ...]
+"""Trains a LoRA on this machine: script/train input_videos=FOLDER output_dir=runs/star [setting=value ...]
 
-Or on several GPUs: accelerate launch --multi_gpu --num_processes 2 -m training input_videos=...
-The same command again goes on from the newest checkpoint in output_dir.
+On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m training input_videos=...
+The same command again resumes from the newest checkpoint in output_dir.
 
-output_dir is where checkpoints and results go. input_videos is a folder, zip or tar on this machine; files
-are given by their paths.
+Checkpoints and results are written to output_dir. input_videos is a folder, zip or tar on this machine;
+files are given by their paths.
 """
 
 import os
@@ -18,44 +18,43 @@ from lib.progress import LogView
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
-from training.config import SECRETS
+from training.config import TrainingConfig, all_settings
 
 USAGE = "script/train input_videos=FOLDER_OR_ARCHIVE [output_dir=runs/lora] [setting=value ...]"
-OUTPUT_DIR = "output_dir"
+DEFAULT_RUN = "runs/lora"
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Run the command. Returns 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     document = training_inputs(PROJECT / "training" / "train.py")
-    status = help_status(arguments, usage=USAGE, about=__doc__, document=document)
+    status = help_status(arguments, usage=USAGE, about=__doc__ or "", document=document)
     if status is not None:
         return status
-    sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record it
+    sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record sys.argv
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
     stop = stop_on_signals("stopping after this step; once more: without a checkpoint" if first else "")
     view = LogView()
     try:
         pairs, run = _split(arguments)
-        values = parse_inputs(pairs, document, send_files=False)
-        from training.entry import config_from, run_locally  # not needed for the help
-
-        config = config_from(values)
+        config = TrainingConfig.from_inputs(**parse_inputs(pairs, document, send_files=False))
     except UserError as error:
-        if first:  # the others are told the same
+        if first:  # it is the same in all processes
             print(error, file=sys.stderr)
         return MISUSED
+    from training.trainer import train  # torch is not needed for the help and for refusing settings
+
     try:
-        result = run_locally(config, run, stop=stop, report=view.line)
+        result = train(config, run, stop=stop, report=view.line)
     except UserError as error:
         view.close()
-        # One alone of several may fail, whose GPU has too little memory for example.
+        # A single process of several may fail, for example because its GPU has too little memory.
         print(error if first else f"process {rank}: {error}", file=sys.stderr)
         return FAILED
     except (Stopped, KeyboardInterrupt):
         view.close()
         if first:
-            print(_what_is_left(run), file=sys.stderr)
+            print(_resume_hint(run), file=sys.stderr)
         return INTERRUPTED
     view.close()
     if first:
@@ -64,25 +63,26 @@ def main(arguments: list[str]) -> int:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], Path]:
-    """The settings, and the run's folder."""
-    folder, pairs = "runs/lora", []
+    """Return the settings and the run's folder."""
+    folder, pairs = DEFAULT_RUN, []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"{argument!r} is not setting=value; usage: {USAGE}")
-        if name == OUTPUT_DIR:
+        if name == "output_dir":
             folder = value
         else:
             pairs.append(argument)
-    return pairs, Path(folder or "runs/lora").expanduser().absolute()
+    return pairs, Path(folder or DEFAULT_RUN).expanduser().absolute()
 
 
 def _without_secret(argument: str) -> str:
     name, equals, _ = argument.partition("=")
-    return f"{name}=..." if equals and name in SECRETS else argument
+    secret = name in [each.name for _, each in all_settings() if each.role == "secret"]
+    return f"{name}=..." if equals and secret else argument
 
 
-def _what_is_left(run: Path) -> str:
+def _resume_hint(run: Path) -> str:
     if any((run / "checkpoints").glob("step-*[0-9]")):
         return f"stopped; the same command goes on from the checkpoint in {run}"
     if any(run.glob("captions*.jsonl")):

@@ -1,20 +1,20 @@
-"""The LoRA on the transformer: put in, kept in float32, written as every diffusers user can load it."""
+"""The LoRA on the transformer: added, kept in float32, and written as any diffusers user can load it."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
 from lib.storage.disk import disk_error
-
-if TYPE_CHECKING:
-    from diffusers import CogVideoXTransformer3DModel
 
 ADAPTER = "default"
 PREFIX = "transformer."
@@ -24,17 +24,21 @@ OUR_METADATA = "cogvideox"
 
 
 def add_adapter(
-    transformer: "CogVideoXTransformer3DModel", *, rank: int, alpha: float, targets: list[str]
+    transformer: CogVideoXTransformer3DModel, *, rank: int, alpha: float, targets: list[str]
 ) -> list[torch.nn.Parameter]:
-    """Freeze the transformer and give its target layers LoRA matrices; the float32 parameters to train.
+    """Freeze the transformer, add LoRA matrices to its target layers, and return them as float32 parameters.
 
-    B starts at zero, so the model starts as the base. Raises UserError when no linear layer has such a name.
+    B starts at zero, so that the model starts as the base. Raises UserError when no linear layer has such a
+    name.
     """
-    from peft import LoraConfig
-
     check_targets(transformer, targets)
     transformer.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=True, target_modules=targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # peft scales by fractions too
+        init_lora_weights=True,
+        target_modules=targets,
+    )
     transformer.add_adapter(config, adapter_name=ADAPTER)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
@@ -42,31 +46,30 @@ def add_adapter(
     return parameters
 
 
-def check_targets(transformer: "CogVideoXTransformer3DModel", targets: list[str]) -> None:
+def check_targets(transformer: CogVideoXTransformer3DModel, targets: list[str]) -> None:
     """Raise UserError unless every target is the end of a linear layer's name."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = sorted({_ending(name) for name in linear})
+            known = sorted({_name_in_block(name) for name in linear})
             raise UserError(
                 f"target_modules: no linear layer is called {target!r}; there are {', '.join(known)}."
             )
 
 
-def adapter_weights(transformer: "CogVideoXTransformer3DModel") -> dict[str, torch.Tensor]:
-    """The LoRA matrices by diffusers' names, on the CPU."""
-    from peft.utils import get_peft_model_state_dict
-
+def adapter_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.Tensor]:
+    """Return the LoRA matrices by diffusers' names, on the CPU."""
     state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     return {PREFIX + name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
 def save_adapter(
-    transformer: "CogVideoXTransformer3DModel", path: Path, facts: Mapping[str, Any], *, dtype: torch.dtype
+    transformer: CogVideoXTransformer3DModel, path: Path, facts: Mapping[str, Any], *, dtype: torch.dtype
 ) -> None:
-    """Write lora.safetensors whole or not at all: rank and alpha where diffusers reads them, `facts` beside.
+    """Write lora.safetensors in one step, with `facts` in its metadata.
 
-    With rank and alpha in the metadata a loader scales by alpha / rank by itself and must not do it again.
+    Rank and alpha are in the metadata too, where diffusers reads them and scales by alpha / rank. Raises
+    UserError when the file cannot be written.
     """
     config = transformer.peft_config[ADAPTER].to_dict()
     packed = {f"{PREFIX}{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
@@ -80,19 +83,18 @@ def save_adapter(
     try:
         save_tensors(weights, partial, metadata=metadata)
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise disk_error(error, path) from error
+    except SafetensorError as error:
+        raise UserError(f"{path} could not be written: {error}.") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise (
-            disk_error(error, path)
-            if isinstance(error, OSError)
-            else UserError(f"{path} could not be written: {error}.")
-        ) from error
 
 
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None
 ) -> None:
-    """As safetensors' save_file, whose files only their owner may read, with the mode of other new files."""
+    """Write a safetensors file with the mode of other new files; save_file's only their owner may read."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -105,37 +107,39 @@ def check_adapter(path: Path, *, base: str, rank: int, alpha: float) -> None:
         with safe_open(path, framework="pt") as file:
             recorded = json.loads((file.metadata() or {}).get(OUR_METADATA, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path.name} to go on from cannot be read: {error}.") from error
+        raise UserError(f"{path.name} to resume from cannot be read: {error}.") from error
     differing = [
         f"{name} (it has {recorded[name]}, this run {value})"
         for name, value in {"base": base, "rank": rank, "alpha": alpha}.items()
         if isinstance(recorded, dict) and name in recorded and recorded[name] != value
     ]
     if differing:
-        raise UserError(f"{path.name} to go on from does not fit: {', '.join(differing)}.")
+        raise UserError(f"{path.name} to resume from does not fit: {', '.join(differing)}.")
 
 
-def load_adapter(transformer: "CogVideoXTransformer3DModel", path: Path) -> None:
+def load_adapter(transformer: CogVideoXTransformer3DModel, path: Path) -> None:
     """Fill the LoRA matrices from a file that `save_adapter` wrote. Raises UserError when it does not fit."""
-    from peft.utils import set_peft_model_state_dict
-
     try:
         stored = {name.removeprefix(PREFIX): value.float() for name, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path.name} of the checkpoint cannot be read: {error}.") from error
-    here = {name.removeprefix(PREFIX): value.shape for name, value in adapter_weights(transformer).items()}
-    if {name: value.shape for name, value in stored.items()} != here:
+    expected = {
+        name.removeprefix(PREFIX): value.shape for name, value in adapter_weights(transformer).items()
+    }
+    if {name: value.shape for name, value in stored.items()} != expected:
         raise UserError(
-            f"{path.name} of the checkpoint holds another LoRA ({len(stored)} matrices) than this run trains "
-            f"({len(here)}): use the base, rank and target_modules that it was made with."
+            f"{path.name} of the checkpoint has another LoRA ({len(stored)} matrices) than this run trains "
+            f"({len(expected)}): use the base, rank and target_modules that it was made with."
         )
     set_peft_model_state_dict(transformer, stored, adapter_name=ADAPTER)
 
 
-def _ending(name: str) -> str:
-    """`to_out.0` of `transformer_blocks.3.attn1.to_out.0`: what target_modules would call the layer."""
-    parts = name.split(".")
-    start = next((i + 1 for i in range(len(parts) - 1, -1, -1) if parts[i] in ("attn1", "ff")), None)
-    if start is not None:
-        return ".".join(parts[start - 1 if parts[start - 1] == "ff" else start :])
-    return ".".join(part for part in parts if not part.isdigit() and part != "transformer_blocks")
+def _name_in_block(name: str) -> str:
+    """Return `to_out.0` for `transformer_blocks.3.attn1.to_out.0`: the layer's name in target_modules."""
+    _, in_attention, layer = name.rpartition("attn1.")
+    if in_attention:
+        return layer
+    _, in_feed_forward, layer = name.rpartition(".ff.")
+    if in_feed_forward:
+        return f"ff.{layer}"
+    return ".".join(part for part in name.split(".") if not part.isdigit() and part != "transformer_blocks")

@@ -1,56 +1,53 @@
-"""Captions for clips that have none, by a captioning model that is gone before the base is loaded.
+"""Captions for clips that have none, by a captioning model that is freed before the base is loaded.
 
-What it says is in the run's folder as soon as it is known (captions.jsonl, of further processes
-captions.1.jsonl and so on), later in checkpoints and the result, and is never asked twice.
+Captions are written to the run's folder as soon as they are made (captions.jsonl, of further processes
+captions.1.jsonl and so on), later to checkpoints and the result. No clip is captioned twice.
 """
 
 import json
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from accelerate import Accelerator
+
+from lib.caption.batch import caption_clips
+from lib.caption.captioner import Captioner
 from lib.caption.journal import Journal, Row, fingerprint
+from lib.caption.request import DEFAULT_PROMPT, CaptionSettings
 from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
 from lib.models import derive, specs
+from lib.predictors.caption import load_for_this_machine
 from lib.predictors.model import Model
 from lib.progress import Report
 from training import checkpoints
-from training.devices import from_main
-from training.memory import free_memory
+from training.config import DataConfig
+from training.devices import free_memory, from_main, gather_in_order
 from training.plan import Plan, captioner_name, label, locate_captioner
-from training.prepare import WITHOUT_CAPTION, check_left_out, gather, tell_left_out
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from lib.caption.captioner import Captioner
-    from lib.caption.request import CaptionSettings
+from training.prepare import WITHOUT_CAPTION, check_left_out, report_left_out
 
 BATCH = 4
-"""Clips described together; where the GPU is too small for it, fewer."""
+"""Clips captioned at a time; fewer where the GPU is too small."""
 SHOWN = 3
-"""How many captions the log shows."""
-MAX_RECORD_BYTES = 64 << 20
-"""Of the captions that an earlier output, maybe a stranger's, holds."""
+"""How many captions are logged."""
+MAX_JOURNAL_BYTES = 64 << 20
+"""Largest captions file that is read from an earlier output, which may come from an untrusted caller."""
 
 
 def write_captions(
-    plan: Plan, clips: list[Clip], left_out: list[LeftOut], run: Path, accelerator: "Accelerator", *,
-    origin: Path | None, stop: threading.Event, report: Report,
+    config: DataConfig, plan: Plan, clips: list[Clip], left_out: list[LeftOut], run: Path,
+    accelerator: Accelerator, *, origin: Path | None, stop: threading.Event, report: Report,
 ) -> tuple[list[Clip], list[LeftOut], list[Row]]:  # fmt: skip
-    """Caption the clips without a caption, each process its share.
+    """Caption the clips that have no caption, each process its share.
 
-    Returns the clips, all with a caption; what is left out, with those that could not be captioned; and for
-    every clip where its caption is from. `origin` is the checkpoint or the output that the run goes on from.
-    Raises UserError when no clip is left or the captioner does not fit this machine; Stopped.
+    Returns the clips, all with a caption; the clips that are left out, those that could not be captioned
+    among them; and the origin of every clip's caption. `origin` is the checkpoint or output that the run
+    resumes from. Raises UserError when no clip is left or the captioner does not fit this machine; Stopped.
     """
-    from lib.caption.request import DEFAULT_PROMPT, CaptionSettings
-
-    name = captioner_name(plan.config, plan.base)
+    name = captioner_name(config, plan.base)
     settings = CaptionSettings(
-        prompt=plan.config.autocaption_prompt.strip() or DEFAULT_PROMPT,
+        prompt=config.autocaption_prompt.strip() or DEFAULT_PROMPT,
         max_new_tokens=plan.spec.text_tokens,  # the base reads no more
     )
     rows = {
@@ -58,96 +55,95 @@ def write_captions(
         for clip in clips
         if clip.caption
     }
-    lacking = [clip for clip in clips if not clip.caption]
-    # As caption_clips names what it writes, so that rows of an earlier run are found.
-    marks = {clip.name: fingerprint(clip, (settings, label(name))) for clip in lacking}
-    known = from_main(accelerator, lambda: _known(run, origin, marks))
-    waiting = [clip for clip in lacking if clip.name not in known]
+    missing = [clip for clip in clips if not clip.caption]
+    # The same fingerprints as caption_clips writes, so that rows of an earlier run are found.
+    fingerprints = {clip.name: fingerprint(clip, (settings, label(name))) for clip in missing}
+    known = from_main(accelerator, lambda: known_rows(run, origin, fingerprints))
+    waiting = [clip for clip in missing if clip.name not in known]
     if known:
-        report(f"{len(known)} of {len(lacking)} clips without a caption were captioned by an earlier run")
+        report(f"{len(known)} of {len(missing)} clips without a caption were captioned by an earlier run")
     if waiting:
-        # Every process has the same list, as `known` is the first one's.
+        # Every process has the same list, as `known` comes from the main process.
         share = waiting[accelerator.process_index :: accelerator.num_processes]
         made = _caption(share, settings, name, run, accelerator, stop=stop, report=report)
-        known |= {row.file_name: row for rows in gather(made, accelerator) for row in rows}
+        known |= {row.file_name: row for row in gather_in_order(made, accelerator)}
     rows |= known
     failed = [
         LeftOut(name=clip.name, reason=f"{WITHOUT_CAPTION}{rows[clip.name].error}")
-        for clip in lacking
+        for clip in missing
         if rows[clip.name].status == "failed"
     ]
-    _tell([rows[clip.name] for clip in lacking], settings, report)
-    tell_left_out(failed, report)
+    _report_captions([rows[clip.name] for clip in missing], settings, report)
+    report_left_out(failed, report)
     left_out = [*left_out, *failed]
     captioned = [replace(clip, caption=caption) for clip in clips if (caption := rows[clip.name].caption)]
     if not captioned:
-        check_left_out(plan.config, left_out, usable=0)
+        check_left_out(config, left_out, usable=0)
     return captioned, left_out, [rows[clip.name] for clip in clips]
 
 
 def as_lines(rows: list[Row]) -> str:
-    """The content of checkpoints.CAPTIONS: a table that a data set can have as its metadata.jsonl."""
+    """Return the content of checkpoints.CAPTIONS, which a data set can use as its metadata.jsonl."""
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
 
 
-def _known(run: Path, origin: Path | None, marks: dict[str, str]) -> dict[str, Row]:
-    """What the run's folder and the origin say about clips with these fingerprints, now all in the folder."""
+def known_rows(run: Path, origin: Path | None, fingerprints: dict[str, str]) -> dict[str, Row]:
+    """Return the captions of clips with these fingerprints from the run's folder and its origin.
+
+    Those of the origin are added to the run's folder.
+    """
     own = {}
     for path in sorted(run.glob("captions*.jsonl")):
-        own |= _rows(path, marks)
-    foreign = {} if origin is None else _rows(origin / checkpoints.CAPTIONS, marks)
+        own |= _rows(path, fingerprints)
+    foreign = {} if origin is None else _rows(origin / checkpoints.CAPTIONS, fingerprints)
     more = [row for name, row in foreign.items() if name not in own and row.status == "captioned"]
     if more:
-        record = Journal(run / "captions.jsonl")
+        journal = Journal(run / "captions.jsonl")
         try:
-            record.add(more)
+            journal.add(more)
         finally:
-            record.close()
+            journal.close()
     return own | {row.file_name: row for row in more}
 
 
-def _rows(path: Path, marks: dict[str, str]) -> dict[str, Row]:
-    """The rows of a file about these clips; what a stranger wrote into it may be anything."""
+def _rows(path: Path, fingerprints: dict[str, str]) -> dict[str, Row]:
+    """Return a file's rows about these clips; the file may come from an untrusted caller."""
     try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
+        if path.stat().st_size > MAX_JOURNAL_BYTES:
             return {}
         found = Journal(path).read()
-        as_lines(list(found.values())).encode()  # half a surrogate pair has no UTF-8
+        as_lines(list(found.values())).encode()  # a lone surrogate has no UTF-8
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
     return {
         name: row
         for name, row in found.items()
-        if name in marks
-        and row.fingerprint == marks[name]
+        if name in fingerprints
+        and row.fingerprint == fingerprints[name]
         and isinstance(row.caption, str)
         and (row.status == "captioned") == bool(row.caption.strip())
     }
 
 
 def _caption(
-    clips: list[Clip], settings: "CaptionSettings", name: str, run: Path, accelerator: "Accelerator", *,
+    clips: list[Clip], settings: CaptionSettings, name: str, run: Path, accelerator: Accelerator, *,
     stop: threading.Event, report: Report,
 ) -> list[Row]:  # fmt: skip
-    """Rows of this process's clips; the captioner is loaded for them and gone afterwards."""
-    from lib.caption.batch import caption_clips
-
-    place = accelerator.process_index
-    record = Journal(run / (f"captions.{place}.jsonl" if place else "captions.jsonl"))
+    """Caption this process's clips; the captioner is loaded for them and freed afterwards."""
+    process = accelerator.process_index
+    journal = Journal(run / (f"captions.{process}.jsonl" if process else "captions.jsonl"))
     try:
         return caption_clips(
-            _load(name, report), clips, settings, journal=record, known={}, model=label(name),
+            _load(name, report), clips, settings, journal=journal, known={}, model=label(name),
             batch_size=BATCH, report=report, stop=stop,
         )  # fmt: skip
     finally:
-        record.close()
+        journal.close()
         free_memory()
 
 
-def _load(name: str, report: Report) -> "Captioner":
-    """On this process's device, in the precision that lib.caption.precision settles for it."""
-    from lib.predictors.caption import load_for_this_machine
-
+def _load(name: str, report: Report) -> Captioner:
+    """Load the captioner on this process's device, in the precision that fits there."""
     folder = locate_captioner(name, report)
     try:
         model = Model(
@@ -163,8 +159,8 @@ def _load(name: str, report: Report) -> "Captioner":
     return captioner
 
 
-def _tell(rows: list[Row], settings: "CaptionSettings", report: Report) -> None:
-    """How many clips have a caption now, and the first of them."""
+def _report_captions(rows: list[Row], settings: CaptionSettings, report: Report) -> None:
+    """Report how many clips have a caption now, and the first captions."""
     made = [row for row in rows if row.status == "captioned"]
     if not made:
         return

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: written whole or not at all, the newest few kept, and found again."""
+"""Checkpoints of a run: written in one step, read and checked, the newest few kept."""
 
 import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,38 +20,42 @@ LORA = "lora.safetensors"
 TENSORS = "training.pt"
 STATE = "state.json"
 CAPTIONS = "autocaptions.jsonl"
-"""Only of runs with autocaption, here and in results: what a run that goes on need not caption again."""
+"""With autocaption, here and in results: the captions that a resumed run need not make again."""
 TENSOR_KEYS = frozenset({"optimizer", "schedule", "scaler", "random"})
 
 
 @dataclass(kw_only=True, slots=True)
 class State:
-    """What a checkpoint says besides its tensors."""
+    """A checkpoint's content besides its tensors. The names of its fields are those of state.json."""
 
     step: int
     """Optimizer steps done."""
     seed: int
     base: str
     fits: dict[str, Any]
-    """What a run that continues it must share (TrainingConfig.fits)."""
+    """What a run that resumes from it must share (TrainingConfig.fixed), by input names."""
     data: str
-    """Digest of the samples: with the same ones, a resumed run repeats an uninterrupted one's losses."""
+    """Digest of the samples: with the same ones, a resumed run has the losses of an uninterrupted one."""
     global_batch: int
     losses: list[float] = field(default_factory=list)
     """Of every step so far."""
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return where a run's checkpoint of a step is."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save(target: Path, state: State, tensors: dict[str, Any], write_lora: Any, *, captions: str = "") -> Path:
+def save(
+    target: Path, state: State, tensors: dict[str, Any], write_lora: Callable[[Path], None], *,
+    captions: str = "",
+) -> Path:  # fmt: skip
     """Write a checkpoint to `target`, which appears only when all of it is on the disk.
 
-    `write_lora` writes the LoRA to the path that it is given; `captions` is the content of CAPTIONS. Raises
-    UserError when the disk is full.
+    `write_lora` writes the LoRA to a path; `captions` is the content of CAPTIONS. Raises UserError when the
+    disk is full.
     """
-    if is_checkpoint(target):  # a stop right after a checkpoint asks for the same one once more
+    if is_checkpoint(target):  # a stop right after a checkpoint asks for the same one again
         return target
     partial = target.with_name(target.name + ".partial")
     try:
@@ -77,31 +81,26 @@ def save(target: Path, state: State, tensors: dict[str, Any], write_lora: Any, *
 
 def keep_newest(run: Path, count: int) -> None:
     """Remove all but the newest checkpoints of a run."""
-    for folder in everyone(run)[:-count]:
-        remove(folder)
+    for folder in all_checkpoints(run)[:-count]:
+        # Renamed first: a kill in the middle must not leave half a checkpoint under this name.
+        renamed = folder.with_name(f"{folder.name}.old.partial")
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.replace(folder, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    """Under another name first: a kill in the middle must not leave half a checkpoint under its own."""
-    if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.old.partial")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def everyone(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
+def all_checkpoints(run: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint of a run."""
-    return next(reversed(everyone(run)), None)
+    """Return the newest checkpoint of a run."""
+    return next(reversed(all_checkpoints(run)), None)
 
 
 def read_state(folder: Path) -> State:
-    """Raises UserError when the folder is no checkpoint."""
+    """Read and check state.json. Raises UserError when the folder is not a checkpoint."""
     try:
         state = State(**json.loads((folder / STATE).read_text()))
         _check_state(state)
@@ -111,56 +110,45 @@ def read_state(folder: Path) -> State:
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
-    """Optimizer, schedule and random state. Raises UserError when the file is damaged or holds code."""
+    """Read optimizer, schedule and random state. Raises UserError for a file that is damaged or has code."""
     try:
         tensors = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
         missing = TENSOR_KEYS - set(tensors if isinstance(tensors, dict) else ())
         if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except Exception as error:  # in a damaged file the unpickler stumbles in any way
+            raise ValueError(f"missing: {', '.join(sorted(missing))}")
+    except Exception as error:  # the unpickler raises anything on a damaged file
         raise UserError(f"{TENSORS} of the checkpoint cannot be read: {error}.") from error
     return tensors
 
 
 def is_checkpoint(folder: Path) -> bool:
+    """Return whether the folder has a training state, not just a LoRA."""
     return (folder / STATE).is_file()
 
 
-def continued(config: TrainingConfig, state: State) -> TrainingConfig:
-    """The configuration with the state's seed where none is given.
+def with_seed_of(config: TrainingConfig, state: State) -> TrainingConfig:
+    """Return the configuration with the state's seed where none is given.
 
-    Raises UserError unless a run under these settings can go on from the state.
+    Raises UserError unless a run under these settings can resume from the state.
     """
     differing = [
         f"{name} (it has {state.fits.get(name)}, this run {value})"
-        for name, value in config.fits().items()
+        for name, value in config.fixed().items()
         if state.fits.get(name) != value
     ]
     if differing:
         raise UserError(
             f"the checkpoint of step {state.step} does not fit: {', '.join(differing)}. Give what it was "
-            "made with, or another output_dir to begin anew."
+            "made with, or another output_dir to start from scratch."
         )
-    return config if config.seed is not None else replace(config, seed=state.seed)
-
-
-def check_unfinished(state: State, *, base: str, steps: float, has_result: bool = True) -> None:
-    """Raise UserError unless the state is of this base and has steps left, or at least no result."""
-    if state.base != base:
-        raise UserError(
-            f"the checkpoint was trained on {state.base} and this run's base is {base}: set COGVIDEOX_MODEL "
-            "to the same, or begin anew in another output_dir."
-        )
-    if state.step >= steps + (not has_result):
-        raise UserError(
-            f"the checkpoint has {state.step} steps already and this run ends at {steps}: give a larger "
-            "max_train_steps, which counts them all, or another output_dir to begin anew."
-        )
+    if config.compute.seed is not None:
+        return config
+    return replace(config, compute=replace(config.compute, seed=state.seed))
 
 
 @contextlib.contextmanager
-def telling_what_is_kept(run: Path) -> Iterator[None]:
-    """Adds to the errors of a run which checkpoint is left to go on from."""
+def name_kept_checkpoint(run: Path) -> Iterator[None]:
+    """Add to a run's errors which checkpoint it can resume from."""
     try:
         yield
     except UserError as error:
@@ -173,7 +161,7 @@ def telling_what_is_kept(run: Path) -> Iterator[None]:
 
 
 def _check_state(state: State) -> None:
-    """A stranger's file may hold anything; what is wrong must not come out hours later."""
+    """Check types and values now: the file may come from an untrusted caller, and training takes hours."""
     for name in ("step", "seed", "global_batch"):
         value = getattr(state, name)
         if type(value) is not int or value < 0:
@@ -181,8 +169,8 @@ def _check_state(state: State) -> None:
     for name, kind in (("base", str), ("data", str), ("fits", dict), ("losses", list)):
         if not isinstance(getattr(state, name), kind):
             raise ValueError(f"{name} is {getattr(state, name)!r}")
-    sound = all(type(loss) is float and math.isfinite(loss) for loss in state.losses)
-    if not sound or len(state.losses) != state.step:
+    finite = all(type(loss) is float and math.isfinite(loss) for loss in state.losses)
+    if not finite or len(state.losses) != state.step:
         raise ValueError(f"losses are not {state.step} numbers")
 
 

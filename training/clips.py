@@ -1,4 +1,4 @@
-"""One video file -> training samples: resampled to the base's rate, cut to its length, fitted to its size."""
+"""From a video file to training samples: resampled to the base's rate, cut to its length and size."""
 
 import math
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from lib.errors import UserError
 from lib.video.reader import OpenVideo, VideoInfo, open_video
 
 LONGEST_FRAMES = 10_000
-"""Of one file at the base's rate, about 20 minutes at 8 fps: one caption does not describe more."""
+"""Per file at the base's rate, about 20 minutes at 8 fps: a caption does not describe more."""
 LARGEST_CUT = 16
-"""How many times as many pixels as a sample has a frame may have that covers it: beyond, next to nothing of
-the picture would be left, and frames would be hundreds of times as wide as a sample."""
+"""Largest area of a scaled frame, in samples. Beyond it next to nothing of the picture would be kept, and
+frames would be hundreds of times as wide as a sample."""
 LARGEST_JITTER = 0.01
-"""Seconds. Times that are this near to a constant rate are one, rounded by the container: to milliseconds in
-Matroska, to centiseconds in a GIF."""
+"""Seconds. Timestamps this close to a constant rate are taken for one that the container rounded: Matroska
+to milliseconds, GIF to centiseconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,24 +30,24 @@ class Sampling:
     frame_step: int
     """Samples have frame_step * N + 1 frames, N at least 1."""
     max_frames: int
-    """And at most so many."""
+    """Largest number of frames."""
     width: int
-    """Of the samples, in pixels."""
+    """In pixels."""
     height: int
-    """Of the samples, in pixels."""
+    """In pixels."""
     fit: Literal["center", "random", "none"]
-    """center: cover the sample, cut both sides equally. random: cover it, cut at random. none: show all of
-    the frame, black bars. Proportions are always kept."""
+    """center: fill the sample, crop both sides equally. random: fill it, crop at random. none: show the
+    complete frame with black bars. The aspect ratio is always kept."""
     random_crops: int
-    """With `fit` random: how many crops of each section."""
+    """Crops of each section, with `fit` random."""
     flip: bool
-    """A mirrored variant of each sample too."""
+    """Make a mirrored variant of each sample too."""
     skip_frames_start: int
-    """Frames of the file that are left out at its beginning."""
+    """Frames of the file to leave out at its start."""
     skip_frames_end: int
-    """Frames of the file that are left out at its end."""
+    """Frames of the file to leave out at its end."""
     long_clips: Literal["split", "cut"]
-    """What is longer than a sample becomes several that cover it, or ends after the first."""
+    """Split a clip that is longer than a sample into several that cover it, or cut it after the first."""
     seed: int
     """Of the random crops."""
 
@@ -59,63 +59,63 @@ class Sample:
     frames: np.ndarray
     """uint8 [F, H, W, 3], RGB."""
     section: int
-    """Which part of the file, from 0."""
+    """Index of its section in the file."""
     crop: int
-    """Which of the random crops, from 0."""
+    """Index of its random crop."""
     flipped: bool
     """Whether it is mirrored."""
     start: float
-    """When its first frame is shown in the file, in seconds."""
+    """Timestamp of its first frame in the file, in seconds."""
 
 
 def clip_samples(path: Path, sampling: Sampling, *, timeout: float = 120.0) -> Iterator[Sample]:
     """Yield every section x crop x side of a video, in that order of nesting.
 
-    The file is decoded once, front to back; at most two sections are in memory, whatever its length. (With
-    `fit` random they are kept as large as covers the sample.) `timeout` is how many seconds may be spent
-    waiting for the decoder. Raises UserError when the file is no video, is damaged, too short or too long;
-    where the damage is in the middle, after the samples before it.
+    The file is decoded once, front to back, and at most two sections are in memory, whatever its length.
+    `timeout` limits the seconds spent waiting for the decoder. Raises UserError when the file is not a
+    video, is damaged, too short or too long; damage in the middle is raised after the samples before it.
     """
     with open_video(path, timeout=timeout) as video:
         times, duration = _times(video)
         parts = sections(times, duration, sampling)
         size = _scaled_size(video.info, sampling)
         box = _box(size, sampling)
-        begun: dict[int, np.ndarray] = {}
-        coming = 0
-        # Every frame from the first, wanted or not: to leave some out the decoder seeks, and then it gives
-        # wrong ones in H.264 without B-frames, WMV and MPEG program streams.
+        open_sections: dict[int, np.ndarray] = {}
+        following = 0
+        # Every frame from the first, needed or not: to skip frames the decoder seeks, and then it returns
+        # wrong ones for H.264 without B-frames, WMV and MPEG program streams.
         last = max(int(part[-1]) for part in parts)
         for index, frame in enumerate(video.read(range(last + 1), size=size)):
-            while coming < len(parts) and parts[coming][0] <= index:
-                begun[coming] = np.zeros((len(parts[coming]), *box[::-1], 3), np.uint8)
-                coming += 1
-            for number in list(begun):
+            while following < len(parts) and parts[following][0] <= index:
+                open_sections[following] = np.zeros((len(parts[following]), *box[::-1], 3), np.uint8)
+                following += 1
+            for number in list(open_sections):
                 part = parts[number]
-                begun[number][part == index] = _placed(frame, box)
+                open_sections[number][part == index] = _placed(frame, box)
                 if part[-1] == index:
-                    yield from _variants(begun.pop(number), number, float(times[part[0]]), sampling)
+                    yield from _variants(open_sections.pop(number), number, float(times[part[0]]), sampling)
 
 
 def _times(video: OpenVideo) -> tuple[np.ndarray, float]:
-    """When the file's frames begin to be shown, and the last one ends.
+    """Return the frames' timestamps and the end of the last one, in seconds.
 
-    MPEG program streams give rubbish for that, and a sound rate.
+    MPEG program streams have unusable timestamps and a usable frame rate.
     """
-    sound = np.isfinite(video.timestamps).all() and video.timestamps.min() >= 0
-    if sound or video.info.fps <= 0:
+    usable = np.isfinite(video.timestamps).all() and video.timestamps.min() >= 0
+    if usable or video.info.fps <= 0:
         return video.timestamps, video.info.duration
     return np.arange(video.info.frames) / video.info.fps, video.info.frames / video.info.fps
 
 
 def sections(timestamps: np.ndarray, duration: float, sampling: Sampling) -> list[np.ndarray]:
-    """Which frames of the file make each section: for each an array of indices that do not decrease.
+    """Return the frame indices of each section, which do not decrease.
 
-    `timestamps` [T] are the seconds at which the file's frames begin to be shown, `duration` is when the last
-    one ends. What is not skipped has round(length * fps) frames at the sampling's rate, each the one shown at
-    its time; where the file has fewer, frames repeat. A section has the most frames that the rule, the file
-    and `max_frames` allow. Splitting, less than a quarter of a section may be left over at the end; otherwise
-    sections are spread evenly from the first frame to the last, overlapping where they must.
+    `timestamps` [T] are the start times of the file's frames and `duration` the end of the last one, in
+    seconds. The part that is not skipped is resampled to round(length * fps) frames; frames repeat where the
+    file has fewer. A section has the most frames that the rule, the file and `max_frames` allow. With
+    `long_clips` split, less than a quarter of a section may be left over at the end; beyond that, sections
+    are spread evenly from the first frame to the last and may overlap.
+
     Raises UserError saying how many frames there are and how many are needed.
     """
     first, last = sampling.skip_frames_start, len(timestamps) - sampling.skip_frames_end
@@ -127,7 +127,7 @@ def sections(timestamps: np.ndarray, duration: float, sampling: Sampling) -> lis
     begin, end = timestamps[first], duration if last == len(timestamps) else timestamps[last]
     length = float(end - begin)
     if not (np.isfinite(timestamps).all() and math.isfinite(length)) or length <= 0:
-        raise UserError("its frames have no times: convert it to mp4")
+        raise UserError("its frames have no timestamps: convert it to mp4")
     count = round(length * sampling.fps)
     longest = (min(count, sampling.max_frames) - 1) // sampling.frame_step * sampling.frame_step + 1
     if longest <= 1:
@@ -155,13 +155,13 @@ def _shown_at(times: np.ndarray, shown_from: np.ndarray) -> np.ndarray:
 
 
 def _rounding(timestamps: np.ndarray) -> float:
-    """By how many seconds a frame's time may be rounded up: so much later is it looked for."""
+    """Return by how many seconds a timestamp may be rounded up: frames are looked for that much later."""
     exact = 1e-6
     if len(timestamps) < 3:
         return exact
     constant = np.linspace(timestamps[0], timestamps[-1], len(timestamps))
     jitter = float(np.abs(timestamps - constant).max())
-    # Twice, because the last time, which the constant rate is taken from, is rounded too.
+    # Twice, because the last timestamp, from which the constant rate follows, is rounded too.
     return exact + (2 * jitter if jitter <= LARGEST_JITTER else 0)
 
 
@@ -180,7 +180,7 @@ def _count(frames: int) -> str:
 
 
 def _scaled_size(info: VideoInfo, sampling: Sampling) -> tuple[int, int]:
-    """Width and height to decode at: the sample's in one direction, more (none: less) in the other."""
+    """Return width and height to decode at: one is the sample's, the other larger (with none: smaller)."""
     ratios = sampling.width / info.width, sampling.height / info.height
     scale = min(ratios) if sampling.fit == "none" else max(ratios)
     width, height = max(1, round(info.width * scale)), max(1, round(info.height * scale))
@@ -193,12 +193,12 @@ def _scaled_size(info: VideoInfo, sampling: Sampling) -> tuple[int, int]:
 
 
 def _box(size: tuple[int, int], sampling: Sampling) -> tuple[int, int]:
-    """Width and height in which frames are kept until a section is whole."""
+    """Return width and height in which frames are stored until their section is complete."""
     return size if sampling.fit == "random" else (sampling.width, sampling.height)
 
 
 def _placed(frame: np.ndarray, box: tuple[int, int]) -> np.ndarray:
-    """The frame in the middle of the box [H, W, 3], cut where it is larger and with black where smaller."""
+    """Center the frame in the box [H, W, 3], cropped where it is larger and on black where it is smaller."""
     height, width, _ = frame.shape
     if (width, height) == box:
         return frame
@@ -211,7 +211,7 @@ def _placed(frame: np.ndarray, box: tuple[int, int]) -> np.ndarray:
 
 
 def _variants(frames: np.ndarray, section: int, start: float, sampling: Sampling) -> Iterator[Sample]:
-    """The crops of a whole section, each as it is and, if asked, mirrored."""
+    """Yield the crops of a complete section, each as it is and, with `flip`, mirrored."""
     _, height, width, _ = frames.shape
     for crop in range(sampling.random_crops if sampling.fit == "random" else 1):
         random = np.random.default_rng([sampling.seed, section, crop])

@@ -1,50 +1,28 @@
-"""Every setting of a training run: what it means, what it may be, and what is refused at the door.
+"""The settings of a training run, in groups, with their meaning, bounds and defaults.
 
-The names are those of CogVideo's own trainer where it has the setting. training/train.py spells the same
-inputs out for Cog; a test holds the two together.
+The names are those of CogVideo's own trainer where it has the setting. The docstring under a field is the
+description of the input in training/train.py, which `python -m training.signature` writes from this file.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
-import types
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_type_hints
 
-from lib.errors import UserError
+from training.fields import Setting, check_fields, require, setting, settings_of
 
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-OPTIMIZERS = ("adam", "adamw", "adam_8bit", "adamw_8bit", "prodigy")
 MAX_SEED = 2**63 - 1
-DEFAULT_STEPS = 1500
-MAX_WARMUP_STEPS = 500
-SECRETS = ("hub_token", "wandb_api_key")
-
-
-def setting(
-    default: Any,
-    *,
-    ge: float | None = None,
-    le: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    fits: bool = False,
-) -> Any:
-    """A field with its bounds. `fits`: what a training state must share with a run that goes on."""
-    return dataclasses.field(default=default, metadata={"ge": ge, "le": le, "choices": choices, "fits": fits})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
-    """The settings as given; None means "settled from the base and the machine" (see training/plan.py).
+class DataConfig:
+    """Which clips and captions are trained on, and how clips become samples."""
 
-    Raises UserError naming the setting, what was given and what is allowed.
-    """
-
-    # Data
-    input_videos: str | None = setting(None)
-    """Folder, zip or tar of clips with captions."""
+    input_videos: str | None = setting(None, role="file")
+    """Zip or tar of video clips, each with a .txt caption of the same name (or metadata.jsonl, metadata.csv,
+    or prompts.txt and videos.txt)."""
     dataset_name: str = setting("")
     """In place of input_videos: a Hugging Face dataset, owner/name or owner/name@revision."""
     video_column: str = setting("")
@@ -61,8 +39,8 @@ class TrainingConfig:
     """Let a captioning model describe the clips that have no caption, before anything else is computed."""
     autocaption_prompt: str = setting("")
     """What it is asked about each clip; empty: to describe it in detail."""
-    autocaption_model: str = setting("")
-    """Its name, folder or Hub repository; empty: cogvlm2-caption, beside an embedded base tiny-caption."""
+    autocaption_model: str = setting("", role="path")
+    """Its name or Hub repository; empty: cogvlm2-caption, beside an embedded base tiny-caption."""
     fps: int | None = setting(None, ge=1, le=60)
     """Clips are resampled to this rate, by default the base's: another one teaches another pace."""
     max_num_frames: int | None = setting(None, ge=5, le=1000)
@@ -75,28 +53,64 @@ class TrainingConfig:
     """Frames of each file that are left out at its beginning."""
     skip_frames_end: int = setting(0, ge=0, le=100_000)
     """Frames of each file that are left out at its end."""
-    video_reshape_mode: Literal["center", "random", "none"] = setting(
-        "center", choices=("center", "random", "none")
-    )
+    video_reshape_mode: Literal["center", "random", "none"] = setting("center")
     """center: fill the frame, cut both sides equally. random: cut at random. none: keep all, black bars."""
     random_crops: int = setting(4, ge=1, le=64)
     """With video_reshape_mode random: how many crops of each sample are encoded and drawn from."""
     random_flip: float = setting(0.0, ge=0, le=1)
     """Probability that a sample is mirrored; both sides are encoded."""
-    long_clips: Literal["split", "cut"] = setting("split", choices=("split", "cut"))
+    long_clips: Literal["split", "cut"] = setting("split")
     """A clip longer than a sample: split it into several, or cut it after the first."""
-    on_bad_clip: Literal["skip", "stop"] = setting("skip", choices=("skip", "stop"))
+    on_bad_clip: Literal["skip", "stop"] = setting("skip")
     """A clip that cannot be used: train on the rest, or stop and list them all."""
 
-    # LoRA
-    rank: int = setting(128, ge=1, le=1024, fits=True)
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            "://" not in (self.input_videos or ""),
+            f"input_videos={self.input_videos} is an address: give a folder, zip or tar on this machine, or "
+            "dataset_name for a data set of the Hugging Face Hub.",
+        )
+        require(
+            (self.input_videos is None) != (not self.dataset_name),
+            "give the clips with input_videos (an archive or folder) or dataset_name, one of the two.",
+        )
+        require(
+            self.autocaption or not (self.autocaption_prompt or self.autocaption_model),
+            "autocaption_prompt and autocaption_model need autocaption=true.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """The LoRA's shape."""
+
+    rank: int = setting(128, ge=1, le=1024)
     """Of the LoRA matrices."""
-    lora_alpha: float | None = setting(None, ge=1e-4, le=8192, fits=True)
+    lora_alpha: float | None = setting(None, ge=1e-4, le=8192)
     """The update is scaled by lora_alpha / rank; by default the rank, which every loader assumes."""
-    target_modules: str = setting("to_q,to_k,to_v,to_out.0", fits=True)
+    target_modules: str = setting("to_q,to_k,to_v,to_out.0")
     """Linear layers of the transformer that get LoRA matrices, by the end of their names."""
 
-    # Optimization
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(bool(self.targets), "target_modules is empty; the default is to_q,to_k,to_v,to_out.0.")
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, or the rank."""
+        return float(self.rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def targets(self) -> list[str]:
+        """target_modules as a list."""
+        return _parts(self.target_modules, ",")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """How long, in which batches and at which learning rate it trains."""
+
     max_train_steps: int | None = setting(None, ge=1, le=1_000_000)
     """Optimizer steps in all, those before a resume included; 1500 where num_train_epochs is empty too."""
     num_train_epochs: int | None = setting(None, ge=1, le=100_000)
@@ -109,7 +123,9 @@ class TrainingConfig:
     """Peak of the schedule. For prodigy give 1."""
     scale_lr: bool = setting(False)
     """Multiply the learning rate by devices x accumulation x batch size."""
-    lr_scheduler: str = setting("constant", choices=SCHEDULERS)
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = setting("constant")
     """Shape of the learning rate over the steps."""
     lr_warmup_steps: int | None = setting(None, ge=0, le=1_000_000)
     """Steps in which the rate rises from 0; by default a tenth of all, at most 500. Not for constant."""
@@ -117,7 +133,7 @@ class TrainingConfig:
     """Restarts of cosine_with_restarts."""
     lr_power: float = setting(1.0, ge=0, le=100)
     """Power of polynomial."""
-    optimizer: str = setting("adam", choices=OPTIMIZERS, fits=True)
+    optimizer: Literal["adam", "adamw", "adam_8bit", "adamw_8bit", "prodigy"] = setting("adam")
     """The 8-bit ones need an NVIDIA GPU and bitsandbytes, prodigy needs prodigyopt."""
     adam_beta1: float = setting(0.9, ge=0, le=0.9999)
     """Decay of the gradient's running mean; also prodigy's."""
@@ -137,6 +153,20 @@ class TrainingConfig:
     """Keep the warm-up's small rates out of prodigy's estimate."""
     max_grad_norm: float = setting(1.0, ge=0, le=1000)
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            self.max_train_steps is None or self.num_train_epochs is None,
+            f"max_train_steps={self.max_train_steps} and num_train_epochs={self.num_train_epochs} exclude "
+            "each other; give one.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegularizationConfig:
+    """Conditions that are dropped, and what of the base is kept."""
+
     noised_image_dropout: float = setting(0.05, ge=0, le=1)
     """Share of samples whose image condition is zero; image to video only."""
     caption_dropout: float = setting(0.1, ge=0, le=1)
@@ -147,16 +177,25 @@ class TrainingConfig:
     prior_prompts: str = setting("")
     """For prior_preservation, separated by validation_prompt_separator; without any, the empty prompt."""
 
-    # Memory and precision
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            not self.prior_prompts or self.prior_preservation > 0,
+            "prior_prompts need prior_preservation, the share of samples that they are for.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeConfig:
+    """Memory, precision, the seed, and what processes allow one another."""
+
     gradient_checkpointing: bool | None = setting(None)
     """Compute activations again in the backward pass: far less memory, a third more work. By default on a
     GPU only."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
-        "auto", choices=("auto", "no", "fp16", "bf16")
-    )
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto")
     """What the base computes in; the LoRA matrices are float32 throughout. auto: bf16 on a GPU that has it,
     fp16 on an older one, no on a CPU."""
-    base_precision: Literal["auto", "fp8"] = setting("auto", choices=("auto", "fp8"))
+    base_precision: Literal["auto", "fp8"] = setting("auto")
     """fp8: keep the frozen base's linear layers in 8 bits, half the memory, and compute as before."""
     allow_tf32: bool = setting(False)
     """TF32 for float32 products on an NVIDIA GPU."""
@@ -166,21 +205,38 @@ class TrainingConfig:
     """Encode and decode in tiles: less memory, slightly other latents."""
     seed: int | None = setting(None, ge=0, le=MAX_SEED)
     """Same seed, settings and clips, same losses. Empty: a random one, which the model card records."""
+    nccl_timeout: int = setting(600, ge=1, le=86_400)
+    """Seconds that one process of several waits for the others."""
 
-    # Checkpoints
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointsConfig:
+    """When checkpoints are written, and what a run resumes from."""
+
     checkpointing_steps: int = setting(500, ge=1, le=1_000_000)
     """A checkpoint every so many steps; a kill loses at most the steps since the last."""
     checkpoints_total_limit: int = setting(3, ge=1, le=1000)
     """How many of the newest are kept."""
-    resume_from: str = setting("")
-    """An earlier output (tar) or a checkpoint to go on from. The same output_dir resumes by itself."""
+    resume_from: str = setting("", role="path")
+    """URL of an earlier output (tar) to go on from; exactly, optimizer and all, if that was made with
+    save_training_state."""
     save_training_state: bool = setting(False)
     """Put the last checkpoint, optimizer included, into the output, so that resume_from can go on exactly."""
 
-    # Validation
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Clips that are made during training."""
+
     validation_prompt: str = setting("")
     """Prompt of clips made during training; several are separated by validation_prompt_separator."""
-    validation_images: tuple[str, ...] = setting(())
+    validation_images: tuple[str, ...] = setting((), role="file")
     """First frame of each prompt's clips; image to video only."""
     validation_prompt_separator: str = setting(":::")
     """Between several validation prompts."""
@@ -195,139 +251,124 @@ class TrainingConfig:
     use_dynamic_cfg: bool = setting(False)
     """Dynamic guidance in validation clips."""
 
-    # Reporting
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = setting(
-        "none", choices=("none", "tensorboard", "wandb", "all")
-    )
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(bool(self.validation_prompt_separator), "validation_prompt_separator is empty.")
+        require(
+            not self.validation_images or bool(self.prompts),
+            "validation_images need a validation_prompt each.",
+        )
+
+    @property
+    def prompts(self) -> list[str]:
+        """validation_prompt as a list."""
+        return _parts(self.validation_prompt, self.validation_prompt_separator)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishingConfig:
+    """Trackers and the Hugging Face Hub."""
+
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = setting("none")
     """Trackers that receive loss, learning rate and validation clips."""
     tracker_name: str = setting("cogvideox-lora")
     """Project in the tracker."""
-    wandb_api_key: str = setting("")
-    """A secret."""
+    wandb_api_key: str = setting("", role="secret")
+    """Key for report_to wandb."""
     hub_model_id: str = setting("")
     """Hugging Face repository (owner/name) that receives the result; made, private, if it is not there."""
-    hub_token: str = setting("")
-    """A secret; needs write access. Empty: HF_TOKEN."""
+    hub_token: str = setting("", role="secret")
+    """Hugging Face token with write access, for hub_model_id."""
     push_checkpoints: bool = setting(False)
     """Also upload each checkpoint as it is made, under checkpoints/."""
-    nccl_timeout: int = setting(600, ge=1, le=86_400)
-    """Seconds that one process of several waits for the others."""
 
     def __post_init__(self) -> None:
-        for name, kind, field in _fields():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind, field.metadata))
-        _require(
-            (self.input_videos is None) != (not self.dataset_name),
-            "give the clips with input_videos (an archive or folder) or dataset_name, one of the two",
-        )
-        _require(
-            self.max_train_steps is None or self.num_train_epochs is None,
-            f"max_train_steps={self.max_train_steps} and num_train_epochs={self.num_train_epochs} exclude "
-            "each other; give one",
-        )
-        _require(bool(self.targets), "target_modules is empty; the default is to_q,to_k,to_v,to_out.0")
-        _require(bool(self.validation_prompt_separator), "validation_prompt_separator is empty")
-        _require(
-            not self.validation_images or bool(self.validation_prompts),
-            "validation_images need a validation_prompt each",
-        )
-        _require(
+        check_fields(self)
+        require(
             not self.push_checkpoints or bool(self.hub_model_id),
-            "push_checkpoints needs hub_model_id, the repository that receives them",
+            "push_checkpoints needs hub_model_id, the repository that receives them.",
         )
-        _require(
-            not self.prior_prompts or self.prior_preservation > 0,
-            "prior_prompts need prior_preservation, the share of samples that they are for",
-        )
-        _require(
-            self.autocaption or not (self.autocaption_prompt or self.autocaption_model),
-            "autocaption_prompt and autocaption_model need autocaption=true",
-        )
-        _require(
+        require(
             re.fullmatch(r"[\w-][\w.-]*", self.tracker_name, re.ASCII) is not None,  # it names a folder
-            f"tracker_name={self.tracker_name!r} is not a plain name of letters, digits, '.', '_' and '-'",
+            f"tracker_name={self.tracker_name!r} is not a plain name of letters, digits, '.', '_' and '-'.",
         )
-        if self.hub_model_id:
-            owner, slash, name = self.hub_model_id.partition("/")
-            _require(
-                bool(owner and slash and name) and "/" not in name,
-                f"hub_model_id={self.hub_model_id!r} is not owner/name",
-            )
+        require(
+            not self.hub_model_id or re.fullmatch(r"[^/]+/[^/]+", self.hub_model_id) is not None,
+            f"hub_model_id={self.hub_model_id!r} is not owner/name.",
+        )
 
     @property
-    def alpha(self) -> float:
-        """lora_alpha, or the rank."""
-        return float(self.rank) if self.lora_alpha is None else self.lora_alpha
+    def trackers(self) -> list[str]:
+        """The trackers by name."""
+        return {"none": [], "all": ["tensorboard", "wandb"]}.get(self.report_to, [self.report_to])
 
-    @property
-    def targets(self) -> list[str]:
-        return [name for name in (part.strip() for part in self.target_modules.split(",")) if name]
 
-    @property
-    def validation_prompts(self) -> list[str]:
-        parts = self.validation_prompt.split(self.validation_prompt_separator)
-        return [part.strip() for part in parts if part.strip()]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """All settings of a run as given. None means that the base or the machine decides (training/plan.py)."""
 
-    @property
-    def prior_captions(self) -> list[str]:
-        parts = self.prior_prompts.split(self.validation_prompt_separator)
-        return [part.strip() for part in parts if part.strip()] or [""]
+    data: DataConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    publishing: PublishingConfig = field(default_factory=PublishingConfig)
+
+    @classmethod
+    def from_inputs(cls, **inputs: Any) -> Self:
+        """Sort inputs by their flat names into the groups.
+
+        Raises UserError naming the setting, what was given and what is allowed, TypeError for an unknown
+        name.
+        """
+        values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+        group_of = {each.name: group for group, each in all_settings()}
+        unknown = inputs.keys() - group_of.keys()
+        if unknown:
+            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+        for name, value in inputs.items():
+            values[group_of[name]][name] = value
+        return cls(**{group: kind(**values[group]) for group, kind in GROUPS.items()})
 
     def public(self) -> dict[str, Any]:
-        """Every setting but secrets and this machine's paths, for records and model cards."""
-        hidden = ("input_videos", "resume_from", "validation_images", "autocaption_model", *SECRETS)
-        return {name: getattr(self, name) for name, _, _ in _fields() if name not in hidden}
+        """Return every setting but secrets and this machine's paths, for records and model cards."""
+        return {
+            each.name: getattr(getattr(self, group), each.name)
+            for group, each in all_settings()
+            if each.role == "value"
+        }
 
-    def fits(self) -> dict[str, Any]:
-        """What a saved training state must have been made with to be continued under these settings."""
-        found = {name: getattr(self, name) for name, _, field in _fields() if field.metadata["fits"]}
-        return found | {"lora_alpha": self.alpha, "target_modules": ",".join(sorted(self.targets))}
+    def fixed(self) -> dict[str, Any]:
+        """Return what a checkpoint and the run that continues it must have in common."""
+        return {
+            "rank": self.adapter.rank,
+            "lora_alpha": self.adapter.alpha,
+            "target_modules": ",".join(sorted(self.adapter.targets)),
+            "optimizer": self.optimizer.optimizer,
+        }
+
+    @property
+    def prior_prompts(self) -> list[str]:
+        """prior_prompts as a list; without any, the empty prompt."""
+        separator = self.validation.validation_prompt_separator
+        return _parts(self.regularization.prior_prompts, separator) or [""]
 
 
-def digest(content: Any) -> str:
-    """A short stable name for anything that JSON can hold."""
+GROUPS: dict[str, type] = get_type_hints(TrainingConfig)
+
+
+def all_settings() -> list[tuple[str, Setting]]:
+    """Return the settings of all groups in order, each with its group's name."""
+    return [(group, each) for group, kind in GROUPS.items() for each in settings_of(kind)]
+
+
+def digest(content: Mapping[str, Any] | list[Any]) -> str:
+    """Return a short stable name for anything that JSON can hold."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _fields() -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    kinds = get_type_hints(TrainingConfig)
-    for field in dataclasses.fields(TrainingConfig):
-        yield field.name, kinds[field.name], field
-
-
-def _checked(name: str, value: Any, kind: Any, limits: Any) -> Any:
-    """The value in its field's type. JSON and Cog pass 9.0 for 9 and 1 for 1.0."""
-    optional = get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
-    if optional:
-        if value is None:
-            return None
-        kind = next(part for part in get_args(kind) if part is not type(None))
-    if get_origin(kind) is Literal:
-        kind = str
-    if get_origin(kind) is tuple:
-        _require(isinstance(value, (list, tuple)), f"{name}={value!r} is not a list")
-        return tuple(str(item) for item in value)
-    if kind in (int, float):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        wanted = "a whole number" if kind is int else "a number"
-        whole = isinstance(value, int) or (number and value.is_integer())
-        _require(number and (kind is float or whole), f"{name}={value!r} is not {wanted}")
-        low, high = limits["ge"], limits["le"]
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
-            nearest = low if low is not None and not value >= low else high
-            raise UserError(f"{name}={value} is out of range: {low} to {high}. The nearest is {nearest}.")
-        return kind(value)
-    _require(
-        isinstance(value, kind), f"{name}={value!r} is not {'true or false' if kind is bool else 'text'}"
-    )
-    choices = limits["choices"]
-    _require(
-        choices is None or value in choices, f"{name}={value!r} is not one of {', '.join(choices or ())}"
-    )
-    return value
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message + ".")
+def _parts(text: str, separator: str) -> list[str]:
+    return [part.strip() for part in text.split(separator) if part.strip()]

@@ -1,50 +1,51 @@
-"""What the frozen models say about the data, computed once and kept on disk: latents, first frames, prompts.
+"""Latents, first frames and prompt embeddings, encoded once and cached on disk.
 
-One file a sample: mean and deviation of the VAE's posterior, so that every step draws fresh latents, and the
-first frame, to which every step adds fresh noise. A file's name is a digest of everything that changes its
-content. The cache is shared by all runs and bounded in bytes; what was not used for longest goes first.
+Each sample is a file with mean and standard deviation of the VAE's posterior, so that every step draws fresh
+latents, and the first frame, to which every step adds fresh noise. A file's name is a digest of everything
+that changes its content. The cache is shared by all runs and bounded in bytes; the least recently used files
+are removed first.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from lib.cancellation import check_stop
 from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
+from lib.progress import Report
+from lib.settings import current
 from lib.storage.disk import disk_error
 from training.adapter import save_tensors
 from training.clips import Sample, Sampling, clip_samples
 from training.config import digest
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX
-
-DEFAULT_CACHE_GB = 200.0
 DECODING_SECONDS = 600.0
-"""For one clip: every frame of it is decoded, of twenty minutes too."""
+"""For one clip; every frame is decoded, and a clip may last twenty minutes."""
 FORMAT = 1
-"""Raised when the meaning of cached files changes."""
+"""Incremented when the meaning of cached files changes."""
 PIECES, PIECE_BYTES = 64, 1 << 16
 STALE_SECONDS = 86_400
-"""A file half written for longer than a day is nobody's any more."""
+"""The process that writes a partial file as old as this is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One training sample: a stretch of a clip, encoded once for each crop and side."""
+    """One training sample: a section of a clip, encoded once for each crop and side."""
 
     clip: str
     caption: str
@@ -54,26 +55,24 @@ class Section:
 
 
 class LatentCache:
-    """A folder of safetensors files named by digests; any number of processes may share it.
-
-    Raises UserError for a COGVIDEOX_LATENTS_GB that is no size.
-    """
+    """A folder of safetensors files named by digests; any number of processes may share it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.max_bytes = _bound()
+        self.max_bytes = current().latents_bytes
 
     def path(self, *parts: object, suffix: str = ".safetensors") -> Path:
+        """Return the path of the file that these parts identify."""
         return self.folder / f"{digest([FORMAT, *parts])}{suffix}"
 
     def write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """Whole or not at all."""
+        """Write a file in one step."""
         with _renamed_to(path) as partial:
             save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
 
-    def holds(self, path: Path) -> bool:
-        """Whether a file is there and whole; asking counts as use."""
+    def contains(self, path: Path) -> bool:
+        """Return whether a file is present and complete, and mark it as used."""
         try:
             with safe_open(path, "pt"):  # reads the header, which says how long the file is
                 _mark_used(path)
@@ -82,21 +81,22 @@ class LatentCache:
         return True
 
     def read(self, path: Path) -> dict[str, torch.Tensor]:
-        """Raises UserError when the file went away since the run began."""
+        """Read a file's tensors. Raises UserError when the file was removed since the run began."""
         try:
             _mark_used(path)
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{path} cannot be read any more: {error}. Start again: what is missing is encoded anew."
+                f"{path} cannot be read any more: {error}. Start again: missing files are encoded again."
             ) from error
 
     def write_json(self, path: Path, content: object) -> None:
+        """Write a JSON file in one step."""
         with _renamed_to(path) as partial:
             partial.write_text(json.dumps(content))
 
     def trim(self, keep: set[Path]) -> None:
-        """Remove the files that were not used for longest until the rest fits; those in `keep` stay."""
+        """Remove the least recently used files until the rest fits; those in `keep` stay."""
         files = []
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process trims too
@@ -127,7 +127,7 @@ def _renamed_to(path: Path) -> Iterator[Path]:
 
 
 def model_digest(folder: Path) -> str:
-    """A digest of a component's configurations and weights; of large weights, of pieces all over them."""
+    """Return a digest of a component's configs and weights; of a large file, evenly spread pieces count."""
     parts: list[object] = []
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         size = path.stat().st_size
@@ -151,39 +151,40 @@ class Encodings:
         self._text_key = text_key
 
     def prompt_path(self, prompt: str) -> Path:
+        """Return where a prompt's embeddings are cached."""
         return self.cache.path("prompt", self._text_key, prompt)
 
     def prompt(self, text: str) -> torch.Tensor:
-        """Embeddings [tokens, width] of a prompt that was encoded."""
+        """Return the embeddings [tokens, width] of an encoded prompt."""
         return self.cache.read(self.prompt_path(text))["embeddings"]
 
     def sample(self, section: Section, *, flipped: bool, crop: int) -> dict[str, torch.Tensor]:
-        """`mean` and `std` [f, C, h, w], unscaled, and `image` uint8 [3, 1, H, W]."""
+        """Return `mean` and `std` [f, C, h, w], unscaled, and `image` uint8 [3, 1, H, W]."""
         return self.cache.read(section.files[int(flipped)][crop])
 
 
 @torch.inference_mode()
 def encode_prompts(
     prompts: Sequence[str], encodings: Encodings, *, load: Callable[[], tuple[Any, Any]], tokens: int,
-    device: str, report: Callable[[str], None], check: Callable[[], None],
+    device: str, report: Report, stop: threading.Event,
 ) -> None:  # fmt: skip
-    """Encode the prompts that the cache lacks. `load` gives tokenizer and text encoder, only when needed.
+    """Encode the prompts that are not cached, as the pipelines do: padded or cut to `tokens`, without a mask.
 
-    As the pipelines do: padded to `tokens`, cut there, no attention mask.
+    `load` returns tokenizer and text encoder, and is called only when needed. Raises Stopped.
     """
     cache = encodings.cache
-    missing = [text for text in dict.fromkeys(prompts) if not cache.holds(encodings.prompt_path(text))]
+    missing = [text for text in dict.fromkeys(prompts) if not cache.contains(encodings.prompt_path(text))]
     if not missing:
         return
     tokenizer, encoder = load()
     for done, text in enumerate(missing):
-        check()
+        check_stop(stop)
         ids = tokenizer(
             text, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt"
         ).input_ids
-        whole = len(tokenizer(text).input_ids)
-        if whole > tokens:
-            report(f"a caption has {whole} tokens, the base reads the first {tokens}: {text[:60]!r} ...")
+        length = len(tokenizer(text).input_ids)
+        if length > tokens:
+            report(f"a caption has {length} tokens, the base reads the first {tokens}: {text[:60]!r} ...")
         embeddings = encoder(ids.to(device))[0][0]
         cache.write(encodings.prompt_path(text), {"embeddings": embeddings})
         report(f"progress: encoding captions {done + 1}/{len(missing)}")
@@ -191,15 +192,17 @@ def encode_prompts(
 
 @torch.inference_mode()
 def encode_clip(
-    clip: Clip, sampling: Sampling, cache: LatentCache, *, vae: Callable[[], "AutoencoderKLCogVideoX"],
-    vae_key: str, images: bool, check: Callable[[], None],
+    clip: Clip, sampling: Sampling, cache: LatentCache, *, vae: Callable[[], AutoencoderKLCogVideoX],
+    vae_key: str, images: bool, stop: threading.Event,
 ) -> list[Section] | LeftOut:  # fmt: skip
-    """The clip's sections, encoded unless the cache has them; or why it cannot be used.
+    """Return the clip's sections, encoded unless they are cached, or why the clip cannot be used.
 
-    `images`: keep the first frame too (image to video). `vae` loads the model when it is first needed.
+    With `images` the first frame is stored too (image to video). `vae` loads the model when it is first
+    needed. Raises Stopped.
     """
-    content = _content_digest(clip.path)
-    if sampling.fit == "random":  # each clip is cut at places of its own, the same in every run
+    with clip.path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    if sampling.fit == "random":  # each clip has its own crops, the same ones in every run
         sampling = replace(sampling, seed=int(content[:8], 16))
     key = [content, asdict(sampling), vae_key, images]
     index = cache.path("clip", *key, suffix=".json")
@@ -208,13 +211,13 @@ def encode_clip(
         found = []
         samples = clip_samples(clip.path, sampling, timeout=DECODING_SECONDS)
         while True:
-            try:
+            try:  # only around reading: a full disk is not a reason to leave the clip out
                 sample: Sample | None = next(samples, None)
-            except UserError as error:  # of the clip; that of a full disk is no reason to leave it out
+            except UserError as error:
                 return LeftOut(name=clip.name, reason=str(error))
             if sample is None:
                 break
-            check()
+            check_stop(stop)
             path = cache.path("sample", *key, sample.section, sample.crop, sample.flipped)
             cache.write(path, _encode(vae(), sample.frames, images=images))
             found.append([sample.section, int(sample.flipped), sample.crop, len(sample.frames), path.name])
@@ -222,48 +225,36 @@ def encode_clip(
     return _sections(clip, found, cache)
 
 
-def _encode(vae: "AutoencoderKLCogVideoX", frames: np.ndarray, *, images: bool) -> dict[str, torch.Tensor]:
+def _encode(vae: AutoencoderKLCogVideoX, frames: np.ndarray, *, images: bool) -> dict[str, torch.Tensor]:
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)  # [3, F, H, W], uint8
-    posterior = vae.encode(pixels(video[None], vae)).latent_dist
-    found = {"mean": posterior.mean[0].transpose(0, 1), "std": posterior.std[0].transpose(0, 1)}
-    return found | ({"image": video[:, :1]} if images else {})
+    mean, std = posterior(vae, pixels(video[None], vae))
+    return {"mean": mean[0], "std": std[0]} | ({"image": video[:, :1]} if images else {})
 
 
-def pixels(video: torch.Tensor, vae: "AutoencoderKLCogVideoX") -> torch.Tensor:
-    """uint8 [B, 3, F, H, W] -> -1..1 on the VAE's device in its type."""
+def posterior(vae: AutoencoderKLCogVideoX, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode [B, 3, F, H, W] to mean and standard deviation, [B, f, C, h, w], unscaled."""
+    encoded: Any = vae.encode(video)
+    return encoded.latent_dist.mean.transpose(1, 2), encoded.latent_dist.std.transpose(1, 2)
+
+
+def pixels(video: torch.Tensor, vae: AutoencoderKLCogVideoX) -> torch.Tensor:
+    """Convert uint8 [B, 3, F, H, W] to -1..1 on the VAE's device, in its type."""
     return (video.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
 
 
-def _content_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_index(cache: LatentCache, index: Path) -> list[list] | None:
-    """The clip's samples where every file is there and whole."""
+    """Return the clip's samples if every file is present and complete."""
     try:
         rows = json.loads(index.read_text())
         _mark_used(index)
     except (OSError, ValueError):
         return None
-    return rows if all(cache.holds(cache.folder / row[-1]) for row in rows) else None
+    return rows if all(cache.contains(cache.folder / row[-1]) for row in rows) else None
 
 
 def _mark_used(path: Path) -> None:
-    """What was used last is trimmed last."""
-    with contextlib.suppress(PermissionError):  # of another user, who shares the cache
+    with contextlib.suppress(PermissionError):  # another user's, who shares the cache
         os.utime(path)
-
-
-def _bound() -> float:
-    """The cache's size in bytes: COGVIDEOX_LATENTS_GB."""
-    text = os.environ.get("COGVIDEOX_LATENTS_GB") or str(DEFAULT_CACHE_GB)
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text) * 1e9
-    raise UserError(
-        f"COGVIDEOX_LATENTS_GB={text} is not a size in GB above 0; empty means {DEFAULT_CACHE_GB:g}."
-    )
 
 
 def _sections(clip: Clip, rows: list[list], cache: LatentCache) -> list[Section]:

@@ -1,15 +1,16 @@
-"""One training step as pure functions of tensors: what the transformer is fed, and the loss.
+"""One training step as pure functions of tensors: the transformer's inputs, and the loss.
 
-Everything the transformer meets is what diffusers' CogVideoX pipelines feed it at prediction, so that a LoRA
-learns under the conditions that it will serve in. Latents are [B, f, C, h, w], scaled by the VAE's factor.
+The inputs equal those of diffusers' CogVideoX pipelines at prediction, so that a LoRA learns under the
+conditions in which it is used. Latents are [B, f, C, h, w], scaled by the VAE's factor.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -20,16 +21,16 @@ IMAGE_NOISE_MEAN, IMAGE_NOISE_DEVIATION = -3.0, 0.5
 
 
 def noised(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """sqrt(a) z + sqrt(1 - a) eps in float32; `alphas_cumprod` holds the sample's a, [B].
+    """Return sqrt(a) z + sqrt(1 - a) eps in float32; `alphas_cumprod` holds each sample's a, [B].
 
-    bf16 would round sqrt(1 - a) to nothing at the first timesteps.
+    bf16 would round sqrt(1 - a) to zero at the first timesteps.
     """
     signal, deviation = _coefficients(alphas_cumprod, latents)
     return signal * latents.float() + deviation * noise.float()
 
 
 def velocity(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """What the model is to answer, sqrt(a) eps - sqrt(1 - a) z, in float32 (Salimans & Ho 2022)."""
+    """Return the model's target sqrt(a) eps - sqrt(1 - a) z in float32 (Salimans & Ho 2022)."""
     signal, deviation = _coefficients(alphas_cumprod, latents)
     return signal * noise.float() - deviation * latents.float()
 
@@ -37,7 +38,7 @@ def velocity(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.T
 def losses(
     predicted: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error of the velocity for each sample, float32 [B].
+    """Return the mean squared error of the velocity of each sample, float32 [B].
 
     It equals the x0 error weighted by 1 / (1 - a), which the original code uses.
     """
@@ -45,12 +46,12 @@ def losses(
 
 
 def mean_squares(error: torch.Tensor) -> torch.Tensor:
-    """Of each sample [B, ...]: [B]."""
+    """Return the mean square of each sample [B, ...]: [B]."""
     return error.pow(2).mean(dim=tuple(range(1, error.ndim)))
 
 
 def padded_in_front(latents: torch.Tensor, temporal_patch: int | None) -> torch.Tensor:
-    """Latents with copies of the first frame before them until f is divisible by the temporal patch.
+    """Prepend copies of the first frame until f is divisible by the temporal patch.
 
     CogVideoX1.5 patches two latent frames; its pipelines drop the same frames after denoising.
     """
@@ -59,28 +60,25 @@ def padded_in_front(latents: torch.Tensor, temporal_patch: int | None) -> torch.
 
 
 def image_channels(image_latents: torch.Tensor, latent_frames: int) -> torch.Tensor:
-    """The first frame's latents [B, 1, C, h, w] at index 0 of `latent_frames`, zeros after it."""
+    """Pad the first frame's latents [B, 1, C, h, w] with zeros after it to `latent_frames`."""
     after = latent_frames - image_latents.shape[1]
     return torch.nn.functional.pad(image_latents, (0, 0, 0, 0, 0, 0, 0, after))
 
 
 def model_input(noisy_latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
-    """[B, f, C, h, w] for text to video; for image to video [B, f, 2C, h, w], noisy latents first."""
+    """Return [B, f, C, h, w] for text to video, [B, f, 2C, h, w] for image to video (noisy latents first)."""
     if image_latents is None:
         return noisy_latents
     condition = image_channels(image_latents, noisy_latents.shape[1]).to(noisy_latents)
     return torch.cat([noisy_latents, condition], dim=2)
 
 
-def rotary_tables(config: Any, latent_shape: torch.Size, device: torch.device | str) -> Rotary | None:
-    """cos and sin tables for padded latents of shape [B, f, C, h, w], as the pipelines make them.
+def rotary_tables(config: Any, latent_shape: torch.Size, device: torch.device) -> Rotary | None:
+    """Return the cos and sin tables for padded latents of shape [B, f, C, h, w], as the pipelines make them.
 
     `config` is the transformer's. 1.0 fits the grid into the trained one; 1.5 slices it from the largest.
     None for a model without rotary positions (2B).
     """
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
     if not config.use_rotary_positional_embeddings:
         return None
     frames, height, width = latent_shape[1], latent_shape[3], latent_shape[4]
@@ -99,34 +97,35 @@ def rotary_tables(config: Any, latent_shape: torch.Size, device: torch.device | 
             "grid_type": "slice",
             "max_size": base,
         }
-    return get_3d_rotary_pos_embed(
+    tables: Any = get_3d_rotary_pos_embed(
         embed_dim=config.attention_head_dim, grid_size=grid, device=device, **options
     )
+    return tables
 
 
 def offset(config: Any, like: torch.Tensor) -> torch.Tensor | None:
-    """The ofs input of CogVideoX1.5-5B-I2V, [1]; None for models without its embedding."""
+    """Return the ofs input of CogVideoX1.5-5B-I2V, [1]; None for models without its embedding."""
     return None if config.ofs_embed_dim is None else like.new_full((1,), OFS)
 
 
 def noisy_image(image: torch.Tensor, deviation: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The first frame [B, 3, 1, H, W] in -1..1 with noise of `deviation` [B] added, not put in its place."""
+    """Add noise of `deviation` [B] to the first frame [B, 3, 1, H, W] in -1..1; the frame stays."""
     return image + deviation.view(-1, 1, 1, 1, 1).to(image) * noise.to(image)
 
 
-def image_factor(vae: "AutoencoderKLCogVideoX") -> float:
-    """What a first frame's latents are multiplied by; CogVideoX1.5 was trained with the inverse."""
-    factor = vae.config.scaling_factor
-    return 1 / factor if vae.config.invert_scale_latents else factor
+def image_noise_deviation(drawn: float) -> torch.Tensor:
+    """Return the standard deviation of a first frame's noise from a standard normal number."""
+    return torch.tensor(np.exp(IMAGE_NOISE_MEAN + IMAGE_NOISE_DEVIATION * drawn), dtype=torch.float32)
 
 
-def _coefficients(alphas_cumprod: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    alphas = alphas_cumprod.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
-    return alphas.sqrt(), (1 - alphas).sqrt()
+def image_factor(vae: AutoencoderKLCogVideoX) -> float:
+    """Return the factor of a first frame's latents; CogVideoX1.5 was trained with the inverse."""
+    config: Any = vae.config
+    return 1 / config.scaling_factor if config.invert_scale_latents else config.scaling_factor
 
 
-def project_in_float32(projection: torch.nn.Conv2d) -> None:
-    """Keep a convolution out of autocast: torch 2.13's bf16 one is wrong on CPUs for 16 channels."""
+def project_in_float32(projection: torch.nn.Module) -> None:
+    """Run a projection outside autocast: torch 2.13's bf16 convolution of 16 channels is wrong on CPUs."""
     forward = projection.forward
 
     def in_float32(latents: torch.Tensor) -> torch.Tensor:
@@ -134,3 +133,8 @@ def project_in_float32(projection: torch.nn.Conv2d) -> None:
             return forward(latents.float())
 
     projection.forward = in_float32
+
+
+def _coefficients(alphas_cumprod: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    alphas = alphas_cumprod.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
+    return alphas.sqrt(), (1 - alphas).sqrt()

@@ -1,36 +1,45 @@
-"""Optimizers and learning rate schedules by name, built by torch, bitsandbytes, prodigyopt and diffusers."""
+"""The optimizer, the learning rate and its schedule, and how they resume from saved states."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from lib.errors import UserError
-from training.config import TrainingConfig
-from training.plan import warmup_steps
+from training.config import OptimizerConfig
 
+DEFAULT_STEPS = 1500
+MAX_WARMUP_STEPS = 500
 PROGRESS = frozenset({"k", "d", "d_max", "d_numerator"})
 """What prodigy learns for all parameters together."""
 BLOCKWISE = ("qmap", "absmax")
 QUANTILES, BLOCK = 256, 256
-"""How bitsandbytes keeps means in 8 bits: a table of values, and one scale for so many numbers."""
+"""bitsandbytes' 8-bit means: a table of values, and one scale for each block of numbers."""
+
+
+def total_steps(config: OptimizerConfig, samples: int, global_batch: int) -> int:
+    """Return the run's number of optimizer steps; epochs are rounded up to complete steps."""
+    if config.num_train_epochs is not None:
+        return -(-samples * config.num_train_epochs // global_batch)
+    return config.max_train_steps or DEFAULT_STEPS
 
 
 def build_optimizer(
-    config: TrainingConfig, parameters: Iterable[torch.nn.Parameter], learning_rate: float
+    config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter], *, global_batch: int
 ) -> Optimizer:
-    """The optimizer of the configuration; libraries and device were checked at the door."""
-    shared = {
-        "lr": learning_rate,
+    """Build the optimizer; its libraries and device are known to be there (training/plan.py)."""
+    shared: dict[str, Any] = {
+        "lr": config.learning_rate * (global_batch if config.scale_lr else 1),
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
     }
     if config.optimizer == "prodigy":
-        import prodigyopt
+        import prodigyopt  # an optional package
 
         return prodigyopt.Prodigy(
             parameters,
@@ -41,7 +50,7 @@ def build_optimizer(
             safeguard_warmup=config.prodigy_safeguard_warmup,
         )
     if config.optimizer.endswith("_8bit"):
-        import bitsandbytes
+        import bitsandbytes  # an optional package
 
         kind = (
             bitsandbytes.optim.Adam8bit if config.optimizer == "adam_8bit" else bitsandbytes.optim.AdamW8bit
@@ -51,14 +60,13 @@ def build_optimizer(
     return kind(parameters, **shared, fused=True)
 
 
-def build_schedule(config: TrainingConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """The learning rate over `steps` optimizer steps."""
-    from diffusers.optimization import get_scheduler
-
+def build_schedule(config: OptimizerConfig, optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Build the schedule of the learning rate over `steps` optimizer steps."""
+    warmup = config.lr_warmup_steps
     return get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=warmup_steps(config, steps),
+        num_warmup_steps=min(MAX_WARMUP_STEPS, steps // 10) if warmup is None else warmup,
         num_training_steps=steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
@@ -66,20 +74,20 @@ def build_schedule(config: TrainingConfig, optimizer: Optimizer, steps: int) -> 
 
 
 def load_states(
-    optimizer: Optimizer, schedule: LRScheduler, scaler: torch.amp.GradScaler | None, states: dict[str, Any]
+    optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None, states: dict[str, Any]
 ) -> None:
-    """Go on from saved states under the settings of this run, which optimizer and schedule were built with.
+    """Load saved states into an optimizer and a schedule that were built with this run's settings.
 
-    What was learnt about the gradients is taken over, the learning rate and the other numbers are not: a run
-    that has diverged goes on with a lower rate. Raises UserError for states of another shape; a stranger's
-    would otherwise be read and written beyond their ends.
+    The gradients' statistics are taken over; the learning rate and other settings are not, so that a run
+    that has diverged can resume with a lower rate. Raises UserError for states of another shape: those of an
+    untrusted caller would otherwise be read and written out of bounds.
     """
     own = {key: value for key, value in optimizer.param_groups[0].items() if key not in PROGRESS}
     rates = schedule.base_lrs
     try:
-        optimizer.load_state_dict(_sound(optimizer, states["optimizer"]))
+        optimizer.load_state_dict(_checked_state(optimizer, states["optimizer"]))
         optimizer.param_groups[0].update(own)
-        _continue_schedule(schedule, states["schedule"], rates)
+        _resume_schedule(schedule, states["schedule"], rates)
         if scaler is not None and states["scaler"]:
             scaler.load_state_dict(states["scaler"])
         torch.set_rng_state(states["random"])
@@ -87,22 +95,22 @@ def load_states(
         raise UserError(f"the training state does not fit this run: {error}.") from error
 
 
-def _sound(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved state with every tensor as long as its parameter's needs to be, and laid out plainly."""
+def _checked_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved state, contiguous; raises ValueError unless every tensor has its parameter's size."""
     parameters = optimizer.param_groups[0]["params"]
     (group,) = saved["param_groups"]
     if len(group["params"]) != len(parameters) or not set(saved["state"]) <= set(range(len(parameters))):
-        raise ValueError("it is of another number of matrices")
+        raise ValueError("it has another number of matrices")
     if not all(math.isfinite(group[key]) for key in PROGRESS & group.keys()):
-        raise ValueError("it holds numbers that are none")
+        raise ValueError("it contains NaN or infinity")
     state = {
-        index: {key: _sound_value(key, value, parameters[index]) for key, value in values.items()}
+        index: {key: _checked_value(key, value, parameters[index]) for key, value in values.items()}
         for index, values in saved["state"].items()
     }
     return {"state": state, "param_groups": [group]}
 
 
-def _sound_value(key: str, value: Any, parameter: torch.Tensor) -> Any:
+def _checked_value(key: str, value: Any, parameter: torch.Tensor) -> Any:
     if not isinstance(value, torch.Tensor):
         if isinstance(value, (int, float)) and math.isfinite(value):
             return value
@@ -114,7 +122,7 @@ def _sound_value(key: str, value: Any, parameter: torch.Tensor) -> Any:
     return value.contiguous()
 
 
-def _continue_schedule(schedule: LRScheduler, saved: dict[str, Any], rates: list[float]) -> None:
+def _resume_schedule(schedule: LambdaLR, saved: dict[str, Any], rates: list[float | torch.Tensor]) -> None:
     done = saved["last_epoch"]
     if type(done) is not int or done < 0:
         raise ValueError(f"the schedule is at step {done!r}")

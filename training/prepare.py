@@ -1,14 +1,15 @@
-"""From the configuration's archive, folder or repository to encoded samples, on however many processes."""
+"""From an archive, folder or repository to encoded samples, on any number of processes."""
 
 import contextlib
+import functools
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLCogVideoX
 
 from lib.caption.journal import Row
 from lib.datasets.clips import Clip, LeftOut, find_clips, full_caption
@@ -17,22 +18,11 @@ from lib.errors import UserError
 from lib.pipelines.load import silence_libraries
 from lib.progress import Report
 from lib.weights.cache import cache_folder
-from training.config import TrainingConfig
-from training.devices import from_main
-from training.latents import (
-    Encodings,
-    LatentCache,
-    Section,
-    encode_clip,
-    encode_prompts,
-    model_digest,
-)
-from training.memory import free_memory
+from training.base import load_text_encoder, load_vae, scaling_factor
+from training.config import DataConfig, TrainingConfig
+from training.devices import free_memory, from_main, gather_in_order
+from training.latents import Encodings, LatentCache, Section, encode_clip, encode_prompts, model_digest
 from training.plan import Plan
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from diffusers import AutoencoderKLCogVideoX
 
 WITHOUT_CAPTION = "no caption: "
 REMEDY = "With autocaption=true a model captions the clips that have no caption."
@@ -40,39 +30,40 @@ REMEDY = "With autocaption=true a model captions the clips that have no caption.
 
 @dataclass(kw_only=True, slots=True)
 class Data:
-    """What the trainer learns from."""
+    """The samples of a run."""
 
     sections: list[Section]
     left_out: list[LeftOut]
     encodings: Encodings
-    vae: "AutoencoderKLCogVideoX | None"
+    vae: AutoencoderKLCogVideoX | None
     """For the image condition, without its decoder; None for text to video."""
     scaling_factor: float
     """Of the latents."""
     captions: list[Row] = field(default_factory=list)
-    """With autocaption, where every clip's caption is from."""
+    """With autocaption, the origin of every clip's caption."""
 
 
 @contextlib.contextmanager
 def found_clips(
-    config: TrainingConfig, work: Path, accelerator: "Accelerator", *, stop: threading.Event, report: Report
+    config: DataConfig, work: Path, accelerator: Accelerator, *, stop: threading.Event, report: Report
 ) -> Iterator[tuple[list[Clip], list[LeftOut]]]:
-    """The data set's clips. What an archive holds is below `work` for as long as the block lasts; what comes
-    from the Hub stays in the cache folder, for other runs and for this one when it goes on.
+    """Find the data set's clips with the captions of their owner, and the clips that are left out.
 
-    Captions are their owners', with autocaption empty where there is none. Raises UserError when there is
-    nothing to train on; Stopped while it unpacks or downloads.
+    An archive is unpacked below `work` until the block ends; what is downloaded from the Hub stays in the
+    cache folder. With autocaption a clip's caption may be empty. Raises UserError when there is nothing to
+    train on, Stopped while it unpacks or downloads.
     """
     try:
-        if config.dataset_name:
-            kept = cache_folder() / "datasets"
+        if config.input_videos is None:
+            cache = cache_folder() / "datasets"
             folder = from_main(
-                accelerator, lambda: fetch_hub_dataset(config.dataset_name, kept, report, stop=stop)
+                accelerator, lambda: fetch_hub_dataset(config.dataset_name, cache, report, stop=stop)
             )
         else:
-            folder = from_main(accelerator, lambda: open_data(Path(config.input_videos), work, stop=stop))
+            source = Path(config.input_videos)
+            folder = from_main(accelerator, lambda: open_data(source, work, stop=stop))
         clips, left_out = _find(config, folder)
-        tell_left_out(left_out, report)
+        report_left_out(left_out, report)
         if not config.autocaption and any(each.reason.startswith(WITHOUT_CAPTION) for each in left_out):
             report(REMEDY)
         yield clips, left_out
@@ -82,82 +73,68 @@ def found_clips(
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _find(config: TrainingConfig, folder: Path) -> tuple[list[Clip], list[LeftOut]]:
-    columns = {"video_column": config.video_column, "caption_column": config.caption_column}
-    try:
-        return find_clips(folder, **columns, need_captions=not config.autocaption)
-    except UserError as error:
-        if config.autocaption or WITHOUT_CAPTION not in str(error):
-            raise
-        raise UserError(f"{error} {REMEDY}") from error
-
-
 def encode_data(
-    plan: Plan, clips: list[Clip], left_out: list[LeftOut], accelerator: "Accelerator", *,
-    report: Report, check: Callable[[], None],
+    config: TrainingConfig, plan: Plan, clips: list[Clip], left_out: list[LeftOut], accelerator: Accelerator,
+    *, stop: threading.Event, report: Report,
 ) -> Data:  # fmt: skip
-    """Encode captions with what goes around them, then clips, each process its share; text encoder and VAE
-    decoder are gone afterwards.
+    """Encode captions and clips, each process its share; text encoder and VAE decoder are freed afterwards.
 
-    Raises UserError when no clip can be used, or one cannot and on_bad_clip says stop.
+    Raises UserError when no clip can be used, or one cannot and on_bad_clip is stop; Stopped.
     """
     silence_libraries()
-    affixes = {
-        name: getattr(plan.config, name) for name in ("trigger_word", "caption_prefix", "caption_suffix")
-    }
+    settings = config.data
+    affixes = {name: getattr(settings, name) for name in ("trigger_word", "caption_prefix", "caption_suffix")}
     clips = [replace(clip, caption=full_caption(clip.caption, **affixes)) for clip in clips]
     parts = {name: model_digest(plan.folder / name) for name in ("vae", "text_encoder", "tokenizer")}
+    dtype = str(plan.dtype).removeprefix("torch.")
     cache = LatentCache(cache_folder() / "latents")
-    text_key = f"{parts['text_encoder']} {parts['tokenizer']} {plan.spec.text_tokens} {plan.dtype}"
+    text_key = f"{parts['text_encoder']} {parts['tokenizer']} {plan.spec.text_tokens} {dtype}"
     encodings = Encodings(cache, text_key=text_key)
-    prompts = [
-        "",
-        *plan.config.prior_captions,
-        *plan.config.validation_prompts,
-        *(clip.caption for clip in clips),
-    ]
+    prompts = ["", *config.prior_prompts, *config.validation.prompts, *(clip.caption for clip in clips)]
     if accelerator.is_main_process:
         encode_prompts(
             prompts, encodings, load=lambda: load_text_encoder(plan), tokens=plan.spec.text_tokens,
-            device=plan.device, report=report, check=check,
+            device=plan.device, report=report, stop=stop,
         )  # fmt: skip
         free_memory()
-    holder = _LazyVae(plan)
-    vae_key = f"{parts['vae']} {plan.dtype} tiled {plan.config.enable_tiling}"
-    mine = range(accelerator.process_index, len(clips), accelerator.num_processes)
+    tiling = config.compute.enable_tiling
+    # With a full cache, text to video never loads it.
+    vae = functools.cache(lambda: load_vae(plan, tiling=tiling))
+    share = clips[accelerator.process_index :: accelerator.num_processes]
     outcomes: list[list[Section] | LeftOut] = []
-    for done, index in enumerate(mine):
-        check()
-        clip = clips[index]
-        outcomes.append(
-            encode_clip(
-                clip, plan.sampling, cache, vae=holder, vae_key=vae_key, images=plan.is_i2v, check=check
-            )
-        )
-        report(f"progress: encoding clips {done + 1}/{len(mine)}")
-    outcomes = _in_order(gather(outcomes, accelerator))
+    for done, clip in enumerate(share, start=1):
+        outcome = encode_clip(
+            clip, plan.sampling, cache, vae=vae, vae_key=f"{parts['vae']} {dtype} tiled {tiling}",
+            images=plan.is_i2v, stop=stop,
+        )  # fmt: skip
+        outcomes.append(outcome)
+        report(f"progress: encoding clips {done}/{len(share)}")
+    outcomes = gather_in_order(outcomes, accelerator)
     sections = [section for outcome in outcomes if isinstance(outcome, list) for section in outcome]
     unusable = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]
-    tell_left_out(unusable, report)
+    report_left_out(unusable, report)
     left_out = [*left_out, *unusable]
-    tell_other_lengths(plan, sections, report)
-    check_left_out(plan.config, left_out, usable=len(sections))
+    report_other_lengths(plan, sections, report)
+    check_left_out(settings, left_out, usable=len(sections))
     if accelerator.is_main_process:
         samples = {path for section in sections for side in section.files for path in side}
         cache.trim(samples | {encodings.prompt_path(text) for text in prompts})
-    vae = holder() if plan.is_i2v else None
-    scaling_factor = _scaling_factor(plan)
-    if vae is not None:
-        del vae.decoder
-    del holder
+    encoder = vae() if plan.is_i2v else None
+    if encoder is not None:
+        del encoder.decoder
+    vae.cache_clear()
     free_memory()
     return Data(
-        sections=sections, left_out=left_out, encodings=encodings, vae=vae, scaling_factor=scaling_factor
+        sections=sections,
+        left_out=left_out,
+        encodings=encodings,
+        vae=encoder,
+        scaling_factor=scaling_factor(plan.folder),
     )
 
 
-def check_left_out(config: TrainingConfig, left_out: list[LeftOut], *, usable: int) -> None:
-    """Raise UserError when nothing is left, or what is left out is reason to stop."""
+def check_left_out(config: DataConfig, left_out: list[LeftOut], *, usable: int) -> None:
+    """Raise UserError when no clip is left, or a clip is left out and on_bad_clip is stop."""
     listed = "\n".join(f"  {each.name}: {each.reason}" for each in left_out)
     if not usable:
         raise UserError(f"no clip can be used:\n{listed}")
@@ -165,8 +142,14 @@ def check_left_out(config: TrainingConfig, left_out: list[LeftOut], *, usable: i
         raise UserError(f"{len(left_out)} clips cannot be used, and on_bad_clip is stop:\n{listed}")
 
 
-def tell_other_lengths(plan: Plan, sections: list[Section], report: Report) -> None:
-    """A base with learned positions has them for its own length only; for others diffusers computes some."""
+def report_left_out(left_out: list[LeftOut], report: Report) -> None:
+    """Report which clips are left out, and why."""
+    for each in left_out:
+        report(f"left out: {each.name}: {each.reason}")
+
+
+def report_other_lengths(plan: Plan, sections: list[Section], report: Report) -> None:
+    """Report lengths for which a base with learned positions has none and diffusers computes them."""
     others = sorted({section.frames for section in sections} - {plan.spec.frames})
     if others and plan.spec.size_rule == "fixed":
         report(
@@ -176,68 +159,11 @@ def tell_other_lengths(plan: Plan, sections: list[Section], report: Report) -> N
         )
 
 
-def tell_left_out(left_out: list[LeftOut], report: Report) -> None:
-    for each in left_out:
-        report(f"left out: {each.name}: {each.reason}")
-
-
-def load_text_encoder(plan: Plan) -> tuple[Any, Any]:
-    """Tokenizer and T5 encoder of the base, on the device in the base's type."""
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    tokenizer = AutoTokenizer.from_pretrained(plan.folder / "tokenizer", local_files_only=True)
-    encoder = T5EncoderModel.from_pretrained(
-        plan.folder / "text_encoder",
-        dtype=getattr(torch, plan.dtype),
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    return tokenizer, encoder.to(plan.device).eval().requires_grad_(False)
-
-
-class _LazyVae:
-    """Loads the VAE when it is first needed: with a full cache, text to video never does."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.vae: AutoencoderKLCogVideoX | None = None
-
-    def __call__(self) -> "AutoencoderKLCogVideoX":
-        if self.vae is None:
-            from diffusers import AutoencoderKLCogVideoX
-
-            self.vae = AutoencoderKLCogVideoX.from_pretrained(
-                self.plan.folder / "vae",
-                dtype=getattr(torch, self.plan.dtype),
-                local_files_only=True,
-                use_safetensors=True,
-            )
-            self.vae.to(self.plan.device).eval().requires_grad_(False)
-            if self.plan.config.enable_tiling:
-                self.vae.enable_tiling()
-        return self.vae
-
-
-def _scaling_factor(plan: Plan) -> float:
-    from lib.models.derive import read_config
-
-    return read_config(plan.folder / "vae" / "config.json", "scaling_factor")["scaling_factor"]
-
-
-def gather(mine: list, accelerator: "Accelerator") -> list[list]:
-    """What every process has, by process, in every process."""
-    if accelerator.num_processes == 1:
-        return [mine]
-    from accelerate.utils import gather_object
-
-    flat = gather_object([(accelerator.process_index, place, item) for place, item in enumerate(mine)])
-    shares: list[list] = [[] for _ in range(accelerator.num_processes)]
-    for process, _, item in sorted(flat, key=lambda entry: entry[:2]):
-        shares[process].append(item)
-    return shares
-
-
-def _in_order(shares: list[list]) -> list:
-    """One list again of what was dealt out in turn."""
-    longest = max(len(share) for share in shares)
-    return [share[place] for place in range(longest) for share in shares if place < len(share)]
+def _find(config: DataConfig, folder: Path) -> tuple[list[Clip], list[LeftOut]]:
+    columns = {"video_column": config.video_column, "caption_column": config.caption_column}
+    try:
+        return find_clips(folder, **columns, need_captions=not config.autocaption)
+    except UserError as error:
+        if config.autocaption or WITHOUT_CAPTION not in str(error):
+            raise
+        raise UserError(f"{error} {REMEDY}") from error

@@ -1,5 +1,6 @@
-"""What a run leaves for its owner: the LoRA, a model card, captions, the loss curve, clips; as a tar too."""
+"""What a run leaves: LoRA, model card, captions, loss curve and clips, in a folder and on the Hub."""
 
+import itertools
 import json
 import os
 import shlex
@@ -9,28 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from lib.errors import UserError
+from lib.network.upload import claim
+from lib.progress import Report
 from lib.storage.disk import disk_error
 from training import checkpoints
 from training.autocaption import as_lines
 from training.checkpoints import State
-from training.plan import Plan, captioner_name, label, trackers
+from training.config import PublishingConfig, TrainingConfig
+from training.losses import write_losses
+from training.plan import Plan, captioner_name, label
 from training.prepare import Data
-from training.watch import write_losses
 
 RESULT = "result"
 LORA = "lora.safetensors"
 TRAINING_STATE = "training_state"
 
 
-def facts(plan: Plan, state: State, steps: int) -> dict[str, Any]:
-    """What the LoRA's file says of itself: base, trigger word, steps, settings. No paths, no secrets."""
+def facts(config: TrainingConfig, plan: Plan, state: State, steps: int) -> dict[str, Any]:
+    """Return the metadata of the LoRA's file: base, trigger word, steps, settings. No paths, no secrets."""
     return {
         "base": plan.base,
         "task": plan.spec.task,
-        "trigger_word": plan.config.trigger_word,
-        "rank": plan.config.rank,
-        "alpha": plan.config.alpha,
+        "trigger_word": config.data.trigger_word,
+        "rank": config.adapter.rank,
+        "alpha": config.adapter.alpha,
         "steps": state.step,
         "of_steps": steps,
         "seed": plan.seed,
@@ -38,22 +45,24 @@ def facts(plan: Plan, state: State, steps: int) -> dict[str, Any]:
         "height": plan.sampling.height,
         "frames": plan.sampling.max_frames,
         "fps": plan.sampling.fps,
-        "settings": plan.config.public(),
+        "settings": config.public(),
     }
 
 
 def write_result(
-    run: Path, plan: Plan, data: Data, state: State, save_lora: Callable[[Path, torch.dtype], None]
-) -> Path:
-    """Make run/result anew, whole or not at all, and return it.
+    run: Path, config: TrainingConfig, plan: Plan, data: Data, state: State,
+    save_lora: Callable[[Path, torch.dtype], None],
+) -> Path:  # fmt: skip
+    """Write run/result in one step and return it.
 
     The LoRA is stored in the base's type, in which it serves; checkpoints keep float32.
     """
+    tracker_name = config.publishing.tracker_name
     final, partial = run / RESULT, run / f"{RESULT}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_lora(partial / LORA, getattr(torch, plan.dtype))
+        save_lora(partial / LORA, plan.dtype)
         write_losses(partial / "loss.csv", state.losses)
         draw_losses(partial / "loss.png", state.losses)
         rows = [
@@ -68,12 +77,12 @@ def write_result(
             _write_lines(partial / "left_out.jsonl", left_out)
         if (run / "validation").is_dir():
             shutil.copytree(run / "validation", partial / "validation")
-        if "tensorboard" in trackers(plan.config) and (run / plan.config.tracker_name).is_dir():
-            shutil.copytree(run / plan.config.tracker_name, partial / plan.config.tracker_name)
+        if "tensorboard" in config.publishing.trackers and (run / tracker_name).is_dir():
+            shutil.copytree(run / tracker_name, partial / tracker_name)
         newest = checkpoints.latest(run)
-        if plan.config.save_training_state and newest:
+        if config.checkpoints.save_training_state and newest:
             shutil.copytree(newest, partial / TRAINING_STATE)
-        (partial / "README.md").write_text(model_card(plan, data, state), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(config, plan, data, state), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except OSError as error:
@@ -83,7 +92,7 @@ def write_result(
 
 
 def steps_of_result(run: Path) -> int:
-    """How many steps the result of a run was trained for; 0 where there is none."""
+    """Return how many steps a run's result was trained for; 0 where there is no result."""
     try:
         return len((run / RESULT / "loss.csv").read_text().splitlines()) - 1
     except OSError:
@@ -91,38 +100,32 @@ def steps_of_result(run: Path) -> int:
 
 
 def draw_losses(path: Path, losses: list[float]) -> None:
-    """The loss of every step, and its running mean, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the loss of every step and its running mean as a PNG."""
     figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
     window = max(1, len(losses) // 30)
-    sums = [0.0]
-    for loss in losses:
-        sums.append(sums[-1] + loss)
-    means = [
-        (sums[step] - sums[max(0, step - window)]) / min(step, window) for step in range(1, len(losses) + 1)
-    ]
+    sums = [0.0, *itertools.accumulate(losses)]
+    means = [(sums[step] - sums[max(0, step - window)]) / min(step, window) for step in steps]
     axes.plot(steps, means, color="tab:blue", label=f"mean of {window}")
     axes.set(xlabel="step", ylabel="loss (velocity, mean squared error)", ylim=(0, None))
     axes.legend()
     figure.savefig(path, format="png")
 
 
-def model_card(plan: Plan, data: Data, state: State) -> str:
-    """README.md: what it is, how to use it, how it was made."""
-    config, spec, sampling = plan.config, plan.spec, plan.sampling
+def model_card(config: TrainingConfig, plan: Plan, data: Data, state: State) -> str:
+    """Return README.md: what the LoRA is, how to use it, how it was made."""
+    spec, sampling, adapter = plan.spec, plan.sampling, config.adapter
+    trigger_word, prompts = config.data.trigger_word, config.validation.prompts
     task = {"i2v": "image-to-video", "t2v": "text-to-video"}[spec.task]
-    trigger = f"Put `{config.trigger_word}` into the prompt.\n\n" if config.trigger_word else ""
+    trigger = f"Put `{trigger_word}` into the prompt.\n\n" if trigger_word else ""
     repository, _, revision = (spec.repository or plan.base).partition("@")
-    # The Hub refuses a card whose base is no repository.
+    # The Hub refuses a card whose base is not a repository.
     base_model = f"base_model: {repository}\n" if "/" in repository else ""
     source = json.dumps(repository) + (f", revision={json.dumps(revision)}" if revision else "")
-    example = config.validation_prompts[0] if config.validation_prompts else data.sections[0].caption
+    example = prompts[0] if prompts else data.sections[0].caption
     imports = "from diffusers.utils import export_to_video" + (", load_image" if spec.task == "i2v" else "")
     image = 'image=load_image("photo.jpg"), ' if spec.task == "i2v" else ""
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in config.public().items())
@@ -136,7 +139,7 @@ tags: [cogvideox, lora, {task}]
 
 {trigger}Trained for {state.step} steps on {len(data.sections)} samples of at most \
 {sampling.max_frames} frames, {sampling.width}x{sampling.height} pixels, {sampling.fps:g} fps. \
-Rank {config.rank}, alpha {config.alpha:g}.
+Rank {adapter.rank}, alpha {adapter.alpha:g}.
 
 ## Use it
 
@@ -168,7 +171,7 @@ Rank and alpha are in the file: do not scale by alpha / rank a second time.
 ## How it was made
 
 Captions are in `captions.jsonl`, the loss of every step in `loss.csv` and `loss.png`. Seed {plan.seed}.\
-{_made_captions(plan, data)}
+{_made_captions(config, plan, data)}
 
 | setting | value |
 |---|---|
@@ -178,14 +181,46 @@ The base's licence holds for what is made with it.
 """
 
 
-def _made_captions(plan: Plan, data: Data) -> str:
+class Publisher:
+    """Uploads a run to hub_model_id; without one, or unless `active`, it does nothing.
+
+    Raises UserError when the token may not write there, before anything is trained.
+    """
+
+    def __init__(self, config: PublishingConfig, report: Report, *, active: bool) -> None:
+        name = config.hub_model_id if active else ""
+        self.repository = claim(name, config.hub_token, setting="hub_model_id") if name else None
+        self.push_checkpoints = config.push_checkpoints
+        self.report = report
+
+    def checkpoint(self, folder: Path) -> None:
+        """Upload a checkpoint. A failure is reported and does not stop the training."""
+        if self.push_checkpoints:
+            self._upload(folder, f"checkpoints/{folder.name}", f"Checkpoint {folder.name}")
+
+    def result(self, folder: Path) -> None:
+        """Upload the results. A failure is reported; the results stay on this machine."""
+        self._upload(folder, ".", "LoRA, model card and loss curve")
+
+    def _upload(self, folder: Path, place: str, message: str) -> None:
+        if self.repository is None:
+            return
+        try:
+            self.repository.upload(folder, place=place, message=message)
+            if place == ".":
+                self.report(f"uploaded to {self.repository.address}")
+        except UserError as error:
+            self.report(str(error))
+
+
+def _made_captions(config: TrainingConfig, plan: Plan, data: Data) -> str:
     made = sum(row.status == "captioned" for row in data.captions)
-    captioner = label(captioner_name(plan.config, plan.base))
+    captioner = label(captioner_name(config.data, plan.base))
     return f" Of {len(data.captions)} clips {made} were captioned by {captioner}." if made else ""
 
 
 def _command(plan: Plan, prompt: str) -> str:
-    """What makes a clip with the LoRA on a command line, at the size that was trained."""
+    """Return the command that makes a clip with the LoRA at the size it was trained in."""
     spec, size = plan.spec, (plan.sampling.width, plan.sampling.height)
     variables, inputs = [f"COGVIDEOX_MODEL={shlex.quote(plan.base)}"], [f"prompt={prompt}"]
     if spec.task == "i2v":
@@ -199,7 +234,7 @@ def _command(plan: Plan, prompt: str) -> str:
 
 
 def _cell(value: object) -> str:
-    """A value in a table of Markdown, which lines and bars would break."""
+    """Format a value for a Markdown table, which line breaks and bars would break."""
     return " ".join(str(value).replace("|", "\\|").split())
 
 

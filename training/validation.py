@@ -1,90 +1,69 @@
-"""Clips made during training, as the service would make them with the LoRA as it stands."""
+"""Clips made during training, as the service would make them with the LoRA at that step."""
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
+from lib.progress import Report
 from lib.video.images import read_image
 from lib.video.reader import write_video
+from training.base import load_scheduler, load_vae
+from training.config import ComputeConfig, ValidationConfig
+from training.devices import free_memory
 from training.latents import Encodings
-from training.memory import free_memory
 from training.plan import Plan
 
-if TYPE_CHECKING:
-    from diffusers import CogVideoXTransformer3DModel
 
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One validation clip: its request, and its number among them."""
-
-    number: int
-    request: Request
-
-
-def validation_requests(plan: Plan) -> list[Wanted]:
-    """One request per prompt and repetition, with a seed of its own that is the same at every step.
+def validation_requests(config: ValidationConfig, plan: Plan) -> list[Request]:
+    """Return a request per prompt and repetition, each with its own seed, which is the same at every step.
 
     Raises UserError for an image that cannot be read.
     """
-    config, spec = plan.config, plan.spec
     images = [
         read_image(path, name=f"validation image {Path(path).name}") for path in config.validation_images
     ]
-    found: list[Wanted] = []
-    for index, prompt in enumerate(config.validation_prompts):
+    requests: list[Request] = []
+    for index, prompt in enumerate(config.prompts):
         for _ in range(config.num_validation_videos):
             request = build_request(
-                spec,
+                plan.spec,
                 prompt=prompt,
                 negative_prompt="",
                 num_inference_steps=config.validation_inference_steps,
                 guidance_scale=config.guidance_scale,
-                num_frames=_longest(plan),
+                num_frames=_num_frames(plan),
                 width=plan.sampling.width,
                 height=plan.sampling.height,
                 fps=round(plan.sampling.fps),
-                seed=(plan.seed + len(found)) % 2**32,
+                seed=(plan.seed + len(requests)) % 2**32,
                 use_dynamic_cfg=config.use_dynamic_cfg,
                 scheduler="default",
                 image=images[index] if images else None,
                 any_size=True,
             )
-            found.append(Wanted(len(found) + 1, request))
-    return found
+            requests.append(request)
+    return requests
 
 
-def validate(
-    plan: Plan, wanted: list[Wanted], transformer: "CogVideoXTransformer3DModel", encodings: Encodings,
-    folder: Path, *, step: int, stop: threading.Event, report: Callable[[str], None],
+def make_clips(
+    plan: Plan, requests: list[Request], transformer: CogVideoXTransformer3DModel, encodings: Encodings,
+    folder: Path, *, compute: ComputeConfig, step: int, stop: threading.Event, report: Report,
 ) -> list[tuple[Path, np.ndarray]]:  # fmt: skip
-    """Make every wanted clip and write it into `folder`; the paths and frames, uint8 [F, H, W, 3].
+    """Make a clip of every request and write it into `folder`; return paths and frames, uint8 [F, H, W, 3].
 
-    Raises Stopped when `stop` is set.
-
-    The VAE with its decoder comes from the disk for this and goes again. The LoRA computes in the base's type
-    meanwhile, as it will when it serves.
+    The VAE with its decoder is loaded for this and freed again. Meanwhile the LoRA is in the base's type, as
+    it is when it serves. Raises Stopped when `stop` is set.
     """
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXPipeline
-
-    dtype = getattr(torch, plan.dtype)
-    vae = AutoencoderKLCogVideoX.from_pretrained(
-        plan.folder, subfolder="vae", dtype=dtype, local_files_only=True, use_safetensors=True
-    )
-    vae.to(plan.device)
-    if plan.config.enable_slicing:
-        vae.enable_slicing()
-    if plan.config.enable_tiling:
-        vae.enable_tiling()
-    kind = CogVideoXImageToVideoPipeline if plan.is_i2v else CogVideoXPipeline
+    vae = load_vae(plan, tiling=compute.enable_tiling, slicing=compute.enable_slicing)
+    kind: Any = CogVideoXImageToVideoPipeline if plan.is_i2v else CogVideoXPipeline
     pipeline = kind(
         tokenizer=None,
         text_encoder=None,
@@ -97,19 +76,19 @@ def validate(
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     try:
-        with as_served(transformer, dtype):
-            for clip in wanted:
-                report(f"progress: validation clips {clip.number}/{len(wanted)}")
-                embeddings = tuple(
-                    encodings.prompt(text)[None].to(plan.device, dtype) for text in (clip.request.prompt, "")
+        with as_served(transformer, plan.dtype):
+            for number, request in enumerate(requests, start=1):
+                report(f"progress: validation clips {number}/{len(requests)}")
+                positive, negative = (
+                    encodings.prompt(text)[None].to(plan.device, plan.dtype) for text in (request.prompt, "")
                 )
-                frames = generator.frames(clip.request, embeddings=embeddings, stop=stop)
+                frames = generator.frames(request, embeddings=(positive, negative), stop=stop)
                 path = write_video(
                     frames,
-                    folder / f"step-{step:06d}-{clip.number}.mp4",
-                    fps=clip.request.fps,
+                    folder / f"step-{step:06d}-{number}.mp4",
+                    fps=request.fps,
                     format="mp4",
-                    metadata={"prompt": clip.request.prompt, "step": str(step)} | clip.request.settings(),
+                    metadata={"prompt": request.prompt, "step": str(step)} | request.settings(),
                 )
                 made.append((path, frames))
     finally:
@@ -119,8 +98,8 @@ def validate(
 
 
 @contextlib.contextmanager
-def as_served(transformer: "CogVideoXTransformer3DModel", dtype: torch.dtype) -> Iterator[None]:
-    """The transformer in evaluation, its float32 LoRA matrices rounded to the type they will serve in."""
+def as_served(transformer: CogVideoXTransformer3DModel, dtype: torch.dtype) -> Iterator[None]:
+    """Set the transformer to evaluation, with its float32 LoRA matrices rounded to the type they serve in."""
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     exact = [parameter.data for parameter in trained]
     transformer.eval()
@@ -134,17 +113,7 @@ def as_served(transformer: "CogVideoXTransformer3DModel", dtype: torch.dtype) ->
         transformer.train()
 
 
-def load_scheduler(folder: Path) -> object:
-    """The scheduler of the checkpoint, of the class that it names."""
-    import diffusers
-
-    from lib.models.derive import read_config
-
-    name = read_config(folder / "scheduler" / "scheduler_config.json", "_class_name")["_class_name"]
-    return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-
-
-def _longest(plan: Plan) -> int:
-    """The base's length, or the longest valid one that the samples may have."""
+def _num_frames(plan: Plan) -> int:
+    """Return the longest valid length that samples may have."""
     step = plan.sampling.frame_step
     return max(1, (plan.sampling.max_frames - 1) // step) * step + 1

@@ -1,46 +1,47 @@
-"""What is kept of the losses: the curve on disk, and the moment at which training has gone wrong."""
+"""The losses of a run: the curve on disk, and the check that training has not diverged."""
 
+import contextlib
 import math
 import os
 import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
 
 from lib.errors import UserError
 
 WINDOW = 20
 SUSPICIOUS = 3
-"""So many hopeless losses in a row, and no checkpoint is made of it."""
+"""After this many hopeless losses in a row no checkpoint is written."""
 EXPLOSION = 10.0
 HOPELESS = 2.0
 """A velocity has about unit variance: an answer of zeros costs about 1."""
 SKIPPED_IN_A_ROW = 50
-MENDS = (
+ADVICE = (
     "Lower learning_rate (a tenth of it is a good next try), keep max_grad_norm at 1, use more "
     "lr_warmup_steps or a larger batch; with mixed_precision=fp16 take bf16 or no"
 )
 
 
 class DivergedError(UserError):
-    """The loss is no number or has exploded; what was saved before is sound."""
+    """The loss is not finite or has exploded; checkpoints written before can be used."""
 
 
 class LossWatch:
-    """Raises DivergedError when the losses say that nothing good can come any more."""
+    """Collects the losses and raises DivergedError when training cannot recover."""
 
     def __init__(self, losses: list[float]) -> None:
         self.losses = losses
         self._skipped = 0
 
-    def see(self, loss: float, *, norm: float, scaled: bool) -> None:
-        """`norm` is the gradients'; `scaled` means fp16, where a step now and then is skipped on purpose."""
+    def add(self, loss: float, *, norm: float, scaled: bool) -> None:
+        """Check and add a loss. With `scaled` (fp16) the norm of the gradients may be infinite at times."""
         step = len(self.losses) + 1
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {step}. {MENDS}.")
+            raise DivergedError(f"the loss is {loss} at step {step}. {ADVICE}.")
         if not math.isfinite(norm):
             self._skipped += 1
             if not scaled or self._skipped >= SKIPPED_IN_A_ROW:
-                raise DivergedError(f"the gradients are {norm} at step {step}. {MENDS}.")
+                raise DivergedError(f"the gradients are {norm} at step {step}. {ADVICE}.")
         else:
             self._skipped = 0
         self.losses.append(loss)
@@ -50,11 +51,11 @@ class LossWatch:
             now, first = statistics.median(self.losses[-WINDOW:]), statistics.median(self.losses[:WINDOW])
             raise DivergedError(
                 f"the loss has exploded: about {now:.3g} over the last {WINDOW} steps up to {step}, "
-                f"{first:.3g} at the beginning. {MENDS}."
+                f"{first:.3g} at the beginning. {ADVICE}."
             )
 
     def looks_sound(self) -> bool:
-        """False as soon as the last few losses look like the beginning of an explosion."""
+        """Return False as soon as the last few losses look like the start of an explosion."""
         if len(self.losses) < WINDOW + SUSPICIOUS:
             return True
         return not self._exploded(SUSPICIOUS)
@@ -64,38 +65,31 @@ class LossWatch:
         return now > HOPELESS and now > EXPLOSION * first
 
     def recent(self) -> float:
-        """Mean of the last steps, which the luck of single timesteps does not shake."""
+        """Return the mean of the last steps, which depends less on the timesteps that were drawn."""
         return statistics.fmean(self.losses[-WINDOW:])
 
 
-class LossFile:
-    """loss.csv with a line a step, as a context manager; what came after a checkpoint is cut off on resuming.
+@contextlib.contextmanager
+def loss_file(path: Path, losses: list[float], *, active: bool) -> Iterator[Callable[[int, float], None]]:
+    """Open loss.csv with the losses so far, and give a function that adds a step's line.
 
-    Writes nothing unless `active`.
+    Steps after the checkpoint that a run resumes from are cut off. Nothing is written unless `active`.
     """
+    if not active:
+        yield lambda step, loss: None
+        return
+    write_losses(path, losses)
+    with path.open("a", newline="") as file:
 
-    def __init__(self, path: Path, losses: list[float], *, active: bool) -> None:
-        self._path, self._losses, self._file = path, losses, None
-        self._active = active
+        def add(step: int, loss: float) -> None:
+            file.write(f"{step},{loss!r}\n")
+            file.flush()
 
-    def __enter__(self) -> Self:
-        if self._active:
-            write_losses(self._path, self._losses)
-            self._file = self._path.open("a", newline="")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def add(self, step: int, loss: float) -> None:
-        if self._file:
-            self._file.write(f"{step},{loss!r}\n")
-            self._file.flush()
+        yield add
 
 
 def write_losses(path: Path, losses: list[float]) -> None:
-    """The whole file at once; `losses` begin at step 1."""
+    """Write the complete file in one step; `losses` start at step 1."""
     partial = path.with_name(path.name + ".partial")
     lines = [f"{step},{loss!r}" for step, loss in enumerate(losses, start=1)]
     partial.write_text("\n".join(["step,loss", *lines]) + "\n")
