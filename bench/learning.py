@@ -59,7 +59,7 @@ def main() -> None:
 def trained(folder: Path, steps: int) -> Path:
     """Train on twenty clips and return the LoRA."""
     clips = concept.write_concept_clips(folder / "clips", 20)
-    config = TrainingConfig(input_videos=str(clips), max_train_steps=steps, **SETTINGS)
+    config = TrainingConfig.from_inputs(input_videos=str(clips), max_train_steps=steps, **SETTINGS)
     began = time.perf_counter()
     result = train(config, folder / "run", report=lambda line: None)
     print(f"trained {steps} steps in {time.perf_counter() - began:.0f} s", flush=True)

@@ -109,7 +109,7 @@ def seconds_per_step(
     from training.config import TrainingConfig
     from training.trainer import train
 
-    config = TrainingConfig(
+    config = TrainingConfig.from_inputs(
         input_videos=str(clips),
         max_train_steps=options.steps + WARM_UP,
         train_batch_size=options.batch,

@@ -86,7 +86,7 @@ def pipeline(layout: str, **changes) -> CogVideoXPipeline | CogVideoXImageToVide
 
 
 def config(**settings) -> TrainingConfig:
-    return TrainingConfig(**({"input_videos": "clips"} | settings))
+    return TrainingConfig.from_inputs(**({"input_videos": "clips"} | settings))
 
 
 def sampling(**changes) -> Sampling:
@@ -98,18 +98,20 @@ def sampling(**changes) -> Sampling:
     return Sampling(**standard | changes)
 
 
-def plan(base: str = "tiny-i2v", *, folder: Path = Path("nowhere"), **settings) -> Plan:
-    """A run on a CPU; `settings` are the configuration's, or fields of the plan."""
-    fields = {
-        name: settings.pop(name)
-        for name in ("device", "precision", "gradient_checkpointing", "sampling", "seed", "spec")
-        if name in settings
-    }
+def plan(base: str = "tiny-i2v", *, folder: Path = Path("nowhere"), **fields) -> Plan:
+    """A run on a CPU; `fields` are those of the plan."""
     standard = {
         "device": "cpu", "precision": "no", "gradient_checkpointing": False, "sampling": sampling(),
         "seed": 7, "spec": SPECS.get(base),
     }  # fmt: skip
-    return Plan(config=config(**settings), base=base, folder=folder, **standard | fields)
+    return Plan(base=base, folder=folder, **standard | fields)
+
+
+def config_and_plan(base: str = "tiny-i2v", **settings) -> tuple[TrainingConfig, Plan]:
+    """A run on a CPU; `settings` are the configuration's, or fields of the plan."""
+    names = ("device", "precision", "gradient_checkpointing", "sampling", "seed", "spec", "folder")
+    fields = {name: settings.pop(name) for name in names if name in settings}
+    return config(**settings), plan(base, **fields)
 
 
 def data(sections: list, **changes) -> SimpleNamespace:

@@ -166,7 +166,7 @@ class Encodings:
 @torch.inference_mode()
 def encode_prompts(
     prompts: Sequence[str], encodings: Encodings, *, load: Callable[[], tuple[Any, Any]], tokens: int,
-    device: str, report: Report, stop: threading.Event,
+    device: str, report: Report, stop: threading.Event | None,
 ) -> None:  # fmt: skip
     """Encode the prompts that are not cached, as the pipelines do: padded or cut to `tokens`, without a mask.
 
@@ -193,7 +193,7 @@ def encode_prompts(
 @torch.inference_mode()
 def encode_clip(
     clip: Clip, sampling: Sampling, cache: LatentCache, *, vae: Callable[[], AutoencoderKLCogVideoX],
-    vae_key: str, images: bool, stop: threading.Event,
+    vae_key: str, images: bool, stop: threading.Event | None,
 ) -> list[Section] | LeftOut:  # fmt: skip
     """Return the clip's sections, encoded unless they are cached, or why the clip cannot be used.
 

@@ -28,10 +28,9 @@ from typing import Optional
 from cog import BaseModel, Input, Path, Secret
 
 from lib.predictors import input_files
+from training.cog_trainer import CogTrainer
 
 input_files.install()  # Cog fetches inputs before train() is called, and trainers have no setup()
-
-from training.cog_trainer import CogTrainer  # noqa: E402
 
 TRAINER = CogTrainer()
 

@@ -1,6 +1,5 @@
 """script/train as a person uses it: settings, sources, refusals, Ctrl-C, kills, the same command again."""
 
-import dataclasses
 import fcntl
 import os
 import pty
@@ -19,7 +18,7 @@ from lib.storage.lock import lock
 from tests.clips_factory import write_clips, zip_of
 from tests.http_host import Host, Served
 from tests.training_commands import begun, finished, losses, several, started
-from training.config import TrainingConfig
+from training.config import all_settings
 
 STEPS = 45
 SETTINGS = ["rank=4", "seed=3"]
@@ -65,8 +64,8 @@ def test_help_lists_every_setting(folder, environment):
     status, out, _ = finished(folder, environment, "--help")
     assert status == 0
     assert "output_dir=" in out and "accelerate launch" in out
-    for field in dataclasses.fields(TrainingConfig):
-        assert f"\n  {field.name}  (" in out
+    for _, each in all_settings():
+        assert f"\n  {each.name}  (" in out
     assert finished(folder, environment)[:2] == (2, out)
 
 
@@ -117,7 +116,7 @@ def test_what_cannot_be_is_told_and_leaves_the_earlier_result(folder, environmen
         "does not fit: rank (it has 4, this run 8)": [*again, "rank=8"],
         "missing.zip does not exist": ["input_videos=missing.zip", "output_dir=runs/none"],
         "taken could not be written": ["input_videos=clips", "output_dir=taken"],
-        "clips holds neither a training state nor lora.safetensors": [
+        "clips has neither a training state nor lora.safetensors": [
             "input_videos=clips", "output_dir=runs/none", "resume_from=clips",
         ],
         "another process is training in busy; wait for it": ["input_videos=clips", "output_dir=runs/busy"],

@@ -12,7 +12,7 @@ from training.trainer import train
 
 def test_prodigy_trains_and_tensorboard_receives_every_loss(tmp_path, monkeypatch):
     monkeypatch.setenv("COGVIDEOX_CACHE", str(tmp_path / "cache"))
-    config = TrainingConfig(
+    config = TrainingConfig.from_inputs(
         input_videos=str(write_clips(tmp_path / "clips")),
         max_train_steps=3,
         rank=4,

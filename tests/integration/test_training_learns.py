@@ -27,7 +27,7 @@ def learnt(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("learning")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COGVIDEOX_CACHE", str(folder / "cache"))
-        config = TrainingConfig(
+        config = TrainingConfig.from_inputs(
             input_videos=str(write_concept_clips(folder / "clips", 20)),
             max_train_steps=160,
             rank=8,

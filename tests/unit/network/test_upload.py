@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from lib.errors import UserError
 from tests.training_factory import config
 from tests.writable_hub import TOKEN, Hub
-from training.publish import Publisher
+from training.result import Publisher
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def contents(folder: Path, prefix: str = "") -> dict[str, bytes]:
 
 def publisher(lines: list[str] | None = None, *, active: bool = True, **settings) -> Publisher:
     settings = {"hub_model_id": "me/star", "hub_token": TOKEN} | settings
-    return Publisher(config(**settings), (lines if lines is not None else []).append, active=active)
+    return Publisher(
+        config(**settings).publishing, (lines if lines is not None else []).append, active=active
+    )
 
 
 def test_a_result_arrives_whole_in_a_private_repository_that_was_made_for_it(hub, result):

@@ -40,10 +40,18 @@ def captioned(
     clips: Path, run: Path, captioner: Path | str, *, origin=None, stop=None, report=print, **settings
 ):
     """What write_captions returns for a folder of clips."""
-    plan = factory.plan("tiny-i2v", autocaption=True, autocaption_model=str(captioner), **settings)
+    config, plan = factory.config_and_plan(autocaption=True, autocaption_model=str(captioner), **settings)
     found, left_out = find_clips(clips, need_captions=False)
     return write_captions(
-        plan, found, left_out, run, ALONE, origin=origin, stop=stop or threading.Event(), report=report
+        config.data,
+        plan,
+        found,
+        left_out,
+        run,
+        ALONE,
+        origin=origin,
+        stop=stop or threading.Event(),
+        report=report,
     )
 
 
@@ -148,7 +156,7 @@ def test_where_no_clip_is_left_that_is_the_error(tmp_path, captioner):
 def test_what_an_output_holds_counts_only_where_it_is_a_caption_of_the_same_clip(tmp_path, row):
     text = f"{row}\n".encode(errors="surrogateescape")
     (tmp_path / checkpoints.CAPTIONS).write_bytes(text)
-    assert module._known(tmp_path / "run", tmp_path, {"a.mp4": "mark"}) == {}
+    assert module.known_rows(tmp_path / "run", tmp_path, {"a.mp4": "mark"}) == {}
     assert not (tmp_path / "run").exists()
 
 

@@ -1,12 +1,13 @@
 """Every draw follows from seed, step and global index alone: nothing else decides what a step learns from."""
 
+import threading
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
-from training.batches import Batch, Chances, Sampler
+from training.batches import Batch, Chances, Sampler, prefetched
 from training.latents import Encodings, LatentCache, Section
 
 CHANNELS, TOKENS, WIDTH = 2, 3, 4
@@ -66,13 +67,15 @@ def one(made: Sampler, step: int, index: int) -> Batch:
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {field.name: getattr(batch, field.name) for field in fields(Batch) if field.name != "prior"}
+    given = [batch] if batch.condition is None else [batch, batch.condition]
+    found = {field.name: getattr(each, field.name) for each in given for field in fields(each)}
+    return {name: value for name, value in found.items() if name not in ("prior", "condition")}
 
 
 def assert_same(first: Batch, second: Batch) -> None:
     assert first.prior == second.prior
     for name, value in tensors(first).items():
-        assert torch.equal(value, getattr(second, name)), name
+        assert torch.equal(value, tensors(second)[name]), name
 
 
 RANDOM = ("latents", "noise", "timesteps", "image_noise", "image_deviation", "latent_noise")
@@ -99,8 +102,10 @@ def test_another_step_index_or_seed_draws_everything_afresh(store, other):
         sampler(store, [section], seed=seed), **place | {k: v for k, v in other.items() if k != "seed"}
     )
     for name in RANDOM:
-        assert not torch.equal(getattr(before, name), getattr(after, name)), name
-    assert torch.equal(before.images, after.images) and torch.equal(before.text, after.text)
+        assert not torch.equal(tensors(before)[name], tensors(after)[name]), name
+    assert torch.equal(before.condition.images, after.condition.images) and torch.equal(
+        before.text, after.text
+    )
 
 
 def test_noises_of_one_sample_are_independent(store):
@@ -108,9 +113,9 @@ def test_noises_of_one_sample_are_independent(store):
     batch = one(sampler(store, [section], scaling_factor=1.0), 3, 0)
     pairs = [
         (batch.latents, batch.noise),
-        (batch.noise[:, :1], batch.latent_noise),
-        (batch.latents[:, :1], batch.latent_noise),
-        (batch.noise.flatten()[:1000], batch.image_noise.flatten()[:1000]),
+        (batch.noise[:, :1], batch.condition.latent_noise),
+        (batch.latents[:, :1], batch.condition.latent_noise),
+        (batch.noise.flatten()[:1000], batch.condition.image_noise.flatten()[:1000]),
     ]
     for first, second in pairs:
         correlation = np.corrcoef(first.flatten(), second.flatten())[0, 1]
@@ -131,7 +136,7 @@ def test_two_halves_of_a_global_batch_are_the_whole(store):
     (whole,) = made.batches(5, range(4))
     (first,), (second,) = made.batches(5, range(2)), made.batches(5, range(2, 4))
     for name, value in tensors(whole).items():
-        assert torch.equal(value, torch.cat([getattr(first, name), getattr(second, name)])), name
+        assert torch.equal(value, torch.cat([tensors(first)[name], tensors(second)[name]])), name
 
 
 @pytest.mark.parametrize(("count", "global_batch"), [(1, 1), (5, 1), (5, 2), (3, 8), (8, 4)])
@@ -154,16 +159,16 @@ def test_chances_have_the_frequency_asked_for(store):
     section = store.section(0, sides=2, crops=3)
     made = sampler(store, [section], flip=0.25, caption_dropout=0.1, image_dropout=0.05)
     drawn = [one(made, step, index) for step in range(500) for index in range(4)]
-    flipped = np.mean([batch.images.flatten()[0] == 1 for batch in drawn])
+    flipped = np.mean([batch.condition.images.flatten()[0] == 1 for batch in drawn])
     no_caption = np.mean([not batch.text.any() for batch in drawn])
-    no_image = np.mean([not batch.image_kept for batch in drawn])
+    no_image = np.mean([not batch.condition.image_kept for batch in drawn])
     steps = np.array([batch.timesteps.item() for batch in drawn])
     crops = np.bincount([round(batch.latents.mean().item() / 0.7) % 10 for batch in drawn], minlength=3)
     for found, asked in ((flipped, 0.25), (no_caption, 0.1), (no_image, 0.05)):
         assert abs(found - asked) < 4 * (asked * (1 - asked) / 2000) ** 0.5
     assert crops.shape == (3,) and crops.min() > 580
     assert steps.min() < 10 and steps.max() > 989 and abs(steps.mean() - 499.5) < 30
-    dropped = np.array([(not batch.text.any(), not batch.image_kept) for batch in drawn])
+    dropped = np.array([(not batch.text.any(), not batch.condition.image_kept) for batch in drawn])
     assert 0 < dropped.all(1).sum() < 30  # apart from one another: a two-hundredth of all
 
 
@@ -173,9 +178,9 @@ def test_a_chance_of_none_or_all_is_exactly_that(store, chance):
     made = sampler(store, [section], flip=chance, caption_dropout=chance, image_dropout=chance)
     for step in range(40):
         batch = one(made, step, 0)
-        assert bool(batch.image_kept) == (chance == 0)
+        assert bool(batch.condition.image_kept) == (chance == 0)
         assert batch.text.any() == (chance == 0)
-        assert batch.images.flatten()[0] == 40 + chance
+        assert batch.condition.images.flatten()[0] == 40 + chance
 
 
 @pytest.mark.parametrize("changed", ["flip", "caption_dropout", "image_dropout"])
@@ -201,7 +206,7 @@ def test_prior_samples_have_a_prior_prompt_and_nothing_else_changed(store):
     assert abs(len(chosen) - 200) < 50
     assert set(chosen) == {float(len(prompt)) for prompt in prompts}
     for before, after in drawn[:50]:
-        differing = {n for n, v in tensors(before).items() if not torch.equal(v, getattr(after, n))}
+        differing = {n for n, v in tensors(before).items() if not torch.equal(v, tensors(after)[n])}
         assert differing == ({"text"} if after.prior else set())
         assert not before.prior
 
@@ -226,7 +231,7 @@ def test_all_prior_prompts_are_drawn_and_never_mixed_with_the_clips_own(store):
 def test_the_images_noise_has_the_papers_deviation(store):
     section = store.section(0)
     made = sampler(store, [section])
-    logarithms = torch.cat([one(made, step, 0).image_deviation for step in range(1500)]).log()
+    logarithms = torch.cat([one(made, step, 0).condition.image_deviation for step in range(1500)]).log()
     assert abs(logarithms.mean() + 3) < 0.05 and abs(logarithms.std() - 0.5) < 0.04
 
 
@@ -242,8 +247,8 @@ def test_samples_of_other_lengths_and_sizes_are_batched_apart_and_none_is_lost(s
     assert captions == [1, 2, 3, 4, 5]
     alone = [one(made, 0, index) for index in range(5)]
     for name in RANDOM:
-        together = {tuple(value.flatten().tolist()) for batch in batches for value in getattr(batch, name)}
-        assert together == {tuple(getattr(batch, name).flatten().tolist()) for batch in alone}, name
+        together = {tuple(value.flatten().tolist()) for batch in batches for value in tensors(batch)[name]}
+        assert together == {tuple(tensors(batch)[name].flatten().tolist()) for batch in alone}, name
 
 
 def test_latents_are_padded_in_front_for_a_temporal_patch_and_noise_covers_the_padding(store):
@@ -254,7 +259,7 @@ def test_latents_are_padded_in_front_for_a_temporal_patch_and_noise_covers_the_p
     assert torch.equal(padded.latents[:, 1:], plain.latents)
     assert torch.equal(padded.latents[:, 0], plain.latents[:, 0])
     assert not torch.equal(padded.noise[:, 0], padded.noise[:, 1])
-    assert padded.latent_noise.shape[1] == padded.images.shape[2] == 1
+    assert padded.condition.latent_noise.shape[1] == padded.condition.images.shape[2] == 1
 
 
 def test_text_to_video_has_no_image_and_the_same_draws_otherwise(store):
@@ -262,9 +267,7 @@ def test_text_to_video_has_no_image_and_the_same_draws_otherwise(store):
     text_only = one(sampler(store, [without]), 4, 0)
     store.section(1)
     both = one(sampler(store, [with_image]), 4, 0)
-    for name in ("images", "image_noise", "image_deviation", "latent_noise", "image_kept"):
-        assert getattr(text_only, name) is None
-        assert getattr(both, name) is not None
+    assert text_only.condition is None and both.condition is not None
     for name in ("latents", "noise", "timesteps", "text"):
         assert torch.equal(getattr(text_only, name), getattr(both, name))
 
@@ -288,3 +291,42 @@ def test_latents_kept_in_bf16_are_sampled_in_float32(store):
     batch = one(sampler(store, [section]), 0, 0)
     assert batch.latents.dtype == torch.float32
     assert not torch.equal(batch.latents, batch.latents.bfloat16().float())
+
+
+# Prefetching
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_items_come_in_order_and_each_is_made_once(active):
+    made = []
+    with prefetched(lambda number: made.append(number) or number * 10, range(3, 7), active=active) as items:
+        assert list(items) == [30, 40, 50, 60]
+    assert made == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_an_error_is_raised_where_its_item_is_taken(active):
+    with prefetched(lambda number: 1 / (2 - number), range(5), active=active) as items:
+        assert next(items) == 0.5 and next(items) == 1
+        with pytest.raises(ZeroDivisionError):
+            next(items)
+
+
+def test_the_next_item_is_made_while_this_one_is_used():
+    begun = threading.Event()
+
+    def make(number):
+        if number == 1:
+            begun.set()
+        return number
+
+    with prefetched(make, range(2), active=True) as items:
+        assert next(items) == 0
+        assert begun.wait(20)
+
+
+def test_nothing_is_made_for_nobody():
+    made = []
+    with prefetched(made.append, range(100), active=True) as items:
+        next(items)
+    assert len(made) <= 2

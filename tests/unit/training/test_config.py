@@ -1,11 +1,4 @@
-"""The trainer's settings: explained, bounded, the same in its two places, and refused with the reason."""
-
-import ast
-import dataclasses
-import inspect
-import itertools
-from types import SimpleNamespace
-from typing import get_args, get_origin, get_type_hints
+"""Settings are explained, bounded, refused with the reason, and the inputs of Cog's form."""
 
 import pytest
 
@@ -15,13 +8,14 @@ from lib.serving.registry import PROJECT
 from lib.serving.schema import training_inputs
 from lib.serving.signature import read_signature
 from tests.training_factory import config
-from training import config as module
-from training.config import MAX_SEED, TrainingConfig, digest
+from training import train as cog_entry
+from training.config import MAX_SEED, TrainingConfig, all_settings, digest
+from training.signature import TARGET, field_docstrings, train_source
 
 TRAIN = PROJECT / "training" / "train.py"
 INPUTS = {item.name: item for item in read_signature(TRAIN, "train").inputs}
-FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
-KINDS = get_type_hints(TrainingConfig)
+SETTINGS = {each.name: each for _, each in all_settings()}
+GROUP_OF = {each.name: group for group, each in all_settings()}
 SECRETS = ("hub_token", "wandb_api_key")
 FILES = ("input_videos", "validation_images")
 
@@ -32,112 +26,78 @@ def refusal(**settings) -> str:
     return str(caught.value)
 
 
+def value(made: TrainingConfig, name: str):
+    return getattr(getattr(made, GROUP_OF[name]), name)
+
+
 # The two places where settings are written
 
 
-def test_every_setting_is_an_input_of_cogs_form_in_the_same_order():
-    assert list(INPUTS) == list(FIELDS)
+def test_train_py_is_what_the_command_writes():
+    assert TARGET.read_text() == train_source(), "run python -m training.signature"
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_an_input_has_its_settings_default_bounds_and_choices(name):
-    given, limits = INPUTS[name], FIELDS[name].metadata
-    empty = (name in SECRETS + FILES) and given.default is None
-    assert empty or given.default == FIELDS[name].default
-    assert empty or type(given.default) is type(FIELDS[name].default)
-    assert given.options.get("ge") == limits["ge"]
-    assert given.options.get("le") == limits["le"]
-    assert given.options.get("choices") == (list(limits["choices"]) if limits["choices"] else None)
-    assert given.options["description"]
+def test_every_setting_is_an_input_of_cogs_form_and_nothing_else_is():
+    assert set(INPUTS) == set(SETTINGS) and len(INPUTS) == len(all_settings())
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_an_input_has_its_settings_type(name):
-    kind = KINDS[name]
-    optional = type(None) in get_args(kind)
-    if optional:
-        kind = next(part for part in get_args(kind) if part is not type(None))
-    if name in SECRETS:
-        expected, optional = "Secret", True
-    elif name in FILES:
-        expected, optional = "Path", True
-    else:
-        expected = "str" if get_origin(kind) is not None else kind.__name__
-    assert (INPUTS[name].type, INPUTS[name].optional) == (expected, optional)
-    assert INPUTS[name].repeated == (name == "validation_images")
-
-
-def test_choices_are_those_of_the_settings_type():
-    for name, kind in KINDS.items():
-        literals = [part for part in (kind, *get_args(kind)) if str(get_origin(part)) == "typing.Literal"]
-        for literal in literals:
-            assert get_args(literal) == FIELDS[name].metadata["choices"], name
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_input_has_its_settings_type_default_bounds_choices_and_description(name):
+    given, each = INPUTS[name], SETTINGS[name]
+    kind = {"file": "Path", "secret": "Secret"}.get(each.role, each.type.__name__)
+    assert given.type == kind and given.repeated == (each.type is tuple)
+    uploaded = each.role in ("file", "secret")
+    assert given.optional == (each.optional or uploaded)
+    assert given.default == (None if uploaded else each.default)
+    assert type(given.default) is type(None if uploaded else each.default)
+    assert (given.options.get("ge"), given.options.get("le")) == (each.ge, each.le)
+    assert given.options.get("choices") == (list(each.choices) if each.choices else None)
+    assert given.options["description"] == field_docstrings()[name] and len(field_docstrings()[name]) > 5
 
 
 def test_train_passes_every_input_on_under_its_name(monkeypatch):
-    class Trainer:
-        def __init__(self):
-            self.given = None
-
-        def train(self, **inputs):
-            self.given = inputs
-            return "weights.tar"
-
-    trainer = Trainer()
-    tree = ast.parse(TRAIN.read_text())
-    body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
-    body.args.defaults, body.returns = [], None
-    for argument in body.args.args:
-        argument.annotation = None
-    space = {"TRAINER": trainer, "TrainingOutput": lambda **fields: SimpleNamespace(**fields)}
-    exec(compile(ast.Module([body], []), "train.py", "exec"), space)
+    passed = {}
+    monkeypatch.setattr(cog_entry.TRAINER, "train", lambda **inputs: passed.update(inputs) or "weights.tar")
     values = {name: object() for name in INPUTS}
-    assert space["train"](**values).weights == "weights.tar"
-    assert trainer.given == values
+    assert cog_entry.train(**values).weights == "weights.tar"
+    assert passed == values
 
 
-def test_every_setting_is_explained_below_its_name():
-    tree = ast.parse(inspect.getsource(module))
-    (found,) = (node for node in tree.body if getattr(node, "name", "") == "TrainingConfig")
-    for node, after in itertools.pairwise(found.body):
-        if isinstance(node, ast.AnnAssign):
-            explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            assert explained and len(after.value.value) > 5, node.target.id
-
-
-def test_defaults_are_accepted_and_are_their_own_types():
+def test_defaults_are_accepted_and_of_their_types():
     made = config()
-    for name, kind in KINDS.items():
-        value = getattr(made, name)
-        kinds = [get_origin(part) or part for part in (get_args(kind) or (kind,))]
-        if get_origin(kind) is tuple or str(get_origin(kind)) == "typing.Literal":
-            kinds = [type(value)]
-        assert type(value) in kinds, name
+    for name, each in SETTINGS.items():
+        assert value(made, name) is None or type(value(made, name)) is each.type, name
+
+
+def test_an_unknown_setting_is_an_error_of_the_program():
+    with pytest.raises(TypeError, match="unknown settings: rnak"):
+        config(rnak=8)
 
 
 # What is refused
 
 
-@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.metadata["ge"] is not None])
+@pytest.mark.parametrize("name", [name for name, each in SETTINGS.items() if each.ge is not None])
 def test_numbers_out_of_range_are_refused_with_the_nearest(name):
-    low, high = (FIELDS[name].metadata[side] for side in ("ge", "le"))
+    low, high = SETTINGS[name].ge, SETTINGS[name].le
     for bound in (low, high):
-        assert getattr(config(**{name: bound}), name) == bound
-    for value, nearest in ((low - 1, low), (high * 2, high)):
-        message = f"{name}={value} is out of range: {low} to {high}. The nearest is {nearest}."
-        assert refusal(**{name: value}) == message
+        assert value(config(**{name: bound}), name) == bound
+    for given, nearest in ((low - 1, low), (high * 2, high)):
+        message = f"{name}={given} is out of range: use {low} to {high} (nearest: {nearest})."
+        assert refusal(**{name: given}) == message
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["learning_rate", "rank", "lora_alpha", "seed"])
-def test_what_is_no_finite_number_is_refused(name, value):
-    assert refusal(**{name: value}).startswith(f"{name}={value} is ")
+def test_numbers_that_are_not_finite_are_refused(name, given):
+    assert refusal(**{name: given}).startswith(f"{name}={given} is ")
 
 
 def test_whole_floats_are_whole_numbers_and_others_are_not():
     made = config(max_num_frames=9.0, rank=8.0, learning_rate=1, lora_alpha=4)
-    assert (made.max_num_frames, made.rank, made.learning_rate, made.lora_alpha) == (9, 8, 1.0, 4.0)
-    assert [type(v) for v in (made.max_num_frames, made.rank, made.learning_rate)] == [int, int, float]
+    found = [value(made, name) for name in ("max_num_frames", "rank", "learning_rate", "lora_alpha")]
+    assert found == [9, 8, 1.0, 4.0]
+    assert [type(each) for each in found] == [int, int, float, float]
     assert refusal(rank=8.5) == "rank=8.5 is not a whole number."
 
 
@@ -190,35 +150,35 @@ def test_wrong_settings_are_refused_with_what_is_allowed(settings, message):
 @pytest.mark.parametrize("given", [{}, {"input_videos": "a.zip", "dataset_name": "o/n"}])
 def test_clips_come_from_exactly_one_place(given):
     with pytest.raises(UserError) as caught:
-        TrainingConfig(**given)
+        TrainingConfig.from_inputs(**given)
     assert str(caught.value) == (
         "give the clips with input_videos (an archive or folder) or dataset_name, one of the two."
     )
-    assert TrainingConfig(dataset_name="owner/name").input_videos is None
+    assert TrainingConfig.from_inputs(dataset_name="owner/name").data.input_videos is None
 
 
 def test_seed_zero_and_the_largest_are_seeds():
-    assert config(seed=0).seed == 0
-    assert config(seed=MAX_SEED).seed == MAX_SEED
-    assert "The nearest is 0." in refusal(seed=-1)
+    assert config(seed=0).compute.seed == 0
+    assert config(seed=MAX_SEED).compute.seed == MAX_SEED
+    assert "(nearest: 0)." in refusal(seed=-1)
 
 
 # What follows from them
 
 
 def test_alpha_is_the_rank_unless_given():
-    assert config(rank=16).alpha == 16.0
-    assert config(rank=16, lora_alpha=4).alpha == 4.0
+    assert config(rank=16).adapter.alpha == 16.0
+    assert config(rank=16, lora_alpha=4).adapter.alpha == 4.0
 
 
 def test_lists_are_split_and_stripped():
     made = config(
         target_modules="to_q, to_v ,,", validation_prompt=" one ||two|| ", validation_prompt_separator="||"
     )
-    assert made.targets == ["to_q", "to_v"]
-    assert made.validation_prompts == ["one", "two"]
-    assert config().validation_prompts == []
-    assert config().targets == ["to_q", "to_k", "to_v", "to_out.0"]
+    assert made.adapter.targets == ["to_q", "to_v"]
+    assert made.validation.prompts == ["one", "two"]
+    assert config().validation.prompts == []
+    assert config().adapter.targets == ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def test_records_hold_no_secrets_and_no_paths():
@@ -232,15 +192,15 @@ def test_records_hold_no_secrets_and_no_paths():
         public
     )
     assert not any(word in str(public) for word in ("secret", "/home/me"))
-    assert set(public) == set(FIELDS) - {*FILES, *SECRETS, "resume_from", "autocaption_model"}
+    assert set(public) == set(SETTINGS) - {*FILES, *SECRETS, "resume_from", "autocaption_model"}
     assert public["hub_model_id"] == "me/star" and public["rank"] == 128
 
 
 def test_a_saved_state_fits_runs_with_the_same_matrices_and_optimizer_alone():
     same = config(rank=8, lora_alpha=8, target_modules="to_k,to_q", learning_rate=1)
-    assert same.fits() == config(rank=8, target_modules="to_q, to_k", max_train_steps=9).fits()
+    assert same.fixed() == config(rank=8, target_modules="to_q, to_k", max_train_steps=9).fixed()
     for other in ({"rank": 4}, {"lora_alpha": 3}, {"target_modules": "to_q"}, {"optimizer": "adamw"}):
-        assert config(**{"rank": 8, "target_modules": "to_q,to_k"} | other).fits() != same.fits(), other
+        assert config(**{"rank": 8, "target_modules": "to_q,to_k"} | other).fixed() != same.fixed(), other
 
 
 def test_digests_tell_contents_apart_and_not_the_order_of_keys():
@@ -253,7 +213,7 @@ def test_digests_tell_contents_apart_and_not_the_order_of_keys():
 
 def test_the_command_lines_inputs_are_the_forms():
     document = training_inputs(TRAIN)
-    assert list(input_properties(document)) == list(FIELDS)
+    assert list(input_properties(document)) == list(INPUTS)
     assert "required" not in document["components"]["schemas"]["Input"]
     help_text = describe_inputs(document)
     assert "rank  (" in help_text and "1..1024" in help_text
@@ -272,8 +232,11 @@ def test_a_command_line_becomes_settings_with_files_as_paths():
         "validation_prompt": "a=b:::c", "validation_images": ["one.png", "two.png"],
         "video_reshape_mode": "none", "wandb_api_key": "key", "trigger_word": "",
     }  # fmt: skip
-    made = TrainingConfig(**values)
-    assert made.validation_images == ("one.png", "two.png") and made.validation_prompts == ["a=b", "c"]
+    made = TrainingConfig.from_inputs(**values)
+    assert made.validation.validation_images == ("one.png", "two.png") and made.validation.prompts == [
+        "a=b",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -304,4 +267,4 @@ def test_files_of_a_request_are_still_sent(tmp_path):
 @pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "..", "a/b", ""])
 def test_a_trackers_name_cannot_lead_out_of_the_runs_folder(name):
     with pytest.raises(UserError, match="tracker_name="):
-        TrainingConfig(input_videos="clips", tracker_name=name)
+        TrainingConfig.from_inputs(input_videos="clips", tracker_name=name)

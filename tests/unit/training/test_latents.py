@@ -1,7 +1,9 @@
 """What the frozen models say is computed once, kept whole, found again by what it was computed from."""
 
+import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
+from lib.cancellation import Stopped
 from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
 from lib.video.reader import write_video
@@ -53,11 +56,11 @@ def cache(tmp_path) -> LatentCache:
     return LatentCache(tmp_path / "cache")
 
 
-def encoded(given: Clip, cache: LatentCache, *, model=None, check=lambda: None, **changes):
+def encoded(given: Clip, cache: LatentCache, *, model=None, stop=None, **changes):
     options = {"vae_key": "vae", "images": True} | {
         name: changes.pop(name) for name in ("vae_key", "images") if name in changes
     }
-    return encode_clip(given, sampling(**changes), cache, vae=model or CountingVae(), check=check, **options)
+    return encode_clip(given, sampling(**changes), cache, vae=model or CountingVae(), stop=stop, **options)
 
 
 def files(sections: list[Section]) -> list[Path]:
@@ -189,15 +192,10 @@ def test_a_full_disk_is_no_fault_of_the_clip(tmp_path, cache, monkeypatch):
 
 def test_stopping_leaves_whole_files_and_no_clip_that_seems_complete(tmp_path, cache):
     given = clip(tmp_path / "a.mp4", 40)
-    calls = []
-
-    def stop_at_the_third():
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        encoded(given, cache, check=stop_at_the_third)
+    asked = itertools.count(1)
+    at_the_third = SimpleNamespace(is_set=lambda: next(asked) == 3)
+    with pytest.raises(Stopped):
+        encoded(given, cache, stop=at_the_third)
     left = list(cache.folder.iterdir())
     assert len(left) == 2 and all(path.suffix == ".safetensors" and load_file(path) for path in left)
     model = CountingVae()
@@ -361,7 +359,7 @@ def test_what_is_read_again_and_again_is_not_the_oldest_for_another_run(tmp_path
 def test_a_file_that_went_away_while_training_is_told(tmp_path, cache):
     (section,) = encoded(clip(tmp_path / "a.mp4"), cache)
     section.files[0][0].unlink()
-    with pytest.raises(UserError, match=r"cannot be read any more: .*what is missing is encoded anew"):
+    with pytest.raises(UserError, match=r"cannot be read any more: .*missing files are encoded again"):
         Encodings(cache, text_key="t").sample(section, flipped=False, crop=0)
 
 
@@ -434,9 +432,7 @@ def embed(prompts, encodings, text, *, lines=None, tokens=TOKENS, loads=None):
         return text
 
     report = (lambda line: None) if lines is None else lines.append
-    encode_prompts(
-        prompts, encodings, load=load, tokens=tokens, device="cpu", report=report, check=lambda: None
-    )
+    encode_prompts(prompts, encodings, load=load, tokens=tokens, device="cpu", report=report, stop=None)
 
 
 @pytest.mark.parametrize("prompt", ["a red circle moves up", "", "red " * 40, "a\nsquare,  blue"])

@@ -13,8 +13,7 @@ from tests.training_factory import CHANNELS, TEXT_WIDTH, is_i2v, pipeline, trans
 from tiny.networks import SCHEDULER
 from training import objective
 from training.adapter import add_adapter
-from training.batches import Batch
-from training.inputs import Feeder
+from training.batches import Batch, Feeder, ImageCondition
 from training.trainer import Trainer
 
 ALPHAS = CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.float()
@@ -43,19 +42,19 @@ def batch(layout: str, frames: int, width: int, height: int, *, size: int = 1, s
         "noise": noise(*latents.shape, seed=2),
         "timesteps": torch.full((size,), step),
         "text": noise(size, 224 if layout.startswith("1.5") else 226, TEXT_WIDTH, seed=4),
-        "images": None, "image_noise": None, "image_deviation": None, "latent_noise": None,
-        "image_kept": None, "prior": False,
+        "condition": None,
+        "prior": False,
     }  # fmt: skip
     if is_i2v(layout):
         pixels = np.stack([np.asarray(image) for image in images(size, width, height)])
         first = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, :, None]
-        made |= {
-            "images": first,
-            "image_noise": noise(*first.shape, seed=5),
-            "image_deviation": torch.zeros(size),
-            "latent_noise": drawn_by_the_pipeline(size, height, width),
-            "image_kept": torch.ones(size, dtype=torch.bool),
-        }
+        made["condition"] = ImageCondition(
+            images=first,
+            image_noise=noise(*first.shape, seed=5),
+            image_deviation=torch.zeros(size),
+            latent_noise=drawn_by_the_pipeline(size, height, width),
+            image_kept=torch.ones(size, dtype=torch.bool),
+        )
     return Batch(**made)
 
 
@@ -81,7 +80,7 @@ def fed_by_the_pipeline(pipe, given: Batch, frames: int, noisy: torch.Tensor, *,
         return {"latents": noisy}
 
     hook = pipe.transformer.register_forward_pre_hook(capture, with_kwargs=True)
-    image = {} if given.images is None else {"image": images(len(given.latents), width, height)}
+    image = {} if given.condition is None else {"image": images(len(given.latents), width, height)}
     with pytest.raises(Captured), torch.no_grad():
         pipe(
             **image,
@@ -118,7 +117,7 @@ def feeder(pipe, *given: Batch, dtype: torch.dtype = torch.float32) -> Feeder:
 
 def fed_by_the_trainer(pipe, given: Batch, *, dtype: torch.dtype = torch.float32) -> dict:
     (inputs,) = feeder(pipe, given, dtype=dtype).micro_batch(0)
-    return inputs.arguments()
+    return inputs.arguments
 
 
 def assert_same_inputs(ours: dict, theirs: dict) -> None:
@@ -231,16 +230,17 @@ def test_the_image_condition_stands_at_index_zero_after_the_noisy_channels():
 @pytest.mark.parametrize("inverted", [False, True])
 def test_image_latents_are_scaled_as_at_prediction(inverted):
     model = vae(scaling_factor=0.7, inverted=inverted)
-    given = batch("5b-i2v", 9, 48, 32, size=2)
+    clips = batch("5b-i2v", 9, 48, 32, size=2)
+    given = clips.condition
     given.latent_noise = torch.zeros_like(given.latent_noise)
     pipe = pipeline("5b-i2v")
     pipe.vae = model
     with torch.no_grad():
         mean = model.encode(given.images.float() / 255 * 2 - 1).latent_dist.mean.transpose(1, 2)
-    made = feeder(pipe, given).image_latents(given)
+    made = feeder(pipe, clips).image_latents(given)
     assert torch.equal(made, mean * (1 / 0.7 if inverted else 0.7))
     given.image_kept = torch.tensor([True, False])
-    dropped = feeder(pipe, given).image_latents(given)
+    dropped = feeder(pipe, clips).image_latents(given)
     assert torch.equal(dropped[0], made[0]) and not dropped[1].any()
 
 
@@ -347,7 +347,7 @@ def test_prior_samples_are_held_to_the_bases_own_answer():
     parameters = add_adapter(model, rank=2, alpha=2, targets=["to_q", "to_v"])
 
     def denoiser(inputs):
-        return model(**inputs.arguments(), return_dict=False)[0]
+        return model(**inputs.arguments, return_dict=False)[0]
 
     assert losses_of(denoiser, pipe, given, model).tolist() == [0, 0]  # the LoRA begins as the base
     for parameter in parameters:
@@ -372,8 +372,10 @@ def test_shapes_are_fed_one_after_the_other_each_with_its_own_tables():
     made = feeder(pipe, first, second).micro_batch(0)
     assert [inputs.latents.shape[1] for inputs in made] == [3, 5]
     for inputs, given in zip(made, (first, second), strict=True):
-        assert torch.equal(inputs.rotary[0], fed_by_the_trainer(pipe, given)["image_rotary_emb"][0])
-        assert len(inputs.rotary[0]) == given.latents.shape[1] * 2 * 3
+        assert torch.equal(
+            inputs.arguments["image_rotary_emb"][0], fed_by_the_trainer(pipe, given)["image_rotary_emb"][0]
+        )
+        assert len(inputs.arguments["image_rotary_emb"][0]) == given.latents.shape[1] * 2 * 3
 
 
 @pytest.mark.parametrize("processes", [1, 3])

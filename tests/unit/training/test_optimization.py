@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from training.config import TrainingConfig
+from tests.training_factory import config
 from training.optimization import build_optimizer, build_schedule, load_states
 
 STEPS = 40
 
 
 def a_run(**settings):
-    config = TrainingConfig(input_videos="clips", optimizer="adamw", lr_warmup_steps=4, **settings)
+    settings = config(optimizer="adamw", lr_warmup_steps=4, **settings).optimizer
     weights = torch.nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer(config, [weights], config.learning_rate)
-    return weights, optimizer, build_schedule(config, optimizer, STEPS)
+    optimizer = build_optimizer(settings, [weights], global_batch=4)
+    return weights, optimizer, build_schedule(settings, optimizer, STEPS)
 
 
 def take_steps(weights, optimizer, schedule, count):
@@ -92,10 +92,17 @@ def test_prodigy_goes_on_with_the_step_size_that_it_has_found():
 
 
 def a_prodigy_run(**settings):
-    config = TrainingConfig(input_videos="clips", **settings)
+    settings = config(**settings).optimizer
     weights = torch.nn.Parameter(torch.ones(2, 3))
-    optimizer = build_optimizer(config, [weights], config.learning_rate)
-    return weights, optimizer, build_schedule(config, optimizer, STEPS)
+    optimizer = build_optimizer(settings, [weights], global_batch=1)
+    return weights, optimizer, build_schedule(settings, optimizer, STEPS)
+
+
+def test_scale_lr_multiplies_the_learning_rate_by_the_global_batch():
+    for scale_lr, expected in ((False, 1e-4), (True, 8e-4)):
+        settings = config(scale_lr=scale_lr).optimizer
+        optimizer = build_optimizer(settings, [torch.nn.Parameter(torch.ones(1))], global_batch=8)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
 def in_state(key, value):

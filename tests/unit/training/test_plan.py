@@ -16,18 +16,17 @@ from tests.caption_factory import write_captioner
 from tests.training_factory import LAYOUTS, config
 from tiny.networks import SCHEDULER
 from training import plan as module
+from training.base import load_scheduler
+from training.optimization import total_steps
 from training.plan import (
     base_name,
     captioner_name,
-    check_at_the_door,
     locate_base,
-    precision,
-    settle,
-    total_steps,
-    trackers,
-    warmup_steps,
+    resolve_plan,
+    resolve_precision,
+    validate,
 )
-from training.validation import load_scheduler, validation_requests
+from training.validation import validation_requests
 
 WEIGHTS = Path(__file__).resolve().parents[3] / "weights"
 TINY = WEIGHTS / "tiny-i2v"
@@ -58,8 +57,8 @@ def refusal(function, *arguments, **options) -> str:
     return str(caught.value)
 
 
-def at_the_door(name: str = "tiny-i2v", device: str = "cpu", **settings) -> str:
-    return refusal(check_at_the_door, config(**settings), name, device)
+def rejection(name: str = "tiny-i2v", device: str = "cpu", **settings) -> str:
+    return refusal(validate, config(**settings), name, device)
 
 
 def folder_of(tmp_path: Path, *, task: str = "i2v", in_channels: int = 32, layout: str = "5b-i2v") -> Path:
@@ -101,26 +100,32 @@ def test_a_captioning_model_is_refused_with_the_bases_that_there_are():
         "COGVIDEOX_MODEL=cogvlm2-caption is a model for captioning; LoRAs are trained for image to video and "
         f"text to video, on {', '.join(bases)}."
     )
-    assert at_the_door("cogvlm2-caption") == expected
+    assert rejection("cogvlm2-caption") == expected
 
 
 # The captioner
 
 
 def test_the_captioner_is_the_embedded_one_beside_embedded_bases_and_the_released_one_elsewhere():
-    assert captioner_name(config(), "tiny-i2v") == captioner_name(config(), "tiny-t2v") == "tiny-caption"
     assert (
-        captioner_name(config(), "cogvideox-5b") == captioner_name(config(), "my-base") == "cogvlm2-caption"
+        captioner_name(config().data, "tiny-i2v")
+        == captioner_name(config().data, "tiny-t2v")
+        == "tiny-caption"
     )
-    assert captioner_name(config(autocaption=True, autocaption_model="me/own"), "tiny-i2v") == "me/own"
+    assert (
+        captioner_name(config().data, "cogvideox-5b")
+        == captioner_name(config().data, "my-base")
+        == "cogvlm2-caption"
+    )
+    assert captioner_name(config(autocaption=True, autocaption_model="me/own").data, "tiny-i2v") == "me/own"
 
 
 def test_a_captioner_that_is_none_is_refused():
-    assert at_the_door(autocaption=True, autocaption_model="cogvideox-5b") == (
+    assert rejection(autocaption=True, autocaption_model="cogvideox-5b") == (
         "autocaption_model=cogvideox-5b is a model for text-to-video; clips are captioned by tiny-caption, "
         "cogvlm2-caption and models of that kind."
     )
-    check_at_the_door(config(autocaption=True), "cogvideox-5b", "cpu")
+    validate(config(autocaption=True), "cogvideox-5b", "cpu")
 
 
 def test_a_captioners_folder_is_looked_into_where_local_sources_are_allowed(tmp_path, monkeypatch):
@@ -129,16 +134,16 @@ def test_a_captioners_folder_is_looked_into_where_local_sources_are_allowed(tmp_
         f"autocaption_model='{tmp_path}/captioner' is neither a captioning model's name (tiny-caption, "
         "cogvlm2-caption) nor a Hub repository (owner/name)."
     )
-    assert at_the_door(**settings) == refused
+    assert rejection(**settings) == refused
     write_captioner(tmp_path / "captioner")
-    assert at_the_door(**settings) == refused
+    assert rejection(**settings) == refused
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
-    check_at_the_door(config(**settings), "tiny-i2v", "cpu")
+    validate(config(**settings), "tiny-i2v", "cpu")
     (tmp_path / "captioner" / "config.json").write_text('{"architectures": ["CogVLMVideoForCausalLM"]}')
-    assert "has a config.json that is no CogVLM2-Caption's: 'vision_config' is missing" in at_the_door(
+    assert "has a config.json that is no CogVLM2-Caption's: 'vision_config' is missing" in rejection(
         **settings
     )
-    assert at_the_door(autocaption=True, autocaption_model=str(TINY)) == (
+    assert rejection(autocaption=True, autocaption_model=str(TINY)) == (
         f"autocaption_model={TINY} is a model for image-to-video; clips are captioned by tiny-caption, "
         "cogvlm2-caption and models of that kind."
     )
@@ -147,35 +152,35 @@ def test_a_captioners_folder_is_looked_into_where_local_sources_are_allowed(tmp_
 @pytest.mark.parametrize("base", ["tiny-t2v", "cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"])
 def test_validation_images_are_refused_where_videos_come_from_text(base):
     settings = {"validation_prompt": "a star", "validation_images": ["a.png"]}
-    assert at_the_door(base, **settings) == (
+    assert rejection(base, **settings) == (
         f"validation_images were given, but {base} makes videos from text alone; leave them out."
     )
-    check_at_the_door(config(validation_prompt="a star:::another"), base, "cpu")
+    validate(config(validation_prompt="a star:::another"), base, "cpu")
 
 
 @pytest.mark.parametrize("base", ["tiny-i2v", "cogvideox-5b-i2v", "cogvideox1.5-5b-i2v"])
 @pytest.mark.parametrize(("prompts", "images"), [("a star", []), ("a ::: b", ["a.png"]), ("a", ["1", "2"])])
 def test_image_to_video_needs_an_image_for_each_validation_prompt(base, prompts, images):
     count = len(prompts.split(":::"))
-    assert at_the_door(base, validation_prompt=prompts, validation_images=images) == (
+    assert rejection(base, validation_prompt=prompts, validation_images=images) == (
         f"validation needs an image for each prompt, as {base} starts from images: there are {count} prompts "
         f"(validation_prompt, separated by ':::') and {len(images)} validation_images."
     )
-    check_at_the_door(config(validation_prompt="a:::b", validation_images=["1", "2"]), base, "cpu")
+    validate(config(validation_prompt="a:::b", validation_images=["1", "2"]), base, "cpu")
 
 
 def test_a_folder_is_checked_as_a_known_base_is(monkeypatch):
     images = {"validation_prompt": "a", "validation_images": ["a.png"]}
     t2v = str(WEIGHTS / "tiny-t2v")
-    assert "makes videos from text alone" in refusal(locate_base, t2v, config(**images), print)
-    assert "makes videos from text alone" in at_the_door(t2v, **images)
-    assert "The nearest is width=64, height=48." in at_the_door(t2v, width=128)
-    assert "max_num_frames=50 is out of range" in at_the_door(str(TINY), max_num_frames=50)
+    assert "makes videos from text alone" in refusal(locate_base, t2v, config(**images).validation, print)
+    assert "makes videos from text alone" in rejection(t2v, **images)
+    assert "The nearest is width=64, height=48." in rejection(t2v, width=128)
+    assert "max_num_frames=50 is out of range" in rejection(str(TINY), max_num_frames=50)
     monkeypatch.chdir(WEIGHTS)
-    assert "The nearest is width=64" in at_the_door("./tiny-i2v", width=128)
-    check_at_the_door(config(max_num_frames=25), str(TINY), "cpu")
-    assert locate_base(str(TINY), config(), print) == TINY
-    assert locate_base("tiny-i2v", config(), print) == TINY
+    assert "The nearest is width=64" in rejection("./tiny-i2v", width=128)
+    validate(config(max_num_frames=25), str(TINY), "cpu")
+    assert locate_base(str(TINY), config().validation, print) == TINY
+    assert locate_base("tiny-i2v", config().validation, print) == TINY
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_a_folder_is_checked_as_a_known_base_is(monkeypatch):
 def test_a_transformer_of_the_other_kind_is_refused(tmp_path, task, in_channels, other, wanted):
     folder = folder_of(tmp_path, task=task, in_channels=in_channels)
     kind = {"i2v": "image-to-video", "t2v": "text-to-video"}[task]
-    message = refusal(settle, config(), str(folder), folder, "cpu")
+    message = refusal(resolve_plan, config(), str(folder), folder, "cpu")
     assert message == (
         f"{folder} is set up for {kind}, which takes {wanted} input channels, but its transformer has "
         f"{in_channels}: it is a model for {other}. Give a base of the right kind."
@@ -206,7 +211,7 @@ def test_a_transformer_of_the_other_kind_is_refused(tmp_path, task, in_channels,
     ],
 )
 def test_sizes_that_the_base_cannot_compute_are_refused_before_a_download(base, settings, nearest):
-    assert at_the_door(base, **settings).endswith(nearest)
+    assert rejection(base, **settings).endswith(nearest)
 
 
 @pytest.mark.parametrize(
@@ -222,31 +227,35 @@ def test_sizes_that_the_base_cannot_compute_are_refused_before_a_download(base, 
     ],
 )
 def test_sizes_and_lengths_that_the_base_can_compute_pass(base, settings):
-    check_at_the_door(config(**settings), base, "cpu")
+    validate(config(**settings), base, "cpu")
 
 
 @pytest.mark.parametrize(
     ("base", "frames", "message"),
     [
-        ("cogvideox-5b", 8, "is out of range for cogvideox-5b: 9 to 49. The nearest is 9; empty means 49."),
-        ("tiny-i2v", 50, "is out of range for tiny-i2v: 9 to 49. The nearest is 49; empty means 9."),
+        (
+            "cogvideox-5b",
+            8,
+            "is out of range for cogvideox-5b: use 9 to 49 (nearest: 9), or leave it empty for 49.",
+        ),
+        ("tiny-i2v", 50, "is out of range for tiny-i2v: use 9 to 49 (nearest: 49), or leave it empty for 9."),
         (
             "cogvideox1.5-5b-i2v",
             16,
-            "is out of range for cogvideox1.5-5b-i2v: 17 to 161. The nearest is 17; empty means 81.",
+            "is out of range for cogvideox1.5-5b-i2v: use 17 to 161 (nearest: 17), or leave it empty for 81.",
         ),
     ],
 )
 def test_lengths_out_of_range_are_refused_before_a_download(base, frames, message):
-    assert at_the_door(base, max_num_frames=frames) == f"max_num_frames={frames} {message}"
+    assert rejection(base, max_num_frames=frames) == f"max_num_frames={frames} {message}"
 
 
 def test_a_folders_own_sizes_hold(tmp_path):
     folder = folder_of(tmp_path)
-    message = refusal(settle, config(width=640, height=480), str(folder), folder, "cpu")
+    message = refusal(resolve_plan, config(width=640, height=480), str(folder), folder, "cpu")
     assert message.endswith("The nearest is width=720, height=480.")
-    assert "max_num_frames=50 is out of range for my-base: 9 to 49" in refusal(
-        settle, config(max_num_frames=50), str(folder), folder, "cpu"
+    assert "max_num_frames=50 is out of range for my-base: use 9 to 49" in refusal(
+        resolve_plan, config(max_num_frames=50), str(folder), folder, "cpu"
     )
 
 
@@ -256,25 +265,25 @@ def test_a_folders_own_sizes_hold(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adam_8bit", "adamw_8bit"])
 def test_8_bit_optimizers_need_a_gpu_and_their_package(installed, optimizer):
     plain = optimizer.removesuffix("_8bit")
-    assert at_the_door(optimizer=optimizer) == (
-        f"optimizer={optimizer} needs an NVIDIA GPU; on this CPU take {plain}."
+    assert rejection(optimizer=optimizer) == (
+        f"optimizer={optimizer} needs an NVIDIA GPU; on this CPU use {plain}."
     )
-    assert at_the_door(optimizer=optimizer, device="cuda") == (
+    assert rejection(optimizer=optimizer, device="cuda") == (
         f"{optimizer} needs the package bitsandbytes, which is not installed: pip install bitsandbytes"
     )
     installed.add("bitsandbytes")
-    check_at_the_door(config(optimizer=optimizer), "tiny-i2v", "cuda")
+    validate(config(optimizer=optimizer), "tiny-i2v", "cuda")
 
 
 def test_packages_that_are_missing_are_named(installed, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     needs = "needs the package {}, which is not installed: pip install {}"
-    assert at_the_door(optimizer="prodigy") == "prodigy " + needs.format("prodigyopt", "prodigyopt")
-    assert at_the_door(report_to="tensorboard") == "tensorboard " + needs.format("tensorboard", "tensorboard")
-    assert at_the_door(report_to="wandb", wandb_api_key="k") == "wandb " + needs.format("wandb", "wandb")
+    assert rejection(optimizer="prodigy") == "prodigy " + needs.format("prodigyopt", "prodigyopt")
+    assert rejection(report_to="tensorboard") == "tensorboard " + needs.format("tensorboard", "tensorboard")
+    assert rejection(report_to="wandb", wandb_api_key="k") == "wandb " + needs.format("wandb", "wandb")
     installed.add("tensorboard")
-    assert at_the_door(report_to="all", wandb_api_key="k") == "wandb " + needs.format("wandb", "wandb")
-    check_at_the_door(config(report_to="tensorboard"), "tiny-i2v", "cpu")
+    assert rejection(report_to="all", wandb_api_key="k") == "wandb " + needs.format("wandb", "wandb")
+    validate(config(report_to="tensorboard"), "tiny-i2v", "cpu")
 
 
 def test_wandb_needs_a_key_from_somewhere(installed, monkeypatch, tmp_path):
@@ -282,22 +291,21 @@ def test_wandb_needs_a_key_from_somewhere(installed, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    assert at_the_door(report_to="wandb") == "report_to=wandb needs wandb_api_key (or WANDB_API_KEY)."
-    check_at_the_door(config(report_to="wandb", wandb_api_key="key"), "tiny-i2v", "cpu")
+    assert rejection(report_to="wandb") == "report_to=wandb needs wandb_api_key (or WANDB_API_KEY)."
+    validate(config(report_to="wandb", wandb_api_key="key"), "tiny-i2v", "cpu")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    check_at_the_door(config(report_to="wandb"), "tiny-i2v", "cpu")
+    validate(config(report_to="wandb"), "tiny-i2v", "cpu")
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
-    check_at_the_door(config(report_to="wandb"), "tiny-i2v", "cpu")
+    validate(config(report_to="wandb"), "tiny-i2v", "cpu")
 
 
 def test_fp16_needs_a_gpu():
     assert (
-        at_the_door(mixed_precision="fp16")
-        == "mixed_precision=fp16 needs a GPU; on this CPU take no or bf16."
+        rejection(mixed_precision="fp16") == "mixed_precision=fp16 needs a GPU; on this CPU use no or bf16."
     )
-    check_at_the_door(config(mixed_precision="fp16"), "tiny-i2v", "cuda")
-    check_at_the_door(config(mixed_precision="bf16"), "tiny-i2v", "cpu")
+    validate(config(mixed_precision="fp16"), "tiny-i2v", "cuda")
+    validate(config(mixed_precision="bf16"), "tiny-i2v", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +321,7 @@ def test_fp16_needs_a_gpu():
 )
 def test_precision_follows_from_the_device_unless_given(monkeypatch, asked, device, supported, settled):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    assert precision(config(mixed_precision=asked), device) == settled
+    assert resolve_precision(config(mixed_precision=asked).compute, device) == settled
 
 
 @pytest.mark.parametrize(
@@ -322,25 +330,27 @@ def test_precision_follows_from_the_device_unless_given(monkeypatch, asked, devi
      ("cuda", "fp16", "float16"), ("cuda", "bf16", "bfloat16")],
 )  # fmt: skip
 def test_the_frozen_base_is_kept_in_what_it_computes_in_but_on_a_cpu(device, asked, dtype):
-    assert settle(config(mixed_precision=asked), "tiny-i2v", TINY, device).dtype == dtype
+    assert resolve_plan(config(mixed_precision=asked), "tiny-i2v", TINY, device).dtype == getattr(
+        torch, dtype
+    )
 
 
 # What is settled
 
 
 def test_empty_settings_become_the_bases_own():
-    plan = settle(config(), "tiny-i2v", TINY, "cpu")
+    plan = resolve_plan(config(), "tiny-i2v", TINY, "cpu")
     assert (plan.base, plan.folder, plan.spec, plan.is_i2v) == ("tiny-i2v", TINY, SPECS["tiny-i2v"], True)
     assert (plan.device, plan.precision, plan.gradient_checkpointing) == ("cpu", "no", False)
     sampling = plan.sampling
     assert (sampling.fps, sampling.frame_step, sampling.max_frames) == (8, 8, 9)
     assert (sampling.width, sampling.height, sampling.fit) == (64, 48, "center")
     assert (sampling.random_crops, sampling.flip, sampling.seed) == (1, False, 0)
-    assert settle(config(), "tiny-i2v", TINY, "cuda").gradient_checkpointing
+    assert resolve_plan(config(), "tiny-i2v", TINY, "cuda").gradient_checkpointing
 
 
 def test_given_settings_are_kept():
-    plan = settle(
+    plan = resolve_plan(
         config(
             fps=12, max_num_frames=33, gradient_checkpointing=True, random_flip=0.5, seed=0,
             video_reshape_mode="random", random_crops=3, skip_frames_start=2, skip_frames_end=1,
@@ -353,58 +363,56 @@ def test_given_settings_are_kept():
     assert (sampling.fps, sampling.max_frames, sampling.fit, sampling.random_crops) == (12, 33, "random", 3)
     assert (sampling.flip, sampling.long_clips, sampling.seed) == (True, "cut", 0)
     assert (sampling.skip_frames_start, sampling.skip_frames_end) == (2, 1)
-    assert not settle(config(gradient_checkpointing=False), "tiny-i2v", TINY, "cuda").gradient_checkpointing
+    assert not resolve_plan(
+        config(gradient_checkpointing=False), "tiny-i2v", TINY, "cuda"
+    ).gradient_checkpointing
 
 
 @pytest.mark.parametrize("mode", ["center", "random"])
 def test_another_seed_finds_what_was_encoded(mode):
     first, second = (
-        settle(config(seed=seed, video_reshape_mode=mode), "tiny-i2v", TINY, "cpu").sampling
+        resolve_plan(config(seed=seed, video_reshape_mode=mode), "tiny-i2v", TINY, "cpu").sampling
         for seed in (1, 2)
     )
     assert first == second
 
 
 def test_fp8_turns_checkpointing_on_and_is_refused_without():
-    assert settle(config(base_precision="fp8"), "tiny-i2v", TINY, "cpu").gradient_checkpointing
+    assert resolve_plan(config(base_precision="fp8"), "tiny-i2v", TINY, "cpu").gradient_checkpointing
     with pytest.raises(UserError, match="base_precision=fp8 saves nothing with gradient_checkpointing=false"):
-        check_at_the_door(config(base_precision="fp8", gradient_checkpointing=False), "tiny-i2v", "cpu")
+        validate(config(base_precision="fp8", gradient_checkpointing=False), "tiny-i2v", "cpu")
 
 
 def test_an_empty_seed_is_a_random_one():
-    seeds = {settle(config(), "tiny-i2v", TINY, "cpu").seed for _ in range(5)}
+    seeds = {resolve_plan(config(), "tiny-i2v", TINY, "cpu").seed for _ in range(5)}
     assert len(seeds) > 1 and all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_a_folders_name_stands_for_it_and_its_path_stays_here(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, layout="1.5-5b-i2v")
-    plan = settle(config(), str(folder), folder, "cpu")
+    plan = resolve_plan(config(), str(folder), folder, "cpu")
     assert plan.base == "my-base"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert settle(config(), "~/my-base", folder, "cpu").base == "my-base"
+    assert resolve_plan(config(), "~/my-base", folder, "cpu").base == "my-base"
     assert (plan.sampling.width, plan.sampling.height, plan.sampling.frame_step) == (1360, 768, 16)
-    hub = settle(config(), "owner/star@v1", folder, "cpu")
+    hub = resolve_plan(config(), "owner/star@v1", folder, "cpu")
     assert hub.base == "owner/star@v1"
 
 
 def test_steps_are_given_or_follow_from_epochs_rounded_up():
-    assert total_steps(config(), 20, 4) == 1500
-    assert total_steps(config(max_train_steps=7), 20, 4) == 7
-    assert total_steps(config(num_train_epochs=3), 20, 4) == 15
-    assert total_steps(config(num_train_epochs=3), 7, 4) == 6
-    assert total_steps(config(num_train_epochs=1), 1, 64) == 1
-
-
-def test_warm_up_steps():
-    assert [warmup_steps(config(), steps) for steps in (9, 100, 5000, 9000)] == [0, 10, 500, 500]
-    assert warmup_steps(config(lr_warmup_steps=0), 100) == 0
-    assert warmup_steps(config(lr_warmup_steps=70), 100) == 70
+    assert total_steps(config().optimizer, 20, 4) == 1500
+    assert total_steps(config(max_train_steps=7).optimizer, 20, 4) == 7
+    assert total_steps(config(num_train_epochs=3).optimizer, 20, 4) == 15
+    assert total_steps(config(num_train_epochs=3).optimizer, 7, 4) == 6
+    assert total_steps(config(num_train_epochs=1).optimizer, 1, 64) == 1
 
 
 def test_trackers_by_name():
-    asked = {name: trackers(config(report_to=name)) for name in ("none", "tensorboard", "wandb", "all")}
+    asked = {
+        name: config(report_to=name).publishing.trackers for name in ("none", "tensorboard", "wandb", "all")
+    }
     assert asked == {
-        "none": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",), "all": ("tensorboard", "wandb")
+        "none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"]
     }  # fmt: skip
     assert set(module.LIBRARIES) >= {"tensorboard", "wandb", "prodigy", "adam_8bit", "adamw_8bit"}
 
@@ -421,9 +429,8 @@ def test_validation_clips_are_those_of_the_service_with_seeds_of_their_own(tmp_p
         validation_prompt="a star:::a moon", validation_images=paths, num_validation_videos=2,
         max_num_frames=20, guidance_scale=3, validation_inference_steps=4, fps=12, seed=40,
     )  # fmt: skip
-    wanted = validation_requests(settle(settings, "tiny-i2v", TINY, "cpu"))
-    assert [clip.number for clip in wanted] == [1, 2, 3, 4]
-    requests = [clip.request for clip in wanted]
+    plan = resolve_plan(settings, "tiny-i2v", TINY, "cpu")
+    requests = validation_requests(settings.validation, plan)
     assert [request.prompt for request in requests] == ["a star", "a star", "a moon", "a moon"]
     assert [request.seed for request in requests] == [40, 41, 42, 43]
     assert [request.image.getpixel((5, 5))[:2] for request in requests] == [(200, 0)] * 2 + [(0, 200)] * 2
@@ -434,12 +441,13 @@ def test_validation_clips_are_those_of_the_service_with_seeds_of_their_own(tmp_p
 
 
 def test_without_prompts_there_are_no_validation_clips_and_a_bad_image_is_named(tmp_path):
-    assert validation_requests(settle(config(), "tiny-i2v", TINY, "cpu")) == []
+    plan = resolve_plan(config(), "tiny-i2v", TINY, "cpu")
+    assert validation_requests(config().validation, plan) == []
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     settings = config(validation_prompt="a star", validation_images=[str(bad)])
     with pytest.raises(UserError, match=r"validation image bad\.png") as caught:
-        validation_requests(settle(settings, "tiny-i2v", TINY, "cpu"))
+        validation_requests(settings.validation, plan)
     assert str(tmp_path) not in str(caught.value)
 
 

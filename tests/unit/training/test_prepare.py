@@ -42,7 +42,7 @@ def hub(monkeypatch, tmp_path):
 
 def captions(work: Path, *, stop: threading.Event | None = None, report=print, **settings) -> dict[str, str]:
     """What found_clips finds; the files are there inside the block."""
-    config = factory.config(**settings)
+    config = factory.config(**settings).data
     with found_clips(config, work, ALONE, stop=stop or threading.Event(), report=report) as (clips, _):
         assert all(clip.path.is_file() for clip in clips)
         return {clip.name: clip.caption for clip in clips}

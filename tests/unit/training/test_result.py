@@ -23,7 +23,7 @@ from lib.lora.file import read_header
 from lib.lora.keys import recorded_facts
 from lib.models.specs import SPECS
 from lib.storage.packing import pack
-from tests.training_factory import data, plan, sampling, transformer
+from tests.training_factory import config_and_plan, data, sampling, transformer
 from training import checkpoints
 from training.adapter import add_adapter, save_adapter
 from training.checkpoints import State
@@ -50,7 +50,7 @@ def save_lora(path: Path, dtype: torch.dtype) -> None:
 
 def write(run: Path, *, sections=None, left_out=(), losses=None, **settings) -> Path:
     given = data([section()] if sections is None else sections, left_out=list(left_out))
-    return write_result(run, plan(**settings), given, state(losses), save_lora)
+    return write_result(run, *config_and_plan(**settings), given, state(losses), save_lora)
 
 
 def lines(path: Path) -> list[dict]:
@@ -95,8 +95,8 @@ def test_captions_that_were_made_are_a_table_that_a_data_set_can_have(tmp_path):
         Row(file_name="c.mp4", status="failed", error="no video"),
     ]
     given = data([section(caption="TOK a star"), section("b.mp4", "TOK a ball")], captions=rows)
-    made_plan = plan(autocaption=True, trigger_word="TOK")
-    folder = write_result(tmp_path / "run", made_plan, given, state(), save_lora)
+    made = config_and_plan(autocaption=True, trigger_word="TOK")
+    folder = write_result(tmp_path / "run", *made, given, state(), save_lora)
     card = (folder / "README.md").read_text()
     assert "in `loss.csv` and `loss.png`. Seed 7. Of 3 clips 1 were captioned by tiny-caption.\n\n|" in card
     assert [row["caption"] for row in lines(folder / "captions.jsonl")] == ["TOK a star", "TOK a ball"]
@@ -121,7 +121,10 @@ def test_the_last_training_state_is_in_it_only_if_asked_for(tmp_path):
         saved = state([0.5] * step)
         tensors = {"optimizer": {}, "schedule": {}, "scaler": {}, "random": torch.get_rng_state()}
         checkpoints.save(
-            checkpoints.folder_of(tmp_path, step), saved, tensors, lambda path: path.write_bytes(b"f32")
+            checkpoints.checkpoint_folder(tmp_path, step),
+            saved,
+            tensors,
+            lambda path: path.write_bytes(b"f32"),
         )
     assert not (write(tmp_path) / "training_state").exists()
     kept = write(tmp_path, save_training_state=True) / "training_state"
@@ -143,7 +146,7 @@ def test_a_failure_leaves_no_half_result(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="The disk is full"):
-        write_result(tmp_path, plan(), data([section()]), state(), full)
+        write_result(tmp_path, *config_and_plan(), data([section()]), state(), full)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,14 +169,14 @@ def test_the_tar_holds_the_folders_content_at_its_top(tmp_path):
 
 def test_the_file_in_the_tar_is_a_lora_for_its_base_and_says_what_it_is(tmp_path):
     settings = {"rank": 4, "lora_alpha": 2, "trigger_word": "STAR", "hub_token": "hf_secret"}
-    made_plan = plan("cogvideox-5b-i2v", input_videos="/home/me/clips", **settings)
+    made = config_and_plan("cogvideox-5b-i2v", input_videos="/home/me/clips", **settings)
     model = transformer("5b-i2v", sample_height=4, sample_width=6, sample_frames=9)
     add_adapter(model, rank=4, alpha=2, targets=["to_q"])
 
     def save(path: Path, dtype: torch.dtype) -> None:
-        save_adapter(model, path, facts(made_plan, state(), 2), dtype=dtype)
+        save_adapter(model, path, facts(*made, state(), 2), dtype=dtype)
 
-    folder = write_result(tmp_path, made_plan, data([section()]), state(), save)
+    folder = write_result(tmp_path, *made, data([section()]), state(), save)
     with safe_open(folder / "lora.safetensors", "pt") as file:
         metadata = file.metadata()
     told = recorded_facts(metadata)
@@ -193,7 +196,9 @@ def test_the_file_in_the_tar_is_a_lora_for_its_base_and_says_what_it_is(tmp_path
 def test_the_cards_python_is_valid_and_says_what_was_trained(base, caption):
     spec = SPECS[base]
     size = sampling(width=spec.width, height=spec.height, fps=spec.fps)
-    card = model_card(plan(base, spec=spec, sampling=size), data([section(caption=caption)]), state())
+    card = model_card(
+        *config_and_plan(base, spec=spec, sampling=size), data([section(caption=caption)]), state()
+    )
     block = python_block(card)
     compile(block, "card", "exec")
     calls = {
@@ -219,7 +224,7 @@ def test_the_cards_python_is_valid_and_says_what_was_trained(base, caption):
 
 @pytest.mark.parametrize("caption", [CAPTION, "two\nlines", "$(touch x) `y` \\ !z", "a=b"])
 def test_the_cards_command_says_in_a_shell_what_is_meant(caption):
-    card = model_card(plan("cogvideox-5b-i2v"), data([section(caption=caption)]), state())
+    card = model_card(*config_and_plan("cogvideox-5b-i2v"), data([section(caption=caption)]), state())
     command = card.partition("```\n")[2].partition("\n```")[0]
     variable, script, task, *inputs = shlex.split(command.replace("COGVIDEOX_ANY_SIZE=1 ", ""))
     assert (variable, script, task) == ("COGVIDEOX_MODEL=cogvideox-5b-i2v", "script/predict", "i2v")
@@ -236,8 +241,8 @@ def test_the_cards_command_says_in_a_shell_what_is_meant(caption):
     ],
 )
 def test_the_card_names_another_size_than_the_bases_own(size, expected):
-    made = plan("cogvideox-5b", sampling=sampling(width=size[0], height=size[1]))
-    card = model_card(made, data([section()]), state())
+    made = config_and_plan("cogvideox-5b", sampling=sampling(width=size[0], height=size[1]))
+    card = model_card(*made, data([section()]), state())
     assert all((f"-i {each}" in card) for each in expected)
     assert ("-i width" in card) == ("COGVIDEOX_ANY_SIZE=1 script" in card) == bool(expected)
     assert f"width={size[0]}, height={size[1]}" in python_block(card)
@@ -254,7 +259,7 @@ def test_the_card_names_another_size_than_the_bases_own(size, expected):
 )
 def test_the_cards_head_is_what_the_hub_takes(base, model, source):
     spec = SPECS.get(base, SPECS["tiny-i2v"])
-    card = model_card(plan(base, spec=spec), data([section()]), state())
+    card = model_card(*config_and_plan(base, spec=spec), data([section()]), state())
     _, head, text = card.split("---\n", 2)
     stated = yaml.safe_load(head)
     assert stated.get("base_model") == model
@@ -265,11 +270,11 @@ def test_the_cards_head_is_what_the_hub_takes(base, model, source):
 
 
 def test_the_card_names_trigger_steps_and_settings_without_secrets():
-    made = plan(
+    made = config_and_plan(
         trigger_word="STAR", rank=8, lora_alpha=4, validation_prompt="a STAR | b", hub_token="hf_secret",
         wandb_api_key="key-secret", input_videos="/home/me/clips", caption_suffix="one\ntwo",
     )  # fmt: skip
-    card = model_card(made, data([section(), section("b.mp4")]), state([0.5] * 12))
+    card = model_card(*made, data([section(), section("b.mp4")]), state([0.5] * 12))
     assert "Put `STAR` into the prompt." in card
     assert (
         "Trained for 12 steps on 2 samples of at most 9 frames, 64x48 pixels, 8 fps. Rank 8, alpha 4." in card
@@ -277,10 +282,10 @@ def test_the_card_names_trigger_steps_and_settings_without_secrets():
     assert "Seed 7." in card
     assert "secret" not in card and "/home/me" not in card and "/secret" not in card
     table = card.partition("| setting | value |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
-    assert len(table) == len(made.config.public())
+    assert len(table) == len(made[0].public())
     assert all(re.fullmatch(r"\| \w+ \|.*\|", row) for row in table)
     assert "| validation_prompt | a STAR \\| b |" in table and "| caption_suffix | one two |" in table
-    assert "Put `" not in model_card(plan(), data([section()]), state())
+    assert "Put `" not in model_card(*config_and_plan(), data([section()]), state())
     assert 'prompt="a STAR | b"' in python_block(card)
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from training.watch import DivergedError, LossFile, LossWatch, write_losses
+from training.losses import DivergedError, LossWatch, loss_file, write_losses
 
 
 def feed(watch: LossWatch, losses, *, norm: float = 1.0, scaled: bool = False) -> int:
     """How many were seen before it stopped."""
     for count, loss in enumerate(losses):
         try:
-            watch.see(float(loss), norm=norm, scaled=scaled)
+            watch.add(float(loss), norm=norm, scaled=scaled)
         except DivergedError:
             return count
     return len(losses)
@@ -57,7 +57,7 @@ def test_the_message_says_what_happened_and_what_to_change():
     watch = LossWatch([0.5] * 20)
     with pytest.raises(DivergedError) as caught:
         for _ in range(40):
-            watch.see(30.0, norm=1.0, scaled=False)
+            watch.add(30.0, norm=1.0, scaled=False)
     message = str(caught.value)
     assert message.startswith(
         "the loss has exploded: about 30 over the last 20 steps up to 40, 0.5 at the beginning. "
@@ -71,16 +71,16 @@ def test_the_message_says_what_happened_and_what_to_change():
 def test_a_loss_that_is_no_number_stops_at_once_and_is_not_recorded(loss):
     watch = LossWatch([0.5, 0.4])
     with pytest.raises(DivergedError, match=rf"^the loss is {loss} at step 3\. Lower learning_rate"):
-        watch.see(loss, norm=1.0, scaled=False)
+        watch.add(loss, norm=1.0, scaled=False)
     assert watch.losses == [0.5, 0.4]
 
 
 def test_gradients_that_are_no_numbers_stop_at_once_unless_fp16_skips_the_step():
     for norm in (float("nan"), float("inf")):
         with pytest.raises(DivergedError, match=rf"^the gradients are {norm} at step 1\."):
-            LossWatch([]).see(0.5, norm=norm, scaled=False)
+            LossWatch([]).add(0.5, norm=norm, scaled=False)
     watch = LossWatch([])
-    watch.see(0.5, norm=float("inf"), scaled=True)
+    watch.add(0.5, norm=float("inf"), scaled=True)
     assert watch.losses == [0.5]
     assert feed(watch, [0.5] * 100, norm=float("inf"), scaled=True) == 48
     with_breaks = LossWatch([])
@@ -92,13 +92,13 @@ def test_gradients_that_are_no_numbers_stop_at_once_unless_fp16_skips_the_step()
 def test_the_recent_loss_is_the_mean_of_the_last_steps():
     watch = LossWatch([100.0] * 5 + [1.0, 3.0] * 10)
     assert watch.recent() == 2.0
-    watch.see(21.0, norm=1.0, scaled=False)
+    watch.add(21.0, norm=1.0, scaled=False)
     assert watch.recent() == 3.0
 
 
 def test_losses_of_the_state_grow_with_the_watch():
     losses: list[float] = []
-    LossWatch(losses).see(0.25, norm=1.0, scaled=False)
+    LossWatch(losses).add(0.25, norm=1.0, scaled=False)
     assert losses == [0.25]
 
 
@@ -111,29 +111,29 @@ def rows(path) -> list[str]:
 
 def test_the_file_grows_a_line_a_step_that_can_be_read_at_once(tmp_path):
     path = tmp_path / "loss.csv"
-    with LossFile(path, [], active=True) as file:
+    with loss_file(path, [], active=True) as add:
         assert rows(path) == ["step,loss"]
         for step, loss in enumerate([0.5, 0.1 + 0.2, 1e-9], start=1):
-            file.add(step, loss)
+            add(step, loss)
             assert len(rows(path)) == step + 1
     assert rows(path) == ["step,loss", "1,0.5", "2,0.30000000000000004", "3,1e-09"]
 
 
 def test_steps_after_the_checkpoint_are_cut_off_when_resuming(tmp_path):
     path = tmp_path / "loss.csv"
-    with LossFile(path, [], active=True) as file:
+    with loss_file(path, [], active=True) as add:
         for step in range(1, 8):
-            file.add(step, step / 10)
-    with LossFile(path, [0.1, 0.2, 0.3], active=True) as file:
+            add(step, step / 10)
+    with loss_file(path, [0.1, 0.2, 0.3], active=True) as add:
         assert rows(path)[1:] == ["1,0.1", "2,0.2", "3,0.3"]
-        file.add(4, 0.9)
+        add(4, 0.9)
     assert rows(path)[1:] == ["1,0.1", "2,0.2", "3,0.3", "4,0.9"]
     assert [each.name for each in tmp_path.iterdir()] == ["loss.csv"]
 
 
 def test_other_processes_write_nothing(tmp_path):
-    with LossFile(tmp_path / "loss.csv", [0.5], active=False) as file:
-        file.add(2, 0.4)
+    with loss_file(tmp_path / "loss.csv", [0.5], active=False) as add:
+        add(2, 0.4)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,5 +149,5 @@ def test_no_checkpoint_is_made_of_the_beginning_of_an_explosion():
     watch = LossWatch([0.5] * 30)
     assert watch.looks_sound()
     for loss, sound in ((30.0, True), (40.0, False), (50.0, False)):  # a single outlier is nobody's explosion
-        watch.see(loss, norm=1.0, scaled=False)
+        watch.add(loss, norm=1.0, scaled=False)
         assert watch.looks_sound() is sound
