@@ -140,6 +140,7 @@ def test_what_cannot_be_unpacked_is_refused_and_the_next_request_works(server, f
     assert list((folder / "cache" / "captions").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_server_loses_no_clip_and_does_none_twice(server, folder, environment, unbroken, tmp_path):
     inputs = {"input_videos": data_uri(folder / "clips.zip"), **SLOW}
     with Server("caption_dataset", local_sources=True, environment=environment, timeout=300) as doomed:

@@ -83,6 +83,7 @@ def test_a_converted_model_makes_videos_and_its_lora_changes_them(serve, folder,
     assert np.array_equal(frames(unstyled, tmp_path / "a.mp4"), frames(bare, tmp_path / "b.mp4"))
 
 
+@pytest.mark.slow
 def test_a_converted_image_to_video_model_moves_a_picture(serve, folder, tmp_path):
     server = serve("i2v", environment={"COGVIDEOX_MODEL": str(folder / "i2v")})
     made = []
@@ -93,6 +94,7 @@ def test_a_converted_image_to_video_model_moves_a_picture(serve, folder, tmp_pat
     assert not np.array_equal(made[0], made[1])
 
 
+@pytest.mark.slow
 def test_a_converted_model_of_the_second_generation_makes_its_usual_length_either_way_up(
     serve, folder, tmp_path
 ):

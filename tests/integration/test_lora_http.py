@@ -184,6 +184,7 @@ def test_a_cancelled_download_leaves_nothing_and_the_next_request_works(server, 
     assert post(server)["status"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_cog_weights_is_every_requests_lora_unless_another_is_named(server, serve, host, folder):
     environment = {"COG_WEIGHTS": str(folder / "trained.tar"), "COGVIDEOX_CACHE": str(server.cache)}
     with Server("t2v", environment=environment, on_log=lambda line: None, timeout=120) as trained:

@@ -112,6 +112,7 @@ def models(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_frames_of_one(models, tmp_path):
     cases = [
         (models["t2v"], CFG, {}, None),
@@ -129,6 +130,7 @@ def test_two_processes_compute_the_frames_of_one(models, tmp_path):
     check(in_processes(2, tmp_path, alone_shared_alone, cases), cases)
 
 
+@pytest.mark.slow
 def test_four_processes_compute_the_frames_of_one(models, tmp_path):
     cases = [
         (models["i2v"], BOTH, {}, None),
@@ -194,5 +196,6 @@ def stopped_at(group: ProcessGroup, folder: Path) -> int:
     return steps
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_the_same_step(tmp_path):
     assert in_processes(2, tmp_path, stopped_at, WEIGHTS / "tiny-t2v") == [3, 3]

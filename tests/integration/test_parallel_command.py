@@ -78,6 +78,7 @@ def test_one_clip_by_two_processes_is_the_clip_of_one(tmp_path, environment, alo
     assert os.listdir(tmp_path) == ["clip.mp4"]
 
 
+@pytest.mark.slow
 def test_a_list_has_the_bytes_of_one_process_though_one_of_two_was_killed(tmp_path, environment, alone):
     command = ("t2v", "--processes", "2", f"prompts={alone / 'list.txt'}", *QUICK, "clips")
     with started(tmp_path, environment, *command) as process:
@@ -170,6 +171,7 @@ def test_what_the_model_cannot_do_is_status_1_and_one_line(tmp_path, environment
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_of_a_clip(tmp_path, environment):
     command = ("t2v", "--processes", "2", PROMPT, "num_inference_steps=500", "clip.mp4")
     with started(tmp_path, environment, *command) as process:
@@ -186,6 +188,7 @@ def test_ctrl_c_ends_all_processes_of_a_clip(tmp_path, environment):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_a_clip_is_status_1_and_named(tmp_path, environment):
     command = ("t2v", "--processes", "2", PROMPT, "num_inference_steps=500", "clip.mp4")
     with started(tmp_path, environment, *command) as process:

@@ -111,6 +111,7 @@ def test_a_wrong_setting_ends_the_start():
         pass
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_server_that_is_killed():
     with Server("t2v", environment=TWO, timeout=300, on_log=lambda line: None) as server:
         family = psutil.Process(server.process.pid).children(recursive=True)

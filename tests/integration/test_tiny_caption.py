@@ -27,7 +27,8 @@ def clips(tmp_path_factory) -> list[tuple[Path, world.Attributes]]:
     return write_rendered_clips(tmp_path_factory.mktemp("clips"), 48, seed=21)
 
 
-@pytest.mark.parametrize("sampling", ["auto", pytest.param("uniform", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["auto", "uniform"])
 def test_clips_of_many_sizes_rates_and_lengths_are_named_right(captioner, clips, sampling):
     assert sum(world.is_held_out(asked) for _, asked in clips) >= 16
     summary = summarise([each.agreement for each in describe(captioner, clips, frame_sampling=sampling)])

@@ -143,6 +143,7 @@ def test_a_zip_at_an_address_trains_the_same_lora(server, host, clips):
     assert same_lora(sent, fetched)
 
 
+@pytest.mark.slow
 def test_a_text_to_video_server_trains_text_to_video(serve, clips, server):
     t2v = serve("t2v", mode="train", environment={"COGVIDEOX_CACHE": str(server.cache)})
     output = trained(t2v, input_videos=clips, validation_prompt="a star", validation_inference_steps=1)
@@ -319,6 +320,7 @@ def frames_of(video: bytes, folder: Path) -> np.ndarray:
 ASKED = {"prompt": caption(9), "num_inference_steps": 6, "guidance_scale": 3, "seed": QUICK["seed"]}
 
 
+@pytest.mark.slow
 def test_the_predictor_of_the_same_image_makes_the_trainers_validation_clip(serve, star, folder, tmp_path):
     with tarfile.open(folder / "trained_model.tar", "w") as tar:
         for name, content in star.items():

@@ -17,6 +17,8 @@ from tests.clips_factory import star_frames, write_clips, zip_of
 from tests.training_commands import begun, finished, losses, several, started
 from training import checkpoints
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["rank=4", "random_flip=0.5"]
 
 # Imported by every Python that starts: notes what a rank creates, renames and removes, by file name; gives
@@ -116,7 +118,6 @@ def test_two_processes_train_what_one_with_the_double_batch_does_and_one_of_them
     assert written[1] == []
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_from_the_output_of_one(folder, environment, alone):
     status, _, err = finished(
         folder, environment, "input_videos=clips", "output_dir=continued", *SETTINGS, "max_train_steps=6",
@@ -139,7 +140,6 @@ def test_what_only_another_process_meets_is_told_with_its_number(folder, environ
     assert told[0].startswith("process 1: COGVIDEOX_MODEL=cogvlm2-caption is a model for captioning; ")
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_the_run_soon(folder, environment):
     with started(
         folder, environment, "input_videos=clips", "output_dir=killed", *SETTINGS, "max_train_steps=5000",
