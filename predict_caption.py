@@ -8,7 +8,8 @@ from lib.predictors.start import start_caption
 
 
 class Runner(BaseRunner):
-    def setup(self) -> None:
+    # Cog passes weights only to a setup that has the parameter.
+    def setup(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.predictor = start_caption()
 
     def run(

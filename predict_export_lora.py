@@ -8,7 +8,8 @@ from lib.predictors.convert import ExportLoraPredictor
 
 
 class Runner(BaseRunner):
-    def setup(self) -> None:
+    # Cog passes weights only to a setup that has the parameter.
+    def setup(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.predictor = ExportLoraPredictor.start()
 
     def run(

@@ -1,6 +1,6 @@
 """Image to video: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
 
-from typing import Optional
+from typing import Optional, Union
 
 from cog import BaseRunner, Input, Path
 
@@ -8,7 +8,7 @@ from lib.predictors.start import start_video
 
 
 class Runner(BaseRunner):
-    def setup(self, weights: Optional[str] = None) -> None:
+    def setup(self, weights: Optional[Union[Path, str]] = None) -> None:
         self.predictor = start_video("i2v", weights)
 
     def run(
@@ -19,7 +19,7 @@ class Runner(BaseRunner):
         ),
         image: Path = Input(description="The first frame of the video, in any common image format and size."),
         image_fit: str = Input(
-            description="How the image is brought to the video's size. crop fills the frame and cuts what is over, pad keeps all of it with black bars, stretch ignores proportions.",
+            description="How the image is fitted to the video's size. crop fills the frame and cuts off the rest, pad keeps the whole image with black bars, stretch ignores proportions.",
             choices=["crop", "pad", "stretch"],
             default="crop",
         ),
@@ -44,7 +44,7 @@ class Runner(BaseRunner):
             default=None,
         ),
         width: Optional[int] = Input(
-            description="Width in pixels. Leave empty for the model's own; where the model takes several sizes, the one nearest to the image's proportions.",
+            description="Width in pixels. Leave empty for the model's own; where the model supports several sizes, the one closest to the image's proportions.",
             default=None,
         ),
         height: Optional[int] = Input(
@@ -70,7 +70,7 @@ class Runner(BaseRunner):
             default="default",
         ),
         speed: str = Input(
-            description="How much to compute. exact computes every step; balanced and fast forecast some of them from those before: about half and a third of the time, at a small loss.",
+            description="How much to compute. exact computes every step; balanced and fast forecast some from the steps before, in about half and a third of the time, with a small loss of quality.",
             choices=["exact", "balanced", "fast"],
             default="exact",
         ),
@@ -79,13 +79,13 @@ class Runner(BaseRunner):
             default="",
         ),
         lora_scale: float = Input(
-            description="Strength of the LoRA. 1 is as trained, 0 is without it, negative turns it round; beyond 2 most fall apart.",
+            description="Strength of the LoRA. 1 is as trained, 0 is without it, negative values invert it; beyond 2 most LoRAs spoil the video.",
             ge=-10,
             le=10,
             default=1,
         ),
         lora_alpha: Optional[float] = Input(
-            description="Alpha the LoRA was trained with, for files that do not store it; leave empty otherwise. Without it alpha is taken to equal the rank.",
+            description="Alpha the LoRA was trained with, for files that do not store it; leave empty otherwise. Without it alpha is assumed to equal the rank.",
             default=None,
         ),
         extra_lora: str = Input(
@@ -99,7 +99,7 @@ class Runner(BaseRunner):
             default=1,
         ),
         extra_lora_alpha: Optional[float] = Input(
-            description="Alpha of the second LoRA, as lora_alpha.",
+            description="Alpha of the second LoRA, like lora_alpha.",
             default=None,
         ),
         output_format: str = Input(

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 
-from lib.memory.model import GIB, OFFLOADS, released, usual_clip
+from lib.memory.model import GIB, OFFLOADS, Weights, released, usual_clip
 from lib.memory.table import CARDS, markdown, plan_on_card, rows
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _stages(name: str, card: float, weights: str) -> dict:
+def _stages(name: str, card: float, weights: Weights) -> dict:
     plan = plan_on_card(name, card, weights)
     if plan is None:
         return {"model": name, "card": card, "plan": None}

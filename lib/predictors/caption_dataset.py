@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cog
+
 from lib.caption.batch import caption_clips
 from lib.caption.dataset import captioned_dataset, check_left_out, summary
 from lib.caption.journal import Journal
@@ -33,7 +35,7 @@ class DatasetCaptionPredictor(CaptionService):
 
     __slots__ = ()
 
-    def __call__(self, metrics: MetricSink, *, input_videos: Path, **inputs: object) -> Path:
+    def __call__(self, metrics: MetricSink, *, input_videos: Path, **inputs: object) -> cog.Path:
         """Return the path of a zip of captioned clips, which stays until the next request or shutdown.
 
         `inputs` are those of lib.caption.request.DatasetRequest. Raises UserError.
@@ -51,7 +53,7 @@ class DatasetCaptionPredictor(CaptionService):
             )
         for name, value in (self.setup_metrics | result).items():
             metrics.record_metric(name, value)
-        return path
+        return cog.Path(path)
 
     def _caption_archive(
         self, archive: Path, folder: Path, request: DatasetRequest, stop: threading.Event

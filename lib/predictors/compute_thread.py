@@ -1,26 +1,26 @@
-"""The one thread in which all tensor work of a server runs.
+"""The thread in which all tensor work of a server runs.
 
-coglet runs setup in the main thread and each prediction in whichever thread of its pool is free. OpenMP
-keeps a set of workers for every thread that ever computed; from the second set on they stop spinning
-between parallel regions, and denoising a small model takes a fifth longer. It also makes cancelling simple:
-coglet's exception arrives in a thread that only waits.
+coglet runs setup in the main thread and each prediction in whichever thread of its pool is free, and cancels
+by raising an exception in that thread. Here it only waits, so the work itself is stopped at a defined point
+(see lib/cancellation.py). OpenMP also keeps a set of workers for every thread that has computed: with a
+second set, denoising a small model on a CPU takes a fifth longer.
 """
 
 import contextvars
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 Result = TypeVar("Result")
-POLL_SECONDS = 0.05  # an exception injected into a waiting thread is raised when its wait returns
+POLL_SECONDS = 0.05  # an exception raised from another thread arrives when the wait returns
 
 
 class ComputeThread:
-    """Runs functions one after the other in a thread of its own.
+    """Run functions one after the other in one thread.
 
-    The caller waits on bare locks and queues: an exception that is injected between two steps of an Event
-    or an executor can leave its inner lock held, and the next request would hang.
+    The caller waits on plain locks and queues: an exception raised from outside between two steps of an
+    Event or an executor can leave its inner lock held, and the next request would hang.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,13 @@ class ComputeThread:
         threading.Thread(target=self._serve, name="compute", daemon=True).start()
 
     def run(self, function: Callable[[], Result], *, stop: threading.Event | None = None) -> Result:
-        """The function's result, or its exception.
+        """Return the function's result, or raise its exception.
 
-        Whatever interrupts the waiting (a cancelled request, Ctrl-C) sets `stop`, waits until the function
-        has ended, and is raised again. What the function prints counts as printed here.
+        Whatever interrupts the caller (a cancelled request, Ctrl-C) sets `stop`, waits until the function has
+        ended, and is raised again. What the function prints belongs to the caller's request.
         """
-        context, outcome = contextvars.copy_context(), []
+        context = contextvars.copy_context()
+        outcome: list[tuple[Result | None, BaseException | None]] = []
         running = threading.Lock()
         running.acquire()
 
@@ -59,9 +60,9 @@ class ComputeThread:
         try:
             if error is not None:
                 raise error
-            return result
+            return cast("Result", result)
         finally:
-            del error  # with its traceback it would keep the failed work's tensors alive until a collection
+            del error  # its traceback would keep the failed work's tensors alive until a collection
 
     def _drain(self) -> None:
         """Wait until everything queued so far has ended, whether or not the last function got that far."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cog
+
 from lib.convert.request import LoraRequest, ModelRequest, facts, lora_request, model_request
 from lib.errors import UserError
 from lib.network import offline
@@ -16,7 +18,7 @@ from lib.network.download import sha256_of
 from lib.predictors import input_files
 from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.convert_files import Given, brought
-from lib.predictors.video import MetricSink
+from lib.predictors.model import MetricSink
 from lib.storage.packing import pack
 from lib.storage.scratch import Scratch
 
@@ -42,7 +44,7 @@ class Service:
         print(f"converts on the CPU, without a model; ready in {time.perf_counter() - started:.1f} s")
         return cls(compute=compute, scratch=Scratch())
 
-    def run(self, metrics: MetricSink, make: Callable[[Path, Say, threading.Event], Made]) -> Path:
+    def run(self, metrics: MetricSink, make: Callable[[Path, Say, threading.Event], Made]) -> cog.Path:
         """Convert in a folder of the request's own, and record what is to be known of it."""
         stop, started = threading.Event(), time.perf_counter()
         with self.scratch.request() as folder:
@@ -54,7 +56,7 @@ class Service:
             known |= {"bytes": path.stat().st_size, "seconds": round(time.perf_counter() - started, 3)}
         for name, value in known.items():
             metrics.record_metric(name, value)
-        return path
+        return cog.Path(path)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,7 +78,7 @@ class ConvertPredictor:
         vae: Path | None,
         vae_url: str,
         **inputs: Any,
-    ) -> Path:
+    ) -> cog.Path:
         """Convert; the tar's path, which stays until the next request or shutdown."""
         self.service.scratch.clear()
         model = Given(slot="transformer", upload=transformer, address=transformer_url)
@@ -97,7 +99,7 @@ class ExportLoraPredictor:
     def start(cls) -> "ExportLoraPredictor":
         return cls(service=Service.start())
 
-    def __call__(self, metrics: MetricSink, *, lora: Path | None, lora_url: str, **inputs: Any) -> Path:
+    def __call__(self, metrics: MetricSink, *, lora: Path | None, lora_url: str, **inputs: Any) -> cog.Path:
         """Convert; the file's path, which stays until the next request or shutdown."""
         self.service.scratch.clear()
         given = Given(slot="lora", upload=lora, address=lora_url)

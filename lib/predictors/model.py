@@ -15,7 +15,7 @@ from lib.weights import checkpoints
 class MetricSink(Protocol):
     """The part of Cog's BaseRunner that metrics go to."""
 
-    def record_metric(self, name: str, value: object) -> None: ...
+    def record_metric(self, name: str, value: object, /) -> None: ...
 
 
 class Metrics(dict[str, object]):

@@ -5,6 +5,7 @@ these functions, after the checks.
 """
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib import settings
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lib.predictors.video import VideoPredictor
 
 
-def start_video(task: Task, weights_url: str | None = None) -> "VideoPredictor":
+def start_video(task: Task, weights_url: Path | str | None = None) -> "VideoPredictor":
     """Load the video model that COGVIDEOX_MODEL names, as the other COGVIDEOX_* variables say.
 
     `weights_url`, or COG_WEIGHTS, is the LoRA of every request that names none, e.g. a training's output. It

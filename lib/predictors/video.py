@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import cog
+
 from lib import settings
 from lib.distributed.messages import ModelSetup
 from lib.distributed.worker_pool import WorkerPool, create_pool
@@ -102,7 +104,7 @@ class VideoPredictor:
 
     def __call__(
         self, metrics: MetricSink, *, output_format: str, image: Path | None = None, **inputs: Any
-    ) -> Path:
+    ) -> cog.Path:
         """Make one video and return its path, which stays until the next request or shutdown.
 
         `inputs` are those of build_request. Raises UserError for inputs that this model cannot take.
@@ -120,7 +122,7 @@ class VideoPredictor:
             result = self.compute.run(lambda: self._generate(request, path, stop), stop=stop)
         for name, value in result.items():
             metrics.record_metric(name, value)
-        return path
+        return cog.Path(path)
 
     def _generate(self, request: Request, path: Path, stop: threading.Event) -> dict[str, object]:
         """Write the video to `path`, frames as soon as they are decoded, and return its metrics."""
