@@ -17,7 +17,7 @@ from lib.errors import UserError
 from lib.progress import LogView
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
-from lib.serving.schema import training_inputs
+from lib.serving.schema import input_document
 from training.config import TrainingConfig, all_settings
 
 USAGE = "script/train input_videos=FOLDER_OR_ARCHIVE [output_dir=runs/lora] [setting=value ...]"
@@ -26,7 +26,7 @@ DEFAULT_RUN = "runs/lora"
 
 def main(arguments: list[str]) -> int:
     """Run the command. Returns 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
-    document = training_inputs(PROJECT / "training" / "train.py")
+    document = input_document(PROJECT / "training" / "train.py")
     status = help_status(arguments, usage=USAGE, about=__doc__ or "", document=document)
     if status is not None:
         return status

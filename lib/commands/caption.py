@@ -22,7 +22,7 @@ from lib.predictors.input_files import check_file
 from lib.progress import LogView, Report
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
-from lib.serving.schema import training_inputs
+from lib.serving.schema import input_document
 
 USAGE = "script/caption FOLDER_OR_ARCHIVE [output_dir=PATH] [setting=value ...]"
 SOURCE, OUTPUT_DIR = "input_videos", "output_dir"
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 def _settings() -> dict[str, Any]:
     """Return the schema of the predictor's inputs with those of this command: a folder, and output_dir."""
-    document = training_inputs(PROJECT / "predict_caption_dataset.py", name="Runner")
+    document = input_document(PROJECT / "predict_caption_dataset.py", name="Runner")
     properties = document["components"]["schemas"]["Input"]["properties"]
     properties[SOURCE] = {
         "type": "string",

@@ -20,7 +20,7 @@ from lib.errors import UserError
 from lib.progress import LogView
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
-from lib.serving.schema import training_inputs
+from lib.serving.schema import input_document
 
 if TYPE_CHECKING:
     from lib.predictors.convert_files import Given
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
 
 def settings_of(command: Command) -> dict[str, Any]:
     """The predictor's inputs as its command takes them: for each checkpoint one, a path or an address."""
-    document = training_inputs(PROJECT / command.predictor, name="Runner")
+    document = input_document(PROJECT / command.predictor, name="Runner")
     properties = document["components"]["schemas"]["Input"]["properties"]
     for name in command.sources:
         del properties[f"{name}_url"], properties[name]["format"]

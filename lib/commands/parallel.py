@@ -29,7 +29,7 @@ from lib.models.specs import VideoTask
 from lib.progress import LogView
 from lib.serving.inputs import input_properties
 from lib.serving.registry import find_predictor, local_environment
-from lib.serving.schema import training_inputs
+from lib.serving.schema import input_document
 
 USAGE = "script/parallel t2v|i2v [--processes N] [prompts=LIST] [input=value ...] OUTPUT"
 TASKS = get_args(VideoTask)
@@ -162,7 +162,7 @@ class _Lines:
 
 
 def _inputs(task: str) -> dict[str, Any]:
-    return training_inputs(find_predictor(task).predictor, name="Runner")
+    return input_document(find_predictor(task).predictor, name="Runner")
 
 
 def _parse(arguments: list[str]) -> CommandLine:

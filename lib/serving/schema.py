@@ -46,10 +46,10 @@ def openapi_schema(
     }
 
 
-def training_inputs(train: Path, *, name: str = "train") -> dict[str, Any]:
-    """Return a document whose Input is that of the function `name`, for the command line."""
+def input_document(file: Path, *, name: str = "train") -> dict[str, Any]:
+    """Return a document with only the inputs of class or function `name` in `file`, for the command line."""
     schemas: dict[str, Any] = {}
-    _add_endpoint(schemas, {}, "prediction", read_signature(train, name))
+    _add_endpoint(schemas, {}, "prediction", read_signature(file, name))
     return {"components": {"schemas": schemas}}
 
 

@@ -175,7 +175,7 @@ def test_an_interrupt_cancels_the_prediction(url):
     assert predict(url, {"text": "after"})["status"] == "succeeded"
 
 
-def test_a_prediction_that_somebody_else_cancels_says_so(url):
+def test_a_prediction_that_someone_else_cancels_raises_canceled(url):
     def cancel(log: str) -> None:
         if "writing 3/" in log:
             status, _ = request(url, "POST", f"/predictions/{identifiers[0]}/cancel")
@@ -248,7 +248,7 @@ def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_the_command_writes_beside_the_caller_and_says_how_to_repeat(url, tmp_path):
+def test_the_command_writes_to_the_working_directory_and_prints_how_to_repeat_it(url, tmp_path):
     first = run_cli("t2v", "--url", url, "-i", "text=two words", "-i", "seed=", cwd=tmp_path)
     assert (first.returncode, first.stdout) == (0, "output.txt\n"), first.stderr
     assert f"again: script/predict t2v -i 'text=two words' -i seed=7 --url {url}" in first.stderr

@@ -5,17 +5,17 @@ import pytest
 from lib.batch.rows import read_rows
 from lib.errors import UserError
 from lib.serving.registry import PROJECT
-from lib.serving.schema import training_inputs
+from lib.serving.schema import input_document
 
 
 @pytest.fixture(scope="module")
 def t2v():
-    return training_inputs(PROJECT / "predict_t2v.py", name="Runner")
+    return input_document(PROJECT / "predict_t2v.py", name="Runner")
 
 
 @pytest.fixture(scope="module")
 def i2v():
-    return training_inputs(PROJECT / "predict_i2v.py", name="Runner")
+    return input_document(PROJECT / "predict_i2v.py", name="Runner")
 
 
 def test_a_text_file_has_a_prompt_on_each_line(tmp_path, t2v):

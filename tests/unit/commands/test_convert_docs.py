@@ -9,13 +9,11 @@ from lib.commands.convert import COMMANDS, LOCALLY, _split, settings_of
 from lib.convert.configs import OPTIONS
 from lib.serving.inputs import input_properties, parse_inputs
 from lib.serving.registry import PROJECT
-from lib.serving.schema import training_inputs
+from lib.serving.schema import input_document
 
 PAGES = {name: (PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/convert.md")}
 PAGE = PAGES["docs/convert.md"]
-DOCUMENTS = {
-    name: training_inputs(PROJECT / each.predictor, name="Runner") for name, each in COMMANDS.items()
-}
+DOCUMENTS = {name: input_document(PROJECT / each.predictor, name="Runner") for name, each in COMMANDS.items()}
 SCRIPTS = {each.script: name for name, each in COMMANDS.items()}
 
 

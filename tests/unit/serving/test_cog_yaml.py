@@ -72,7 +72,7 @@ BUILD_KEYS = {
 
 
 def config_problems(document: Any) -> list[str]:
-    """What Cog would not know in one cog.yaml."""
+    """Return what Cog does not know in one cog.yaml."""
     if not isinstance(document, dict):
         return ["not a mapping"]
     build = document.get("build", {})
@@ -93,7 +93,7 @@ def config_problems(document: Any) -> list[str]:
 
 
 def differing_builds(documents: dict[str, Any]) -> list[str]:
-    """Names of files whose build: block is not that of the first."""
+    """Return the names of files whose build: block differs from the first."""
     first = next(iter(documents.values())).get("build")
     return [name for name, document in documents.items() if document.get("build") != first]
 
@@ -188,7 +188,7 @@ def test_images_get_a_released_model_but_local_servers_do_not(monkeypatch, tmp_p
     assert local_environment(read_config(file)) == {}
 
 
-def test_folders_are_named_absolutely_for_a_server_that_stands_elsewhere(monkeypatch, tmp_path):
+def test_relative_folders_become_absolute_for_the_server(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "mine").mkdir()
@@ -206,7 +206,7 @@ def test_folders_are_named_absolutely_for_a_server_that_stands_elsewhere(monkeyp
 
 
 @pytest.mark.parametrize("name", ["tiny-t2v", "cogvideox-5b", "cogvlm2-caption"])
-def test_a_folder_called_like_a_known_model_does_not_hide_it(monkeypatch, tmp_path, name):
+def test_a_folder_with_the_name_of_a_known_model_does_not_hide_it(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     assert absolute_folders({"COGVIDEOX_MODEL": name}) == {}

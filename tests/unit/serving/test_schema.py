@@ -112,7 +112,7 @@ def test_properties_have_cogs_shapes(sample):
     assert schemas["Output"] == {"title": "Output", "type": "string", "format": "uri"}
 
 
-def test_training_stands_beside_prediction_without_mixing_their_choices(sample):
+def test_a_training_and_a_prediction_have_their_own_choices(sample):
     document = openapi_schema(sample, train=sample)
     schemas = document["components"]["schemas"]
     assert schemas["TrainingInput"]["properties"]["fmt"] == {
@@ -136,7 +136,7 @@ def test_training_stands_beside_prediction_without_mixing_their_choices(sample):
 
 
 @pytest.mark.parametrize("name", predictors())
-def test_every_predictors_document_is_whole(name):
+def test_every_predictors_document_is_complete(name):
     config = predictors()[name]
     document = openapi_schema(config.predictor, train=config.train)
     assert document["openapi"] == "3.0.2"
@@ -173,7 +173,7 @@ def test_the_video_inputs_keep_their_names_types_bounds_and_defaults():
         assert shapes["prompt"]["default"]
 
 
-def test_the_file_appears_whole(sample, tmp_path):
+def test_the_file_is_written_in_one_step(sample, tmp_path):
     target = tmp_path / "new" / "schema.json"
     write_schema(target, openapi_schema(sample))
     assert json.loads(target.read_text()) == openapi_schema(sample)

@@ -5,7 +5,7 @@ import pytest
 from lib.errors import UserError
 from lib.serving.inputs import describe_inputs, input_properties, parse_inputs
 from lib.serving.registry import PROJECT
-from lib.serving.schema import training_inputs
+from lib.serving.schema import input_document
 from lib.serving.signature import read_signature
 from tests.training_factory import config
 from training import train as cog_entry
@@ -212,7 +212,7 @@ def test_digests_tell_contents_apart_and_not_the_order_of_keys():
 
 
 def test_the_command_lines_inputs_are_the_forms():
-    document = training_inputs(TRAIN)
+    document = input_document(TRAIN)
     assert list(input_properties(document)) == list(INPUTS)
     assert "required" not in document["components"]["schemas"]["Input"]
     help_text = describe_inputs(document)
@@ -226,7 +226,7 @@ def test_a_command_line_becomes_settings_with_files_as_paths():
         "validation_images=@one.png", "validation_images=two.png", "seed=", "video_reshape_mode=none",
         "wandb_api_key=key", "trigger_word=",
     ]  # fmt: skip
-    values = parse_inputs(pairs, training_inputs(TRAIN), send_files=False)
+    values = parse_inputs(pairs, input_document(TRAIN), send_files=False)
     assert values == {
         "input_videos": "clips", "rank": 8, "learning_rate": 1e-3, "scale_lr": True,
         "validation_prompt": "a=b:::c", "validation_images": ["one.png", "two.png"],
@@ -252,15 +252,15 @@ def test_a_command_line_becomes_settings_with_files_as_paths():
 )
 def test_a_wrong_command_line_is_refused_before_torch_is_loaded(pair, message):
     with pytest.raises(UserError, match=message):
-        parse_inputs([pair], training_inputs(TRAIN), send_files=False)
+        parse_inputs([pair], input_document(TRAIN), send_files=False)
 
 
 def test_files_of_a_request_are_still_sent(tmp_path):
     (tmp_path / "clips.zip").write_bytes(b"PK")
     pairs = [f"input_videos=@{tmp_path / 'clips.zip'}"]
-    sent = parse_inputs(pairs, training_inputs(TRAIN))["input_videos"]
+    sent = parse_inputs(pairs, input_document(TRAIN))["input_videos"]
     assert sent.startswith("data:application/") and sent.endswith("base64,UEs=")
-    kept = parse_inputs(pairs, training_inputs(TRAIN), send_files=False)["input_videos"]
+    kept = parse_inputs(pairs, input_document(TRAIN), send_files=False)["input_videos"]
     assert kept == str(tmp_path / "clips.zip")
 
 

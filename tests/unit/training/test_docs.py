@@ -9,14 +9,14 @@ import pytest
 
 from lib.serving.inputs import input_properties, parse_inputs
 from lib.serving.registry import PROJECT, find_predictor
-from lib.serving.schema import openapi_schema, training_inputs
+from lib.serving.schema import input_document, openapi_schema
 from training.config import TrainingConfig, all_settings
 from training.plan import validate
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("[a-z]*.md"))]
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
 TRAINING = TEXTS["training.md"]
-SETTINGS = training_inputs(PROJECT / "training" / "train.py")
+SETTINGS = input_document(PROJECT / "training" / "train.py")
 DEFAULTS = {each.name: each.default for _, each in all_settings()}
 COGVIDEO_ARGUMENTS = """
     pretrained_model_name_or_path revision variant cache_dir dataset_name dataset_config_name
