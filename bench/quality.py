@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import _levels
 from bench._arguments import at_least_one
 from lib.generation.step_cache import SPEEDS
-from lib.video.reader import write_video
+from lib.video.writer import write_video
 from tiny import evaluate_captions, world
 from tiny.evaluate import contact_sheet, evaluate, load_generator, summarise
 

@@ -192,7 +192,7 @@ def matmul_ceiling(device: str, dtype: object) -> float:
 
 def render_clips(folder: Path, count: int, frames: int) -> None:
     """Render clips of the synthetic world with captions."""
-    from lib.video.reader import write_video
+    from lib.video.writer import write_video
     from tiny import world
     from tiny.captions import canonical_caption
 

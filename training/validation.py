@@ -14,7 +14,7 @@ from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
 from lib.progress import Report
 from lib.video.images import read_image
-from lib.video.reader import write_video
+from lib.video.writer import write_video
 from training.base import load_scheduler, load_vae
 from training.config import ComputeConfig, ValidationConfig
 from training.devices import free_memory

@@ -1,6 +1,6 @@
-"""A video file's frames by number: which there are, when each is shown, and how to get to one with FFmpeg.
+"""The frames of a video file by number: counting them, their timestamps, and seeking, with FFmpeg.
 
-For lib/video/decode_worker.py alone: what happens here on a damaged file must not happen in a server.
+Only for lib/video/decode_worker.py: damaged files can crash or hang the process.
 """
 
 import contextlib
@@ -8,43 +8,49 @@ import itertools
 import os
 from array import array
 from collections.abc import Iterator
+from fractions import Fraction
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Discard, Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 MAX_FRAME_PIXELS = 8192 * 8192
-"""Above 8K in either orientation; a header that claims more is an attack or a mistake."""
+"""More than 8K in either orientation; a header with more is an attack or damage."""
 DECODING_THREADS = min(4, os.cpu_count() or 1)
 CONTAINERS = (
     "mov,mp4,matroska,webm,avi,asf,flv,mpeg,mpegts,ogg,gif,apng,ivf,nut,mxf,rm,wtv,dv,"
     "h264,hevc,av1,obu,m4v,mpegvideo,mjpeg,yuv4mpegpipe"
 )
-"""FFmpeg's readers of one file; none that opens others (playlists, image sequences) or devices."""
+"""FFmpeg's demuxers for single files; none that opens other files (playlists, image sequences) or devices."""
 SEEKABLE = {"mov", "matroska", "avi", "asf", "flv", "mpegts"}
-"""Where key frames can be believed; a gif's later frames are patches on what was there before."""
+"""Containers with reliable key frames; in a gif, frames depend on all earlier ones."""
 SEEK_GAP = 12
-"""From how many frames on, that need not be decoded, a seek is cheaper than decoding on."""
+"""Seek if it saves decoding more frames than this."""
 SEEK_BACK_SECONDS = (0, 2, 20)
-"""How much earlier to look when a seek ends behind the key frame that it was for."""
-
+"""How much earlier to seek when a seek ends after the key frame that it was for."""
 INTERLACED = {2, 3, 4, 5}
-"""FFmpeg's AVFieldOrder, but for unknown and progressive."""
+"""The values of FFmpeg's AVFieldOrder for interlaced video."""
 FRAMES_OF_FIELDS = 8
-"""How many frames are looked at to see whether packets are frames or fields."""
-NOTHING = object()
-"""Equal to no frame's time, which None may be."""
+"""How many frames show whether a packet is a frame or a field."""
+NO_PTS = object()
+"""Different from every frame's pts, which can be None."""
 
 
 class Undecodable(Exception):
-    """Why this file gives no frames, in words for its owner."""
+    """The file cannot be decoded; the message is shown to the user."""
 
 
 class Source:
-    """A file's frames by number, in display order: `times` and `duration` in seconds, `fps` (0: unknown).
+    """The frames of a file in display order, with `times` and `duration` in seconds and `fps` (0: unknown).
 
-    The packets say which frames there are and when each is shown, so nothing is decoded to count them, and
-    a frame that comes out of the decoder is known by its time. Where packets cannot say it (MPEG program
-    streams, raw streams, some AVI), everything is decoded once to count, and again from the start to read.
+    Frames are listed from the timestamps of the packets, without decoding, and decoded frames are identified
+    by their timestamps. Where packets have no usable timestamps (MPEG program streams, raw streams, some
+    AVI), the file is decoded once to count frames, and again from the start to read them.
     """
 
     def __init__(self, path: str) -> None:
@@ -55,64 +61,67 @@ class Source:
         if not (self._list_by_packets() and self._starts_as_listed()):
             self._list_by_decoding()
 
-    def frame(self, index: int) -> av.VideoFrame:
-        """Frame `index` as FFmpeg decodes it; no later call may ask for an earlier one."""
-        if index == self._number:
+    def frame(self, index: int) -> VideoFrame:
+        """Return frame `index` as decoded. Indices must not decrease. Raises Undecodable."""
+        if self._frame is not None and index == self._number:
             return self._frame
         sought = self._seek_towards(index)
         found = self._decode_until(index)
-        if sought and not found:  # what was marked as a key frame is none
+        if sought and not found:  # the packet was wrongly marked as a key frame
             self._seekable = False
             self._restart()
             found = self._decode_until(index)
-        if not found:
+        if not found or self._frame is None:
             count = len(self.times)
             raise Undecodable(f"frame {index} of {count} cannot be decoded: damaged or cut off")
         return self._frame
 
     def _restart(self) -> None:
         self._container, self._stream = _open(self._path)
+        self._time_base = self._stream.time_base or Fraction(1, 90_000)
         self._frames = self._decoded(self._packets())
-        self._number, self._frame, self._awaited_key = -1, None, None
+        self._number = -1
+        self._frame: VideoFrame | None = None
+        self._awaited_key: int | None = None
 
-    def _packets(self) -> Iterator:
-        with contextlib.suppress(av.error.FFmpegError):  # here the file is cut off or damaged
+    def _packets(self) -> Iterator[Packet]:
+        with contextlib.suppress(FFmpegError):  # the file is damaged or cut off here
             for packet in self._container.demux(self._stream):
-                # An empty packet means that the last frame stays; the decoder would take it for the end.
+                # An empty packet repeats the last frame; the decoder would take it for the end of the file.
                 if packet.size:
                     yield packet
 
-    def _decoded(self, packets: Iterator) -> Iterator:
+    def _decoded(self, packets: Iterator[Packet]) -> Iterator[VideoFrame]:
         decoder = self._stream.codec_context
         for packet in itertools.chain(packets, [None]):
             try:
                 frames = decoder.decode(packet)
-            except av.error.FFmpegError:  # its frame will be missed if it is wanted
+            except FFmpegError:  # reported if this frame is requested
                 continue
             yield from frames
 
     def _list_by_packets(self) -> bool:
-        """Take the frames' times from the packets; False where frames will not come out with these times."""
+        """List the frames from the packets; return False if decoded frames will have other timestamps."""
         containers, decoder = self._container.format.name.split(","), self._stream.codec_context
         if "mpeg" in containers or ("avi" in containers and decoder.has_b_frames):
             return False
-        pts, durations, cut_off = array("q"), array("q"), NOTHING
+        pts, durations, cut_off = array("q"), array("q"), NO_PTS
         key_pts, key_dts, clock = array("q"), array("q"), None
         for packet in self._packets():
             if packet.pts is None:
                 return False
             if packet.dts is not None:
-                if clock is not None and packet.dts < clock:  # recordings put one after another
+                if clock is not None and packet.dts < clock:  # concatenated recordings
                     return False
                 clock = packet.dts
             if packet.is_keyframe:
                 key_pts.append(packet.pts)
                 key_dts.append(packet.pts if packet.dts is None else packet.dts)
-            # What an edit list cuts away is decoded but not shown, nor are VP8's alternate references.
+            # Frames cut by an edit list and VP8's alternate references are decoded but not shown.
             if not packet.is_discard and not (decoder.name == "vp8" and not memoryview(packet)[0] & 0x10):
                 pts.append(packet.pts)
                 durations.append(packet.duration or 0)
-            cut_off = packet.pts if packet.is_corrupt else NOTHING
+            cut_off = packet.pts if packet.is_corrupt else NO_PTS
         self._cut_off = cut_off
         self._first_key = key_pts[0] if key_pts else None
         self._key_pts, self._key_dts = _sorted(key_pts, key_dts)
@@ -121,52 +130,60 @@ class Source:
         return bool((np.diff(self._pts) > 0).all())
 
     def _starts_as_listed(self) -> bool:
-        """Decode the first frame. Where the file begins midway, leave out what comes before that frame.
+        """Compare the first decoded frames with the list; return False if they disagree.
 
-        The frames shown before the first key frame need others that were cut away. In an interlaced stream
-        each field may have come as a packet, which the next few frames show.
+        If the file begins in the middle of a stream, the frames before the first decodable one are removed
+        from the list. In an interlaced stream packets can be fields, which takes a few frames to see.
         """
         self._restart()
         count = FRAMES_OF_FIELDS if self._stream.codec_context.field_order in INTERLACED else 1
         first = list(itertools.islice(self._frames, count))
         numbers = [self._number_of(frame) for frame in first]
         if not first:
-            return True  # to be reported as frame 0 that cannot be decoded
-        if None in numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            return True  # frame() then reports that frame 0 cannot be decoded
+        start = numbers[0]
+        if start is None or numbers != list(range(start, start + len(numbers))):
             return False
-        if numbers[0] and self._first_key is not None and first[0].pts <= self._first_key:
-            start = self.times[numbers[0]]
-            self._pts, self.times = self._pts[numbers[0] :], self.times[numbers[0] :] - start
-            self.duration -= float(start)
+        if (
+            start
+            and self._pts is not None
+            and self._first_key is not None
+            and self._pts[start] <= self._first_key
+        ):
+            offset = self.times[start]
+            self._pts, self.times = self._pts[start:], self.times[start:] - offset
+            self.duration -= float(offset)
         self._frames = itertools.chain(first, self._frames)
         return True
 
     def _list_by_decoding(self) -> None:
         self._restart()
-        self._pts, self._cut_off, self._seekable = None, NOTHING, False
+        self._pts, self._cut_off, self._seekable = None, NO_PTS, False
         pts, durations = [], []
         for frame in self._frames:
             pts.append(frame.pts)
             durations.append(frame.duration or 0)
         if None in pts or (np.diff(pts) <= 0).any():
             rate = self.fps or float(self._stream.guessed_rate or 25)
-            step = max(1, round(1 / (rate * self._stream.time_base)))
+            step = max(1, round(1 / (rate * float(self._time_base))))
             pts, durations = np.arange(len(pts)) * step, np.full(len(pts), step)
         self._set_times(np.array(pts, np.int64), np.array(durations, np.int64))
         self._restart()
 
     def _set_times(self, pts: np.ndarray, durations: np.ndarray) -> None:
-        """Seconds from the first frame, for increasing `pts`; a last one without duration gets the usual."""
+        """Set times and duration from increasing `pts`; a missing last duration becomes the median one."""
         if not len(pts):
             raise Undecodable("it has no frames")
-        seconds = float(self._stream.time_base)
-        self.times = (pts.astype(np.float64) - float(pts[0])) * seconds  # hostile times overflow integers
+        seconds = float(self._time_base)
+        self.times = (
+            pts.astype(np.float64) - float(pts[0])
+        ) * seconds  # hostile timestamps overflow integers
         last = float(durations[-1]) * seconds
         if last <= 0 and len(pts) > 1:
             last = float(np.median(np.diff(self.times)))
         self.duration = float(self.times[-1]) + max(0.0, last)
 
-    def _number_of(self, frame) -> int | None:
+    def _number_of(self, frame: VideoFrame) -> int | None:
         if self._pts is None:
             return self._number + 1
         if frame.pts is None:
@@ -189,8 +206,8 @@ class Source:
         return False
 
     def _seek_towards(self, index: int) -> bool:
-        """Go to the last key frame at or before `index`, if that saves decoding; whether we did."""
-        if not self._seekable:
+        """Seek to the last key frame at or before `index` if that saves decoding; return whether it did."""
+        if not self._seekable or self._pts is None:
             return False
         position = int(self._key_pts.searchsorted(self._pts[index], side="right")) - 1
         if position < 0:
@@ -200,10 +217,10 @@ class Source:
         if number - self._number <= SEEK_GAP:
             return False
         for seconds in SEEK_BACK_SECONDS:
-            target = dts - round(seconds / self._stream.time_base)
+            target = dts - round(seconds / self._time_base)
             try:
                 self._container.seek(target, stream=self._stream)
-            except (av.error.FFmpegError, OverflowError):
+            except (FFmpegError, OverflowError):
                 break
             packets = self._packets()
             for packet in packets:
@@ -223,9 +240,9 @@ def _sorted(pts: array, other: array) -> tuple[np.ndarray, np.ndarray]:
     return np.array(pts, np.int64)[order], np.array(other, np.int64)[order]
 
 
-def _open(path: str):
-    """The container at `path` and its best video stream, ready to decode."""
-    # max_pixels: neither the look into the streams nor the decoder takes memory for larger frames.
+def _open(path: str) -> tuple[InputContainer, VideoStream]:
+    """Return the container at `path` and its best video stream, ready to decode."""
+    # max_pixels keeps both probing and decoding from allocating larger frames.
     options = {
         "protocol_whitelist": "file",
         "format_whitelist": CONTAINERS,
@@ -233,14 +250,14 @@ def _open(path: str):
     }
     try:
         container = av.open(path, options=options, metadata_errors="replace")
-    except (av.error.FFmpegError, ValueError):
+    except (FFmpegError, ValueError):
         raise Undecodable("it is not a video, or it is damaged or cut off") from None
-    picture = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & picture]
+    cover = Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         raise Undecodable("it has no video stream, or it is cut off before its index")
     best = container.streams.best("video")
-    stream = best if best in streams else streams[0]
+    stream = next((stream for stream in streams if stream is best), streams[0])
     decoder = stream.codec_context
     if decoder is None:
         raise Undecodable("there is no decoder for its video stream")
@@ -251,5 +268,5 @@ def _open(path: str):
     decoder.thread_type, decoder.thread_count = "AUTO", DECODING_THREADS
     for other in container.streams:
         if other is not stream:
-            other.discard = av.stream.Discard.all
+            other.discard = Discard.all
     return container, stream

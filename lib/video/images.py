@@ -1,4 +1,4 @@
-"""Files to images: reading what people upload, and fitting it to a model's size."""
+"""Reading uploaded images, and fitting them to a model's size."""
 
 import struct
 from pathlib import Path
@@ -10,17 +10,17 @@ from PIL import Image, ImageOps
 from lib.errors import UserError
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Pillow's own threshold of suspicion, 256 MiB of RGB."""
+"""Pillow's threshold for decompression bombs, 256 MiB of RGB."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
-"""What Pillow decodes by itself: it would hand EPS to Ghostscript, which runs programs found in files."""
+"""Formats that Pillow decodes itself; EPS would go to Ghostscript, which runs programs in the file."""
 
 
 def read_image(path: str | Path, *, name: str | None = None) -> Image.Image:
-    """The image as 8-bit RGB, upright by its EXIF orientation, transparency over white as on a page.
+    """Read an image as 8-bit RGB, turned by its EXIF orientation, with transparency over white.
 
-    Of an animation the first frame; 16-bit and float images are scaled to 8 bits, not clipped.
-    `name` is what messages call it, by default the file's name. Raises UserError for anything that is no
-    image, is damaged, or has over MAX_IMAGE_PIXELS pixels.
+    Animations give their first frame; 16-bit and float images are scaled to 8 bits, not clipped. `name`, by
+    default the file's name, is used in messages. Raises UserError for a file that is not an image, is
+    damaged, or has more than MAX_IMAGE_PIXELS pixels.
     """
     name = name or Path(path).name
     try:
@@ -54,7 +54,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits, or of floats in 0..1 or 0..255, in 8 bits."""
+    """Convert a grey image of 16 or 32 bits, or floats in 0..1 or 0..255, to 8 bits."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
     if image.mode == "F":
         values *= 255 if values.max() <= 1 else 1
@@ -66,10 +66,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def fit_image(
     image: Image.Image, width: int, height: int, mode: Literal["crop", "pad", "stretch"]
 ) -> Image.Image:
-    """The image at exactly width x height pixels; pixel-identical if it has that size already.
+    """Scale an image to width x height; one of that size is returned unchanged.
 
-    crop: keep proportions, cover the frame, cut what is over equally on both sides. pad: keep proportions,
-    show everything, black bars. stretch: ignore proportions.
+    crop: keep the aspect ratio and center-crop. pad: keep the aspect ratio and add black bars. stretch:
+    ignore the aspect ratio.
     """
     if image.size == (width, height):
         return image.copy()

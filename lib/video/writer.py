@@ -1,7 +1,4 @@
-"""Frames to files: mp4, webm and gif, with what made them in the file's metadata. Same input, same bytes.
-
-Callers use it through lib/video/reader.py.
-"""
+"""Writing mp4, webm and gif with metadata. The same input gives the same bytes."""
 
 import io
 import itertools
@@ -15,24 +12,25 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image
 
 from lib.errors import UserError
 
 ENCODER_THREADS = 4
-"""Fixed, because x264's bytes depend on the number of threads, and the same seed is to give the same file
-on every machine."""
+"""Fixed, because x264's output depends on it, and the same seed must give the same file on every machine."""
 BT709 = 1
 """ITU-T H.273 code point of BT.709 as matrix, primaries and transfer."""
 LIMITED_RANGE, FULL_RANGE = 1, 2
 COLOUR_BINS = 1 << 18
-"""A gif's colours are counted and mapped at six bits per channel."""
+"""Colours of a gif are counted and mapped at six bits per channel."""
 VIDEO_FORMATS = {
-    # At these crf values the loss on small saturated shapes is that of 4:2:0 itself: lower ones gain 0.2 dB.
-    # chromaloc=1: chroma sits between the luma samples, as AREA scaling leaves it; untagged, good players
-    # would shift it by half a pixel (-2 dB). mbtree and B-frames are
-    # off because their lookahead reads memory that x264 never wrote when frames are as small as 48x64:
-    # one clip in five came out with other bytes.
+    # At these crf values small saturated shapes lose no more than 4:2:0 costs; lower ones gain 0.2 dB.
+    # chromaloc=1 tags chroma as centered between luma samples, where AREA scaling puts it; without the tag
+    # good players shift it by half a pixel (-2 dB). mbtree and B-frames are off because their lookahead reads
+    # uninitialized memory when frames are as small as 48x64: one clip in five had different bytes.
     "mp4": (
         "libx264",
         {
@@ -56,12 +54,12 @@ def write_video(
 ) -> Path:
     """Write frames, uint8 RGB [T, H, W, 3] or an iterable of [H, W, 3], and return the path.
 
-    mp4 is H.264 (width and height must be even), webm is VP9, both BT.709 at 4:2:0 and encoded as frames
-    arrive. gif has one palette of 256 colours for the whole clip, undithered because dithering speckles flat
-    colours, so its frames are kept until the last one came; delays alternate between whole centiseconds so
-    that the total is T/fps (players slow down frames shorter than 2 cs). The file appears under its name
-    only when whole; on failure nothing is left.
-    Raises UserError for a size or rate that the format cannot hold, ValueError for frames of a wrong kind.
+    mp4 is H.264 (width and height must be even), webm is VP9; both are BT.709 4:2:0 and encoded as frames
+    arrive. gif keeps all frames in memory, for one palette of 256 colours without dithering, which would
+    speckle flat colours; its delays alternate between whole centiseconds so that the total is T/fps (players
+    slow down frames shorter than 2 cs). The file is renamed to `path` once it is complete; a failed call
+    leaves none. Raises UserError for a size or rate that the format does not support, ValueError for invalid
+    frames.
     """
     path = Path(path)
     if not (math.isfinite(fps) and fps > 0):
@@ -83,22 +81,18 @@ def write_video(
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What write_video stored in the file; empty for a file that it did not write.
+    """Return the metadata of a file that write_video wrote, empty for other files.
 
-    It is one JSON object in the container's `comment`, which ffprobe and players show too. For files of
-    one's own: unlike decode, it reads the header in this process.
+    It is a JSON object in the container's `comment`, which ffprobe and players show too. For trusted files
+    only: the header is read in this process.
     """
     path = Path(path)
     with path.open("rb") as file:
         is_gif = file.read(4) == b"GIF8"
     if is_gif:
-        from PIL import Image
-
         with Image.open(path, formats=("GIF",)) as image:
             comment = image.info.get("comment", b"").decode("utf-8", "replace")
     else:
-        import av
-
         with av.open(str(path)) as container:
             tags = {key.lower(): value for key, value in container.metadata.items()}
         comment = tags.get("comment", "")
@@ -110,13 +104,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def _to_json(metadata: dict[str, str]) -> str:
-    """JSON with readable Unicode; a lone surrogate, which UTF-8 cannot hold, stays an escape."""
+    """Return JSON with readable Unicode; lone surrogates, which UTF-8 cannot encode, are escaped."""
     text = json.dumps(metadata, ensure_ascii=False)
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The frames, contiguous, each held to be uint8 [H, W, 3] of the first one's size; at least one."""
+    """Yield the frames as contiguous arrays. Raises ValueError unless all are uint8 [H, W, 3] of one size."""
     shape = None
     for index, frame in enumerate(frames):
         shape = shape or frame.shape
@@ -130,16 +124,13 @@ def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def _write_stream(
     frames: Iterator[np.ndarray], target: Path, rate: Fraction, stored: str, format: str
 ) -> None:
-    import av
-    from av.video.reformatter import Interpolation, VideoReformatter
-
     codec, codec_options, container_options = VIDEO_FORMATS[format]
     first = next(frames)
     height, width = first.shape[:2]
     if format == "mp4" and (width % 2 or height % 2):
         even = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
         raise UserError(f"an mp4's width and height must be even, not {width}x{height}: use {even} or webm")
-    # bitexact keeps random identifiers, dates and library versions out of the container.
+    # bitexact omits random identifiers, dates and library versions from the container.
     options = {"fflags": "+bitexact"} | container_options
     reformatter = VideoReformatter()
     with av.open(str(target), "w", format=format, options=options) as container:
@@ -165,12 +156,8 @@ def _write_stream(
 
 
 def _write_gif(frames: Iterator[np.ndarray], target: Path, rate: Fraction, stored: str) -> None:
-    import av
-
     if rate > 100:
-        raise UserError(
-            f"fps is {float(rate):g}: a gif counts in 1/100 s and holds at most 100 frames a second"
-        )
+        raise UserError(f"fps is {float(rate):g}: a gif's delays are in 1/100 s, so it has at most 100 fps")
     kept, counts, sums = [], np.zeros(COLOUR_BINS), np.zeros((3, COLOUR_BINS))
     for frame in frames:
         kept.append(frame)
@@ -196,7 +183,9 @@ def _write_gif(frames: Iterator[np.ndarray], target: Path, rate: Fraction, store
         stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
         for start, frame in zip(starts, kept, strict=False):
             indices = entry_of_bin[_colour_bins(frame)]
-            picture = av.VideoFrame.from_ndarray((indices, argb), format="pal8")
+            # PyAV's stubs lack the (indices, palette) form of pal8.
+            pal8 = (indices, argb)
+            picture = av.VideoFrame.from_ndarray(pal8, format="pal8")  # pyright: ignore[reportArgumentType]
             picture.pts, picture.time_base = start, Fraction(1, 100)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -204,19 +193,17 @@ def _write_gif(frames: Iterator[np.ndarray], target: Path, rate: Fraction, store
 
 
 def _colour_bins(frame: np.ndarray) -> np.ndarray:
-    """The upper six bits of each channel as one number, [H, W]."""
+    """Return the upper six bits of each channel as one number, [H, W]."""
     high = (frame >> 2).astype(np.int32)
     return high[..., 0] << 12 | high[..., 1] << 6 | high[..., 2]
 
 
 def _palette(colours: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """At most 256 colours, uint8 [N, 3], for the `colours` [M, 3] that occur `counts` [M] times.
+    """Return at most 256 colours, uint8 [N, 3], for the `colours` [M, 3] that occur `counts` [M] times.
 
-    Median cut, then k-means. Weights are roots of the counts, so that a small shape keeps its colours
-    before a large background.
+    Median cut, then k-means, weighted by the square roots of the counts so that small shapes keep their
+    colours in front of a large background.
     """
-    from PIL import Image
-
     if len(colours) <= 256:
         return np.rint(colours).astype(np.uint8)
     weights = np.sqrt(counts)
@@ -234,7 +221,7 @@ def _palette(colours: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _nearest(colours: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """For each colour [M, 3] the entry of the palette [N, 3] nearest to it, [M]."""
+    """Return the index of the nearest palette entry [N, 3] for each colour [M, 3]."""
     entries = palette.astype(np.float32)
     squares = (entries**2).sum(1)
     chunks = np.array_split(colours.astype(np.float32), len(colours) // 8192 + 1)  # bounds memory
@@ -242,7 +229,7 @@ def _nearest(colours: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def _with_gif_comment(gif: bytes, comment: bytes) -> bytes:
-    """The file with a comment extension (GIF89a, section 24) right after its global colour table."""
+    """Insert a comment extension (GIF89a, section 24) after the global colour table."""
     flags = gif[10]
     offset = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
     parts = [comment[start : start + 255] for start in range(0, len(comment), 255)]

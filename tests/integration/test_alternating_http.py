@@ -15,9 +15,9 @@ from lib.generation.request import build_request
 from lib.models.specs import SPECS
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
-from lib.video.reader import decode
 from lib.video.writer import write_video
 from tests.lora_factory import WEIGHTS, save_lora
+from tests.video_decoding import decode
 from tiny.evaluate import DEFAULTS
 
 STEPS = 14

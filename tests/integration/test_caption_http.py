@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lib.serving.client import health, request, wait_until_idle
-from lib.video.reader import write_video
+from lib.video.writer import write_video
 from tiny import world
 from tiny.evaluate_captions import agreement
 

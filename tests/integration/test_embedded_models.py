@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lib.caption.captioner import load_captioner
-from lib.video.reader import write_video
+from lib.video.writer import write_video
 from tiny import evaluate_captions
 from tiny.captions import canonical_caption
 from tiny.evaluate import Result, evaluate, load_generator, summarise

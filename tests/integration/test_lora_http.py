@@ -16,11 +16,11 @@ from lib.generation.request import build_request
 from lib.models.specs import SPECS
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server, ServerError
-from lib.video.reader import decode, read_metadata
-from lib.video.writer import write_video
+from lib.video.writer import read_metadata, write_video
 from tests.http_host import Host, Served, hub_of
 from tests.integration.conftest import start_slowly, wait_for
 from tests.lora_factory import WEIGHTS, save_lora
+from tests.video_decoding import decode
 from tiny.evaluate import DEFAULTS
 
 QUICK = {"prompt": "a red circle moves right", "num_inference_steps": 2, "seed": 5}

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from lib.serving.registry import PROJECT
-from lib.video.reader import decode
 from tests.integration.conftest import wait_for
+from tests.video_decoding import decode
 
 COMMAND = (sys.executable, "-P", "-m", "lib.commands.parallel")
 QUICK = ("num_inference_steps=2", "seed=5")

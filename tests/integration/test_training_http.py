@@ -22,12 +22,12 @@ from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
 from lib.storage.scratch import PREFIX
 from lib.video.images import read_image
-from lib.video.reader import decode
 from lib.video.writer import write_video
 from tests.clips_factory import caption, data_uri, losses_in, star_frames, write_clips, zip_of, zip_with
 from tests.http_host import Host, Served
 from tests.integration.conftest import wait_for
 from tests.lora_factory import WEIGHTS
+from tests.video_decoding import decode
 from tests.webhook_host import WebhookHost
 from tiny.evaluate import DEFAULTS
 

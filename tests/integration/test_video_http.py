@@ -19,8 +19,9 @@ from PIL import Image
 from lib.serving.client import health, request, wait_until_idle
 from lib.serving.server import Server
 from lib.storage.scratch import PREFIX
-from lib.video.reader import decode, read_metadata
+from lib.video.writer import read_metadata
 from tests.http_host import Host, Served
+from tests.video_decoding import decode
 from tests.webhook_host import WebhookHost
 from tiny import world
 

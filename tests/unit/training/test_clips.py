@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.video.reader import write_video
+from lib.video.writer import write_video
 from tests.unit.video.test_reader import rotate_in_metadata, write_sound
 from training.clips import Sample, Sampling, clip_samples, sections
 

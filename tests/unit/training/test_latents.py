@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lib.cancellation import Stopped
 from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
-from lib.video.reader import write_video
+from lib.video.writer import write_video
 from tests.training_factory import sampling, transformer, vae
 from tiny.networks import build_text_encoder
 from tiny.tokenizer import build_tokenizer

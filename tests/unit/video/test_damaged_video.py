@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.video import frame_source, reader
+from lib.video import frame_source
 from lib.video.frame_source import Source, Undecodable
 from tests.numbered_clips import read_number, write_numbered
+from tests.video_decoding import decode, probe
 
 FUZZED = {
     "h264.mp4": {"options": {"x264-params": "bframes=3:b-adapt=0"}},
@@ -32,8 +33,8 @@ def test_a_missing_frame_is_named(tmp_path):
     data[packets[7].pos : packets[7].pos + packets[7].size] = bytes(packets[7].size)
     path.write_bytes(data)
     with pytest.raises(UserError, match="frame 7 of 12 cannot be decoded: damaged or cut off"):
-        reader.decode(path)
-    clip = reader.decode(path, indices=[0, 6, 8, 11])
+        decode(path)
+    clip = decode(path, indices=[0, 6, 8, 11])
     assert [read_number(frame) for frame in clip.frames] == [0, 6, 8, 11]
 
 
@@ -42,9 +43,9 @@ def test_frames_that_change_size_midway_are_refused(tmp_path):
         write_numbered(tmp_path / f"{width}.264", width=width, count=8, format="h264") for width in (64, 80)
     ]
     (tmp_path / "clip.264").write_bytes(b"".join(part.read_bytes() for part in parts))
-    for size in ({}, {"width": 32, "height": 32}):
+    for size in (None, (32, 32)):
         with pytest.raises(UserError, match="its frames change size midway"):
-            reader.decode(tmp_path / "clip.264", **size)
+            decode(tmp_path / "clip.264", size=size)
 
 
 def test_frames_that_are_too_large_are_refused_before_they_are_made(tmp_path, monkeypatch):
@@ -53,7 +54,7 @@ def test_frames_that_are_too_large_are_refused_before_they_are_made(tmp_path, mo
     struct.pack_into("<2H", data, 6, 60000, 50000)
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"clip\.gif cannot be decoded: frame 0 of 2 cannot be decoded"):
-        reader.probe(path)
+        probe(path)
     monkeypatch.setattr(frame_source, "MAX_FRAME_PIXELS", 64 * 48 - 1)
     with pytest.raises(Undecodable, match="its frames of 64x48 are larger than 3,071 pixels"):
         Source(str(write_numbered(tmp_path / "clip.mkv", count=2)))
@@ -93,7 +94,7 @@ def test_flipped_bits_give_frames_of_the_right_shape_or_a_clear_error(tmp_path, 
             data[place] ^= 1 << int(random.integers(8))
         (tmp_path / name).write_bytes(data)
         try:
-            frames = reader.decode(tmp_path / name, timeout=20).frames
+            frames = decode(tmp_path / name, timeout=20).frames
         except UserError:
             continue
         assert frames.ndim == 4 and frames.shape[3] == 3 and len(frames)
@@ -104,7 +105,7 @@ def test_a_file_cut_off_gives_its_first_frames_or_a_clear_error(tmp_path, name):
     path = write_numbered(tmp_path / name, **FUZZED[name])
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     try:
-        clip = reader.decode(path)
+        clip = decode(path)
     except UserError as error:
         assert "damaged" in str(error) or "cut off" in str(error)
     else:

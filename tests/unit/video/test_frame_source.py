@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.video import frame_source, reader
+from lib.video import frame_source
 from lib.video.frame_source import Source
+from lib.video.reader import VideoInfo, open_video
+from lib.video.writer import write_video
 from tests.numbered_clips import numbered_frame, read_number, write_numbered
+from tests.video_decoding import decode, probe
 
 B_FRAMES = {"x264-params": "bframes=3:b-adapt=0"}
 NO_B_FRAMES = {"x264-params": "bframes=0"}
@@ -87,12 +90,12 @@ def test_any_increasing_indices_give_exactly_these_frames(tmp_path, name):
 
 def test_frames_with_gaps_come_right_through_the_pipe(tmp_path):
     frames = np.stack([numbered_frame(number) for number in range(20)])
-    path = reader.write_video(frames, tmp_path / "clip.mp4", fps=30, format="mp4", metadata={})
+    path = write_video(frames, tmp_path / "clip.mp4", fps=30, format="mp4", metadata={})
     wanted = [0, 3, 7, 11, 15]
-    clip = reader.decode(path, indices=wanted)
+    clip = decode(path, indices=wanted)
     assert [read_number(frame) for frame in clip.frames] == wanted
     assert clip.timestamps == pytest.approx(np.array(wanted) / 30)
-    assert reader.probe(path) == reader.VideoInfo(20, 30.0, 64, 48, pytest.approx(20 / 30))
+    assert probe(path) == VideoInfo(20, 30.0, 64, 48, pytest.approx(20 / 30))
 
 
 def test_far_frames_are_sought_and_near_ones_decoded_on_to(tmp_path, monkeypatch):
@@ -219,23 +222,23 @@ def write_streams(path: Path, *streams: dict) -> Path:
 def test_cover_art_is_not_the_video(tmp_path):
     cover = {"codec": "mjpeg", "size": (640, 480), "count": 1, "disposition": "attached_pic"}
     path = write_streams(tmp_path / "clip.mp4", cover, {"size": (64, 48), "count": 12})
-    assert reader.probe(path) == reader.VideoInfo(12, pytest.approx(10), 64, 48, pytest.approx(1.2))
+    assert probe(path) == VideoInfo(12, pytest.approx(10), 64, 48, pytest.approx(1.2))
     with pytest.raises(UserError, match="it has no video stream"):
-        reader.probe(write_streams(tmp_path / "song.mp4", cover))
+        probe(write_streams(tmp_path / "song.mp4", cover))
 
 
 def test_of_several_video_streams_the_default_one_is_taken(tmp_path):
     small = {"size": (64, 48), "count": 12}
     large = {"size": (320, 240), "count": 12, "disposition": "default"}
     path = write_streams(tmp_path / "clip.mkv", small, large)
-    clip = reader.decode(path, indices=[3, 7])
+    clip = decode(path, indices=[3, 7])
     assert clip.frames.shape == (2, 240, 320, 3)
     assert [read_number(frame) for frame in clip.frames] == [3, 7]
 
 
 def peak_of_worker(path: Path, indices: list[int]) -> int:
     """Kilobytes that the decoding process had at most before the last three frames, which keep it alive."""
-    with reader.open_video(path) as opened:
+    with open_video(path) as opened:
         for index, _ in zip(indices, opened.read(indices), strict=True):
             if index == indices[-4]:
                 status = Path(f"/proc/{opened._process.pid}/status").read_text()

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from lib.errors import UserError
-from lib.video import reader
+from lib.video.writer import read_metadata, write_video
+from tests.video_decoding import decode, probe
 
 FORMATS = ["mp4", "webm", "gif"]
 COLOURS = [(225, 30, 30), (25, 175, 55), (40, 70, 235), (245, 220, 35), (170, 40, 190)]
@@ -60,10 +61,10 @@ def gif_delays(path) -> list[int]:
 @pytest.mark.parametrize("format", FORMATS)
 def test_saturated_colours_come_back_in_every_decoder(tmp_path, format):
     colours = COLOURS + GREYS
-    path = reader.write_video(
+    path = write_video(
         np.stack([flat(c) for c in colours]), tmp_path / "clip", fps=8, format=format, metadata={}
     )
-    for frames in (reader.decode(path).frames, frames_by_pyav(path)):
+    for frames in (decode(path).frames, frames_by_pyav(path)):
         error = np.abs(frames.astype(float) - np.array(colours)[:, None, None])
         assert len(frames) == len(colours) and error.max() <= 4
 
@@ -73,9 +74,9 @@ def test_a_detailed_clip_comes_back_well(tmp_path, format, least):
     y, x = np.mgrid[0:48, 0:64]
     waves = [[np.sin(x / 12 + t), np.sin(y / 10 - t), np.sin((x + y) / 16 + t)] for t in np.arange(9) / 4]
     clip = np.rint(128 + 90 * np.moveaxis(waves, 1, -1)).astype(np.uint8)
-    path = reader.write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
+    path = write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
     # dB; a gif has 256 colours for all of these hues.
-    assert psnr(reader.decode(path).frames, clip) >= least
+    assert psnr(decode(path).frames, clip) >= least
     assert format == "gif" or psnr(frames_by_pyav(path, sharp=True), clip) >= 40
 
 
@@ -83,10 +84,10 @@ def test_a_detailed_clip_comes_back_well(tmp_path, format, least):
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_small_saturated_shape_loses_no_more_than_its_chroma_edge(tmp_path, format, colour):
     clip = moving_disc(8, colour)
-    path = reader.write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
+    path = write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
     # Uncompressed 4:2:0 gives 36.5 dB here with chroma interpolated, 32.7 with it repeated, as in decode.
     assert psnr(frames_by_pyav(path, sharp=True), clip) >= 35.5
-    assert psnr(reader.decode(path).frames, clip) >= 32
+    assert psnr(decode(path).frames, clip) >= 32
 
 
 @pytest.mark.parametrize("format", ["mp4", "webm"])
@@ -94,8 +95,8 @@ def test_a_small_saturated_shape_loses_no_more_than_its_chroma_edge(tmp_path, fo
     ("fps", "exact"), [(8, "8"), (24, "24"), (30, "30"), (7.5, "15/2"), (24000 / 1001, "24000/1001")]
 )
 def test_rate_and_order_are_exact(tmp_path, format, fps, exact):
-    path = reader.write_video(ramp(25), tmp_path / "clip", fps=fps, format=format, metadata={})
-    clip = reader.decode(path)
+    path = write_video(ramp(25), tmp_path / "clip", fps=fps, format=format, metadata={})
+    clip = decode(path)
     assert np.abs(clip.frames.mean((1, 2, 3)) - (10 + 8 * np.arange(25))).max() < 2
     assert clip.fps == pytest.approx(fps, abs=1e-6)
     assert clip.timestamps == pytest.approx(np.arange(25) / fps, abs=1e-3)
@@ -106,7 +107,7 @@ def test_rate_and_order_are_exact(tmp_path, format, fps, exact):
 
 @pytest.mark.parametrize("fps", [1, 7.5, 8, 12, 16, 24, 30, 60])
 def test_gif_delays_add_up_to_the_clips_duration(tmp_path, fps):
-    path = reader.write_video(ramp(25), tmp_path / "clip.gif", fps=fps, format="gif", metadata={})
+    path = write_video(ramp(25), tmp_path / "clip.gif", fps=fps, format="gif", metadata={})
     delays = gif_delays(path)
     assert len(delays) == 25
     assert abs(sum(delays) - 100 * 25 / fps) <= 1
@@ -119,23 +120,23 @@ def test_gif_delays_add_up_to_the_clips_duration(tmp_path, fps):
 @pytest.mark.parametrize("levels", [[77], [77, 77, 77, 90, 90, 77]])
 def test_single_and_repeated_frames_are_all_kept(tmp_path, format, levels):
     clip = np.stack([flat(level) for level in levels])
-    path = reader.write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
-    decoded = reader.decode(path)
+    path = write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
+    decoded = decode(path)
     assert [round(frame.mean()) for frame in decoded.frames] == pytest.approx(levels, abs=1)
-    assert reader.probe(path).duration == pytest.approx(len(levels) / 8, abs=0.011)
+    assert probe(path).duration == pytest.approx(len(levels) / 8, abs=0.011)
     if format == "gif":
         assert len(gif_delays(path)) == len(levels)
 
 
 def test_a_gif_of_few_colours_is_exact_and_one_of_many_has_no_speckle(tmp_path):
     clip = np.stack([flat(colour) for colour in COLOURS])
-    path = reader.write_video(clip, tmp_path / "few.gif", fps=8, format="gif", metadata={})
-    assert (reader.decode(path).frames == clip).all()
+    path = write_video(clip, tmp_path / "few.gif", fps=8, format="gif", metadata={})
+    assert (decode(path).frames == clip).all()
 
     clip = np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3)).astype(np.uint8)
     clip[:, 10:40, 10:40] = COLOURS[0]
-    path = reader.write_video(clip, tmp_path / "many.gif", fps=8, format="gif", metadata={})
-    patch = reader.decode(path).frames[:, 10:40, 10:40]
+    path = write_video(clip, tmp_path / "many.gif", fps=8, format="gif", metadata={})
+    patch = decode(path).frames[:, 10:40, 10:40]
     assert len(np.unique(patch.reshape(-1, 3), axis=0)) == 1
     assert np.abs(patch[0, 0, 0].astype(int) - COLOURS[0]).max() <= 8
 
@@ -148,16 +149,14 @@ def test_metadata_survives_whatever_the_prompt_holds(tmp_path, format):
         "seed": "18446744073709551615",
         "empty": "",
     }
-    path = reader.write_video(ramp(2), tmp_path / "clip", fps=8, format=format, metadata=metadata)
-    assert reader.read_metadata(path) == metadata
-    assert reader.probe(path).frames == 2
+    path = write_video(ramp(2), tmp_path / "clip", fps=8, format=format, metadata=metadata)
+    assert read_metadata(path) == metadata
+    assert probe(path).frames == 2
 
 
 def test_ffprobes_way_of_reading_finds_the_prompt(tmp_path):
     for format in ("mp4", "webm"):
-        path = reader.write_video(
-            ramp(2), tmp_path / "clip", fps=8, format=format, metadata={"prompt": "ein Bär"}
-        )
+        path = write_video(ramp(2), tmp_path / "clip", fps=8, format=format, metadata={"prompt": "ein Bär"})
         with av.open(str(path)) as container:
             tags = {key.lower(): value for key, value in container.metadata.items()}
         assert tags["comment"] == '{"prompt": "ein Bär"}'
@@ -170,9 +169,9 @@ def test_files_of_others_have_no_metadata(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(flat(9), format="rgb24")))
         container.mux(stream.encode(None))
-    assert reader.read_metadata(tmp_path / "other.mp4") == {}
+    assert read_metadata(tmp_path / "other.mp4") == {}
     Image.new("RGB", (8, 8)).save(tmp_path / "other.gif")
-    assert reader.read_metadata(tmp_path / "other.gif") == {}
+    assert read_metadata(tmp_path / "other.gif") == {}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -181,13 +180,13 @@ def test_same_frames_and_metadata_give_the_same_bytes(tmp_path, format):
     clip = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     paths = [tmp_path / name for name in ("one", "two", "three")]
     for path, frames in zip(paths, (clip, iter(clip), list(clip[:, ::-1])), strict=True):
-        reader.write_video(frames, path, fps=8, format=format, metadata={"seed": "1"})
+        write_video(frames, path, fps=8, format=format, metadata={"seed": "1"})
     one, two, three = (path.read_bytes() for path in paths)
     assert one == two != three
 
 
 def test_mp4_can_start_playing_before_it_is_whole(tmp_path):
-    data = reader.write_video(ramp(3), tmp_path / "clip.mp4", fps=8, format="mp4", metadata={}).read_bytes()
+    data = write_video(ramp(3), tmp_path / "clip.mp4", fps=8, format="mp4", metadata={}).read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
 
 
@@ -200,9 +199,9 @@ def test_encodes_frames_as_they_arrive(tmp_path, format):
             sizes.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
             yield np.random.default_rng(len(sizes)).integers(0, 256, (144, 176, 3)).astype(np.uint8)
 
-    path = reader.write_video(slow_frames(), tmp_path / "clip", fps=8, format=format, metadata={})
+    path = write_video(slow_frames(), tmp_path / "clip", fps=8, format=format, metadata={})
     assert sizes[-1] > 100_000  # much was on disk before the last frame was made
-    assert [entry.name for entry in tmp_path.iterdir()] == ["clip"] and reader.probe(path).frames == 80
+    assert [entry.name for entry in tmp_path.iterdir()] == ["clip"] and probe(path).frames == 80
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -214,24 +213,24 @@ def test_a_failure_midway_leaves_nothing_and_the_old_file_alone(tmp_path, format
 
     (tmp_path / "clip").write_text("earlier result")
     with pytest.raises(type(failure)):
-        reader.write_video(frames(), tmp_path / "clip", fps=8, format=format, metadata={})
+        write_video(frames(), tmp_path / "clip", fps=8, format=format, metadata={})
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["earlier result"]
 
 
 def test_odd_sizes_are_refused_in_mp4_and_kept_elsewhere(tmp_path):
     clip = np.stack([np.full((47, 63, 3), 100 + index, np.uint8) for index in range(3)])
     with pytest.raises(UserError, match="must be even, not 63x47: use 62x46 or webm"):
-        reader.write_video(clip, tmp_path / "clip", fps=8, format="mp4", metadata={})
+        write_video(clip, tmp_path / "clip", fps=8, format="mp4", metadata={})
     assert not list(tmp_path.iterdir())
     for format in ("webm", "gif"):
-        path = reader.write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
-        assert reader.decode(path).frames.shape == clip.shape
+        path = write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
+        assert decode(path).frames.shape == clip.shape
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_refuses_frames_and_rates_of_the_wrong_kind(tmp_path, format):
     def write(frames, fps=8):
-        reader.write_video(frames, tmp_path / "clip", fps=fps, format=format, metadata={})
+        write_video(frames, tmp_path / "clip", fps=fps, format=format, metadata={})
 
     with pytest.raises(ValueError, match="no frames"):
         write([])
