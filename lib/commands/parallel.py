@@ -78,16 +78,12 @@ def main(arguments: list[str]) -> int:
 
 def _make_list(command: CommandLine, view: LogView) -> int:
     stop = stop_on_signals("stopping")
-    gpus = _count_gpus()
-    processes = command.processes or gpus or 1
-    if gpus and processes > gpus:
-        available = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
-        raise UserError(f"--processes {processes} needs {processes} GPUs; this machine has {available}.")
+    gpus = _available_gpus(command.processes)
     failed = make_list(
         command.task,
         command.rows,
         command.output,
-        processes=processes,
+        processes=command.processes or gpus or 1,
         gpus=gpus,
         stop=stop,
         report=view.line,
@@ -100,6 +96,7 @@ def _make_clip(command: CommandLine, view: LogView) -> int:
     stop_on_signals("")
     _interrupt_once()
     _set_processes(command.processes)
+    _available_gpus(command.processes)
     # Here because they load torch, which reads OMP_NUM_THREADS when it is imported.
     from lib.distributed.worker_pool import LostProcessError
     from lib.predictors.start import start_video
@@ -211,6 +208,15 @@ def _count(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) <= MAX_PROCESSES:
         raise UserError(f"--processes {text} is out of range: 1 to {MAX_PROCESSES}.")
     return int(text)
+
+
+def _available_gpus(processes: int | None) -> int:
+    """Return the number of GPUs, 0 on a CPU. Raises UserError if --processes needs more."""
+    gpus = _count_gpus()
+    if gpus and processes is not None and processes > gpus:
+        available = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UserError(f"--processes {processes} needs {processes} GPUs; this machine has {available}.")
+    return gpus
 
 
 def _count_gpus() -> int:
