@@ -1,4 +1,4 @@
-"""Thirty requests of every kind in turn: no one's speed, LoRA or cancellation reaches the next."""
+"""Thirty requests of every kind in turn: speed, LoRA or cancellation of one do not affect the next."""
 
 import base64
 import json
@@ -24,7 +24,11 @@ STEPS = 14
 EXACT = {
     "plain": {},
     "without guidance": {"guidance_scale": 1},
-    "longer, guided otherwise": {"num_frames": 17, "guidance_scale": 3.5, "negative_prompt": "a blue square"},
+    "longer, guided otherwise": {
+        "num_frames": 17,
+        "guidance_scale": 3.5,
+        "negative_prompt": "a blue square",
+    },
     "another sampler": {"scheduler": "dpm", "use_dynamic_cfg": True},
     "with a LoRA": {"lora_scale": 0.7},
 }
@@ -49,7 +53,7 @@ def lora(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(lora, tmp_path_factory) -> dict[str, np.ndarray]:
-    """The frames of each exact request as a viewer sees them, from plain diffusers."""
+    """Return the frames of each exact request, encoded and decoded, from plain diffusers."""
     folder, spec, videos = tmp_path_factory.mktemp("plain"), SPECS["tiny-t2v"], {}
     for name, settings in EXACT.items():
         pipeline = CogVideoXPipeline.from_pretrained(WEIGHTS / "tiny-t2v")
@@ -80,7 +84,7 @@ def cancelled(server: Server, settings: dict, lora: Path, name: str) -> None:
     thread = threading.Thread(
         target=lambda: replies.append(post(server, slow, lora, f"/predictions/{name}", "PUT"))
     )
-    wait_until_idle(server.url)  # else its BUSY could be the request before
+    wait_until_idle(server.url)  # otherwise BUSY could be from the request before
     thread.start()
     while health(server.url).get("status") != "BUSY":
         assert thread.is_alive(), replies
@@ -90,14 +94,14 @@ def cancelled(server: Server, settings: dict, lora: Path, name: str) -> None:
     assert replies[0]["status"] == "canceled"
 
 
-def test_every_exact_request_is_plain_diffusers_whatever_came_before_it(serve, lora, expected, tmp_path):
+def test_every_exact_request_equals_plain_diffusers_after_any_other_request(serve, lora, expected, tmp_path):
     server = serve("t2v")
     names, computed = list(EXACT), {}
     for turn in range(10):
         between = BETWEEN[turn % len(BETWEEN)]
-        hastened = post(server, between, lora)
-        assert hastened["status"] == "succeeded", hastened
-        computed[between["speed"]] = hastened["metrics"]["computed_steps"]
+        faster = post(server, between, lora)
+        assert faster["status"] == "succeeded", faster
+        computed[between["speed"]] = faster["metrics"]["computed_steps"]
         if turn % 2:
             cancelled(server, between, lora, f"turn{turn}")
         else:

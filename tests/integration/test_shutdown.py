@@ -1,4 +1,4 @@
-"""However a local server is stopped, it stops soon and leaves no process and no file."""
+"""A local server that is stopped in any way ends soon and leaves no process and no file."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ STOPS = {
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 @pytest.mark.parametrize("way", STOPS)
 def test_a_stopped_server_removes_its_results_itself(tmp_path, way, busy):
-    # Not the temporary directory that Server would give it: that one goes whatever is in it.
+    # Not the temporary directory that Server would give it, which it always removes.
     kept = tmp_path / "tmp"
     kept.mkdir()
     config = sample_config(tmp_path, KEEPER)

@@ -55,7 +55,7 @@ def server(serve, name):
 
 @pytest.fixture
 def inputs(name, picture) -> dict:
-    """The least a quick request needs."""
+    """Return the inputs of a quick request."""
     return (
         QUICK
         | {"prompt": "a red circle moves right"}
@@ -72,9 +72,9 @@ def webhooks() -> Iterator[WebhookHost]:
 def post(
     server, inputs: dict, path: str = "/predictions", method: str = "POST", *, busy: bool = False, **fields
 ) -> tuple[int, dict]:
-    """One request. coglet frees its slot a moment after it replies: waits for that unless told it is busy.
+    """Send one request. coglet frees its slot shortly after it replies: wait for that unless it is busy.
 
-    `fields` stand beside the input in the request's body.
+    `fields` are sent next to the input in the request's body.
     """
     if not busy:
         wait_until_idle(server.url)
@@ -92,7 +92,7 @@ def send_with_headers(server, inputs: dict, headers: dict[str, str]) -> tuple[in
 
 
 def saved(reply: dict, folder: Path) -> Path:
-    """The reply's data URI as a file."""
+    """Write the reply's data URI to a file and return its path."""
     head, content = reply["output"].split(",", 1)
     path = folder / f"result.{head.split('/')[1].split(';')[0]}"
     path.write_bytes(base64.b64decode(content))
@@ -170,10 +170,10 @@ def test_what_the_model_cannot_do_fails_with_the_nearest_valid_value_and_the_nex
     assert post(server, inputs)[1]["status"] == "succeeded"
 
 
-def test_an_image_that_is_none_fails_clearly_and_the_next_request_works(serve, picture):
+def test_a_file_that_is_not_an_image_is_reported_and_the_next_request_works(serve, picture):
     server = serve("i2v")
     wait_until_idle(server.url)
-    text = "data:image/png;base64," + base64.b64encode(b"this is no picture").decode()
+    text = "data:image/png;base64," + base64.b64encode(b"this is not a picture").decode()
     _, reply = post(server, QUICK | {"prompt": "x", "image": text})
     assert reply["status"] == "failed" and "image" in reply["error"]
     assert post(server, QUICK | {"prompt": "x", "image": data_uri(picture)})[1]["status"] == "succeeded"
@@ -250,12 +250,12 @@ def test_the_file_says_how_to_repeat_it(server, inputs, name, tmp_path):
     assert (metadata["seed"], metadata["num_inference_steps"]) == ("5", "2")
 
 
-def test_a_level_of_speed_is_for_its_request_alone_and_is_told(server, inputs, tmp_path):
+def test_speed_applies_to_one_request_and_is_reported(server, inputs, tmp_path):
     exact = post(server, inputs | {"num_inference_steps": 13})[1]
     fast = post(server, inputs | {"num_inference_steps": 13, "speed": "fast"})[1]
     again = post(server, inputs | {"num_inference_steps": 13})[1]
-    told = [(r["metrics"]["speed"], r["metrics"]["computed_steps"]) for r in (exact, fast, again)]
-    assert told == [("exact", 13), ("fast", 12), ("exact", 13)]
+    reported = [(r["metrics"]["speed"], r["metrics"]["computed_steps"]) for r in (exact, fast, again)]
+    assert reported == [("exact", 13), ("fast", 12), ("exact", 13)]
     assert read_metadata(saved(fast, tmp_path))["speed"] == "fast"
     assert exact["output"] == again["output"] != fast["output"]
 
@@ -281,13 +281,13 @@ def test_every_image_fit_reaches_the_model_and_makes_another_video(serve):
 
 
 def result_folders(temporary: Path) -> list[Path]:
-    """Requests' directories under a server's temporary one."""
+    """Return the directories of requests in a server's temporary one."""
     return [f for root in temporary.glob(f"{PREFIX}*") for f in root.iterdir()]
 
 
 @pytest.mark.parametrize("name", ["t2v", pytest.param("i2v", marks=pytest.mark.slow)], indirect=True)
 def test_mixed_requests_leave_at_most_the_last_result_and_shutdown_leaves_nothing(name, inputs, tmp_path):
-    # Not the temporary directory that Server would give it: that one goes whatever is in it.
+    # Not the temporary directory that Server would give it, which it always removes.
     environment = {"TMPDIR": str(tmp_path)}
     with Server(name, on_log=lambda line: None, timeout=300, environment=environment) as server:
         for turn in range(20):
@@ -308,9 +308,9 @@ def test_mixed_requests_leave_at_most_the_last_result_and_shutdown_leaves_nothin
 
 
 def test_webhooks_carry_the_log_of_a_success(server, inputs, webhooks):
-    reply = post(server, inputs, "/predictions/told", "PUT", webhook=webhooks.url)[1]
+    reply = post(server, inputs, "/predictions/hooked", "PUT", webhook=webhooks.url)[1]
     assert reply["status"] == "succeeded"
-    event = webhooks.wait_for("told", "succeeded")
+    event = webhooks.wait_for("hooked", "succeeded")
     assert "progress: denoising 2/2" in event["logs"]
     assert event["logs"] == reply["logs"]
     assert event["output"] == reply["output"]
@@ -372,7 +372,7 @@ def test_server_files_and_private_addresses_are_refused_unless_local_sources_are
     assert post(closed, inputs | {"image": data_uri(picture)})[1]["status"] == "succeeded"
 
 
-def test_whole_numbers_written_as_floats_are_whole_numbers(server, inputs):
+def test_integers_may_be_written_as_floats(server, inputs):
     plain = post(server, inputs)[1]["output"]
     assert (
         post(server, inputs | {"num_inference_steps": 2.0, "seed": 5.0, "num_frames": 9.0})[1]["output"]
