@@ -1,7 +1,6 @@
-"""Fills .venv for script/setup, with the standard library of any Python 3.11 or later.
+"""Fill .venv for script/setup, with only the standard library of Python 3.11 or later.
 
-One at a time (a lock), and whole or not at all: a stamp file is written last, and without it the next run
-starts over.
+A lock admits one process at a time. A stamp file is written last; without it the next run starts from scratch.
 """
 
 import fcntl
@@ -16,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = {"base": ["requirements.txt"], "dev": ["requirements.txt", "requirements-dev.txt"]}
 EXTRAS = VENV / "extras"
-"""Where only tests look: diffusers would import bitsandbytes at every start if it saw it."""
+"""Only tests look here: diffusers would import an installed bitsandbytes at every start."""
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def main(kind: str, pins: dict[str, str]) -> int:
-    """Installs the requirements of `kind` unless another process has done so meanwhile; the exit status.
+    """Install the requirements of `kind`, unless another process just has, and return the exit status.
 
-    `pins` holds the checksum of the requirement files of each kind, which is what a stamp contains.
+    `pins` maps each kind to the checksum of its requirement files, which is what its stamp contains.
     """
     VENV.mkdir(exist_ok=True)
     with (VENV / ".lock").open("w") as lock:
@@ -55,7 +54,7 @@ def main(kind: str, pins: dict[str, str]) -> int:
 
 
 def make_environment() -> None:
-    """An empty environment; what an interrupted run left is removed, the lock stays."""
+    """Create an empty environment. Removes the remains of an interrupted run, except for the lock."""
     for entry in VENV.iterdir():
         if entry.name != ".lock":
             subprocess.run(["rm", "-rf", str(entry)], check=True)
@@ -63,7 +62,7 @@ def make_environment() -> None:
 
 
 def install(files: list[str], *options: str | Path) -> int:
-    """Runs pip; its last lines are shown when it fails."""
+    """Run pip and return its exit status. Prints its last lines if it fails."""
     command = [str(VENV / "bin/python"), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "-c", "constraints.txt", *map(str, options)]
     for file in files:
@@ -89,7 +88,7 @@ def install(files: list[str], *options: str | Path) -> int:
 
 
 def show_progress(line: str) -> None:
-    """What pip is doing, on one line that is rewritten; only on a terminal."""
+    """Show what pip is doing on one line that is overwritten, if this is a terminal."""
     if sys.stderr.isatty() and (not line or line.startswith(("Collecting", "Downloading", "Installing"))):
         sys.stderr.write(f"\r\x1b[K{line[:100]}")
         sys.stderr.flush()
@@ -103,5 +102,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1], {"base": sys.argv[2], "dev": sys.argv[3]}))
     except KeyboardInterrupt:
-        say("interrupted; the next run starts over")
+        say("interrupted; the next run starts from scratch")
         sys.exit(130)
