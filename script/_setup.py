@@ -1,6 +1,6 @@
 """Fill .venv for script/setup, with only the standard library of Python 3.11 or later.
 
-A lock admits one process at a time. A stamp file is written last; without it the next run starts from scratch.
+A lock admits one process at a time. A stamp file is written last; without it the next run starts over.
 """
 
 import fcntl
