@@ -9,6 +9,7 @@ from typing import Any
 
 from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.input_files import check_file
+from lib.progress import print_line
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 from lib.storage.packing import pack
@@ -44,7 +45,7 @@ class CogTrainer:
 
         def work(folder: Path) -> Path:
             try:
-                return pack(train(config, run, stop=stop, report=print_now), folder / "trained_model.tar")
+                return pack(train(config, run, stop=stop, report=print_line), folder / "trained_model.tar")
             except BaseException:
                 _report_checkpoint(run)
                 raise
@@ -61,11 +62,6 @@ class CogTrainer:
         return path
 
 
-def print_now(line: str) -> None:
-    """Print a line to the training's log."""
-    print(line, flush=True)
-
-
 def _new_run(resume_from: str) -> Path:
     """Make a folder for a training's checkpoints.
 
@@ -78,7 +74,7 @@ def _new_run(resume_from: str) -> Path:
         folders = (path.absolute() for path in trainings.iterdir() if path.is_dir())
         earlier = sorted(path for path in folders if not needed.is_relative_to(path))
         for path in earlier[: -KEPT_RUNS + 1]:
-            with lock(path, print_now, wait=False) as unused:
+            with lock(path, print_line, wait=False) as unused:
                 if unused:  # not by a training of another server
                     shutil.rmtree(path, ignore_errors=True)
         run = trainings / f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(3)}"
@@ -91,4 +87,6 @@ def _new_run(resume_from: str) -> Path:
 def _report_checkpoint(run: Path) -> None:
     newest = checkpoints.latest(run)
     if newest is not None:
-        print_now(f"The newest checkpoint is {newest}; on this machine resume_from={newest} goes on from it.")
+        print_line(
+            f"The newest checkpoint is {newest}; resume_from={newest} continues from it on this machine."
+        )

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from lib.cancellation import check_stop
 from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
-from lib.progress import Report
+from lib.progress import Report, progress_line
 from lib.settings import current
 from lib.storage.disk import disk_error
 from training.adapter import save_tensors
@@ -187,7 +187,7 @@ def encode_prompts(
             report(f"a caption has {length} tokens, the base reads the first {tokens}: {text[:60]!r} ...")
         embeddings = encoder(ids.to(device))[0][0]
         cache.write(encodings.prompt_path(text), {"embeddings": embeddings})
-        report(f"progress: encoding captions {done + 1}/{len(missing)}")
+        report(progress_line("encoding captions", done + 1, len(missing)))
 
 
 @torch.inference_mode()

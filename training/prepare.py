@@ -16,7 +16,7 @@ from lib.datasets.clips import Clip, LeftOut, find_clips, full_caption
 from lib.datasets.source import fetch_hub_dataset, open_data
 from lib.errors import UserError
 from lib.pipelines.load import silence_libraries
-from lib.progress import Report
+from lib.progress import Report, progress_line
 from lib.weights.cache import cache_folder
 from training.base import load_text_encoder, load_vae, scaling_factor
 from training.config import DataConfig, TrainingConfig
@@ -108,7 +108,7 @@ def encode_data(
             images=plan.is_i2v, stop=stop,
         )  # fmt: skip
         outcomes.append(outcome)
-        report(f"progress: encoding clips {done}/{len(share)}")
+        report(progress_line("encoding clips", done, len(share)))
     outcomes = gather_in_order(outcomes, accelerator)
     sections = [section for outcome in outcomes if isinstance(outcome, list) for section in outcome]
     unusable = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]

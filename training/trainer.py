@@ -9,7 +9,6 @@ result/. A run whose folder has checkpoints resumes from the newest.
 import contextlib
 import math
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import nn
 from lib.cancellation import Stopped
 from lib.generation.request import Request
 from lib.network import offline
-from lib.progress import Report
+from lib.progress import Report, progress_line, silent, throttled
 from training import checkpoints, objective
 from training.adapter import add_adapter, check_targets, load_adapter, save_adapter
 from training.autocaption import as_lines, write_captions
@@ -67,7 +66,7 @@ def train(
     stop = stop or threading.Event()
     accelerator = start_accelerator(config, run)
     if not accelerator.is_main_process:
-        report = _silent
+        report = silent
     name, device = base_name(), accelerator.device.type
     validate(config, name, device)
     with (
@@ -208,7 +207,7 @@ class Trainer:
 
     def run_to_end(self, stop: threading.Event) -> None:
         """Run the remaining steps. Saves a checkpoint and raises Stopped if `stop` is set in any process."""
-        config, reported = self.config, 0.0
+        config, report = self.config, throttled(self.report, REPORT_SECONDS)
         numbers = range(self.state.step * self.micro_batches, self.steps * self.micro_batches)
         with (
             loss_file(self.run / "loss.csv", self.state.losses, active=self.is_main) as write_loss,
@@ -222,9 +221,7 @@ class Trainer:
                 write_loss(step, loss)
                 self.accelerator.log({"loss": loss, "learning_rate": rate, "gradient_norm": norm}, step)
                 last = step == self.steps
-                if last or time.monotonic() - reported >= REPORT_SECONDS:
-                    reported = time.monotonic()
-                    self.report(f"progress: training {step}/{self.steps}, loss {self.watch.recent():.4f}")
+                report(progress_line("training", step, self.steps, f"loss {self.watch.recent():.4f}"))
                 due = step % config.checkpoints.checkpointing_steps == 0 and self.watch.looks_sound()
                 if last or stopping or due:
                     self.save_checkpoint()
@@ -348,7 +345,3 @@ class Trainer:
             data=digest([sections, asdict(self.plan.sampling), asdict(self.chances)]),
             global_batch=self.global_batch,
         )
-
-
-def _silent(line: str) -> None:
-    """Report nothing: one process of several reports for all."""

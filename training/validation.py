@@ -12,7 +12,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideo
 
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
-from lib.progress import Report
+from lib.progress import Report, progress_line, silent
 from lib.video.images import read_image
 from lib.video.writer import write_video
 from training.base import load_scheduler, load_vae
@@ -72,13 +72,13 @@ def make_clips(
         scheduler=load_scheduler(plan.folder),
     )
     pipeline.set_progress_bar_config(disable=True)
-    generator = Generator(spec=plan.spec, pipeline=pipeline, report=lambda line: None)
+    generator = Generator(spec=plan.spec, pipeline=pipeline, report=silent)
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     try:
         with as_served(transformer, plan.dtype):
             for number, request in enumerate(requests, start=1):
-                report(f"progress: validation clips {number}/{len(requests)}")
+                report(progress_line("validation clips", number, len(requests)))
                 positive, negative = (
                     encodings.prompt(text)[None].to(plan.device, plan.dtype) for text in (request.prompt, "")
                 )

@@ -24,7 +24,7 @@ from lib.distributed.child_process import ChildProcess, Exited, gpu_environment
 from lib.distributed.layout import VARIABLE
 from lib.errors import UserError
 from lib.models.specs import DEFAULT_MODELS, VideoTask
-from lib.progress import Report
+from lib.progress import Report, progress_line
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 
@@ -117,7 +117,7 @@ class Batch:
                         yield finished
                         done += 1
                         row, result = finished
-                        self.report(f"progress: making {done}/{len(rows)}")
+                        self.report(progress_line("making", done, len(rows)))
                         if result.error:
                             self.report(f"row {row.number}: {result.error}")
         finally:

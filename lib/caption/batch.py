@@ -17,7 +17,7 @@ from lib.caption.journal import Journal, Row, fingerprint
 from lib.caption.request import CaptionSettings
 from lib.datasets.clips import Clip
 from lib.errors import UserError
-from lib.progress import Report
+from lib.progress import Report, progress_line
 
 READERS = max(1, min(4, (os.cpu_count() or 2) - 1))
 """Clips that are decoded at the same time, each in a process of its own."""
@@ -150,4 +150,4 @@ class _Progress:
         left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
         notes = [f"{int(left) // 60}:{int(left) % 60:02d} left"]
         notes += [f"{self.failed} failed"] if self.failed else []
-        self.report(f"progress: captioning {self.done}/{self.total}, {', '.join(notes)}")
+        self.report(progress_line("captioning", self.done, self.total, ", ".join(notes)))

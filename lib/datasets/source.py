@@ -10,7 +10,7 @@ from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch, sha256_of
 from lib.network.transport import Rules
-from lib.progress import Report
+from lib.progress import Report, silent
 from lib.storage.archive import archive_kind, extract_archive
 from lib.storage.disk import disk_error, require_free_space, size_text
 from lib.storage.lock import lock
@@ -42,7 +42,7 @@ def open_data(
     if max_bytes is not None:
         limit = min(limit, max_bytes)
     target = Path(work) / f"data-{sha256_of(source, stop=stop)[:16]}" / source.name
-    with lock(target, _silent, stop=stop):  # the processes of one run open the same data
+    with lock(target, silent, stop=stop):  # the processes of one run open the same data
         return target if target.exists() else extract_archive(source, target, max_bytes=limit, stop=stop)
 
 
@@ -99,14 +99,10 @@ def _fetch_files(
             size=file.size,
             sha256=file.sha256,
             headers=headers,
-            report=_silent,
+            report=silent,  # hundreds of small files would flood the log
             rules=Rules(stop=stop),
         )
     os.replace(partial, final)
-
-
-def _silent(line: str) -> None:
-    """Report nothing: hundreds of small files would flood the log."""
 
 
 def _is_wanted(path: PurePosixPath) -> bool:

@@ -16,7 +16,7 @@ from lib.memory.request import clip_of, lora_bytes
 from lib.models.specs import ModelSpec
 from lib.pipelines.load import build_scheduler
 from lib.pipelines.offload import rest_text_encoder
-from lib.progress import Report
+from lib.progress import Report, progress_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,7 +159,7 @@ class Generator:
 
         def on_step(pipeline, step: int, timestep: int, tensors: dict) -> dict:
             check()
-            self.report(f"progress: denoising {step + 1}/{request.num_inference_steps}")
+            self.report(progress_line("denoising", step + 1, request.num_inference_steps))
             return tensors
 
         image = {} if request.image is None else {"image": request.image}

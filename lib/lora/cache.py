@@ -25,7 +25,7 @@ from lib.network.download import sha256_of
 from lib.network.http import FetchError, Source, read, save
 from lib.network.transport import Rules
 from lib.network.urls import operator_rules, request_rules
-from lib.progress import Report
+from lib.progress import Report, silent
 from lib.settings import current
 from lib.storage.archive import extract_tar
 from lib.storage.disk import NoSpaceError, disk_error, size_text
@@ -254,7 +254,7 @@ def _make_room(entry: Path, needed: int) -> None:
         _remove(left)
     for left in folder.glob("*.partial"):
         if left.name != f"{entry.name}.partial":
-            with lock(left.with_suffix(""), lambda line: None, wait=False) as unowned:
+            with lock(left.with_suffix(""), silent, wait=False) as unowned:
                 if unowned:  # left by a killed process
                     _remove(left)
     used = {path: _bytes_of(path) for path in folder.iterdir() if _is_complete(path)}

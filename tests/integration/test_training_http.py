@@ -104,7 +104,7 @@ def trainings(server: Server) -> list[Path]:
 
 def checkpoint_in(logs: str) -> Path:
     """The one that the log of a run that did not finish names."""
-    return Path(re.search(r"resume_from=(\S+) goes on from it", logs)[1])
+    return Path(re.search(r"resume_from=(\S+) continues from it", logs)[1])
 
 
 # The whole trip
