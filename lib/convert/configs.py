@@ -1,22 +1,20 @@
 """The configuration files of a converted model, as diffusers writes them for the released ones.
 
-What the tensors do not say (the size of the clips, the VAE's scaling, the schedule of the noise) is the
-family's, and can be given.
+What no tensor says (the size of the clips, the VAE's scaling, the noise schedule) comes from the family's
+ModelSpec and can be overridden.
 """
 
-import json
+import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lib.convert.detect import TransformerSizes, VaeSizes
 from lib.errors import UserError
-from lib.models.specs import SPECS, ModelSpec
+from lib.models.specs import RELEASED_VAE, SPECS, ModelSpec
 
-VAE_RATIO = 8
-"""Pixels to a latent, along each side."""
-SECOND_SAMPLE = 300
-"""Latents to a side in the released configurations of 1.5, whatever the clip: a nominal size."""
+VAE_RATIO = 2 ** (len(cast("tuple[int, ...]", RELEASED_VAE["block_out_channels"])) - 1)
+"""Pixels per latent, along each side."""
+TEMPORAL_RATIO = RELEASED_VAE["temporal_compression_ratio"]
 TRANSFORMER_OPTIONS = (
     "sample_height",
     "sample_width",
@@ -28,35 +26,46 @@ TRANSFORMER_OPTIONS = (
 VAE_OPTIONS = ("norm_num_groups", "scaling_factor", "invert_scale_latents")
 SCHEDULER_OPTIONS = ("snr_shift_scale",)
 OPTIONS = (*TRANSFORMER_OPTIONS, *VAE_OPTIONS, *SCHEDULER_OPTIONS)
-"""What may be given, because no tensor says it."""
+"""Configuration values that can be overridden, because no tensor says them."""
 Options = Mapping[str, float | int | bool]
-
+DTYPES = ("float16", "bfloat16", "float32")
 
 FAMILIES = {name: spec for name, spec in SPECS.items() if spec.scaling_factor is not None}
-"""The released models: what all checkpoints of one share and none of its tensors says, by its name."""
+"""The released models that weights are converted to, by name."""
 
 
 def family_named(name: str) -> ModelSpec:
-    """A family by its name. Raises UserError with the names there are."""
+    """Return a family by its name. Raises UserError listing the families."""
     if name not in FAMILIES:
         raise UserError(f"family={name} is unknown; allowed are {', '.join(FAMILIES)}.")
     return FAMILIES[name]
 
 
 def check_options(options: Options) -> None:
-    """Raise UserError for a setting that the tensors decide, or that there is not, and for values no size."""
+    """Raise UserError for an option that cannot be overridden or is not a number above 0."""
     for name, value in options.items():
         if name not in OPTIONS:
-            raise UserError(f"{name}={value} cannot be given; what no tensor says is {', '.join(OPTIONS)}.")
+            raise UserError(f"{name}={value} cannot be overridden; allowed are {', '.join(OPTIONS)}.")
         number = isinstance(value, (int, float)) and (name == "invert_scale_latents" or value > 0)
         if not number:
-            raise UserError(f"{name}={value!r} is not possible; it has to be a number above 0.")
+            raise UserError(f"{name}={value!r} is not supported; it has to be a number above 0.")
+
+
+def check_dtype(dtype: str | None, *, name: str = "dtype") -> None:
+    """Raise UserError for a type that no weights are written in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"{name}={dtype} is unknown; allowed are {', '.join(DTYPES)}.")
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Raise UserError unless a LoRA's alpha is a number above 0."""
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"alpha={alpha} is not supported; it has to be a number above 0. SAT's default is 1.")
 
 
 def transformer_config(sizes: TransformerSizes, family: ModelSpec, options: Options) -> dict[str, Any]:
-    """transformer/config.json. Raises UserError when learned positions are not those of the clip's size."""
-    second = sizes.patch_size_t is not None
-    config = {
+    """Return transformer/config.json. Raises UserError when learned positions do not fit the clip's size."""
+    config: dict[str, Any] = {
         "num_attention_heads": sizes.heads,
         "attention_head_dim": sizes.head_dim,
         "in_channels": sizes.in_channels,
@@ -69,12 +78,12 @@ def transformer_config(sizes: TransformerSizes, family: ModelSpec, options: Opti
         "num_layers": sizes.layers,
         "dropout": 0.0,
         "attention_bias": True,
-        "sample_width": SECOND_SAMPLE if second else family.width // VAE_RATIO,
-        "sample_height": SECOND_SAMPLE if second else family.height // VAE_RATIO,
+        "sample_width": family.nominal_sample or family.width // VAE_RATIO,
+        "sample_height": family.nominal_sample or family.height // VAE_RATIO,
         "sample_frames": family.frames,
         "patch_size": sizes.patch_size,
         "patch_size_t": sizes.patch_size_t,
-        "temporal_compression_ratio": 4,
+        "temporal_compression_ratio": TEMPORAL_RATIO,
         "max_text_seq_length": family.text_tokens,
         "activation_fn": "gelu-approximate",
         "timestep_activation_fn": "silu",
@@ -84,7 +93,7 @@ def transformer_config(sizes: TransformerSizes, family: ModelSpec, options: Opti
         "temporal_interpolation_scale": 1.0,
         "use_rotary_positional_embeddings": family.rotary_positions,
         "use_learned_positional_embeddings": sizes.learned_positions,
-        "patch_bias": not second,
+        "patch_bias": sizes.patch_size_t is None,
     }
     config |= {name: options[name] for name in TRANSFORMER_OPTIONS if name in options}
     if sizes.learned_positions:
@@ -97,18 +106,17 @@ def _check_positions(found: int, config: Mapping[str, Any]) -> None:
     height, width = (config[f"sample_{side}"] // config["patch_size"] for side in ("height", "width"))
     expected = config["max_text_seq_length"] + frames * height * width
     if expected != found:
-        given = {name: config[name] for name in TRANSFORMER_OPTIONS[:4]}
+        used = ", ".join(f"{name}={config[name]}" for name in TRANSFORMER_OPTIONS[:4])
         raise UserError(
-            f"The transformer has {found} learned positions, and a clip of its kind has {expected}: "
-            f"{', '.join(f'{name}={value}' for name, value in given.items())}. Give those it was trained "
-            "with (height and width in latents, which are 8 pixels)."
+            f"The transformer has {found} learned positions, but a clip of this size has {expected}: {used}. "
+            f"Give the values it was trained with (height and width in latents of {VAE_RATIO} pixels)."
         )
 
 
 def vae_config(sizes: VaeSizes, family: ModelSpec, options: Options) -> dict[str, Any]:
-    """vae/config.json. Raises UserError when the channels do not divide into the norms' groups."""
+    """Return vae/config.json. Raises UserError when the channels do not divide into the norms' groups."""
     levels = len(sizes.channels)
-    config = {
+    config: dict[str, Any] = {
         "in_channels": sizes.in_channels,
         "out_channels": sizes.out_channels,
         "down_block_types": ["CogVideoXDownBlock3D"] * levels,
@@ -119,9 +127,9 @@ def vae_config(sizes: VaeSizes, family: ModelSpec, options: Options) -> dict[str
         "act_fn": "silu",
         "norm_eps": 1e-6,
         "norm_num_groups": 32,
-        "temporal_compression_ratio": 4,
-        "sample_height": 480,
-        "sample_width": 720,
+        "temporal_compression_ratio": TEMPORAL_RATIO,
+        "sample_height": RELEASED_VAE["sample_height"],
+        "sample_width": RELEASED_VAE["sample_width"],
         "scaling_factor": family.scaling_factor,
         "shift_factor": None,
         "latents_mean": None,
@@ -135,14 +143,14 @@ def vae_config(sizes: VaeSizes, family: ModelSpec, options: Options) -> dict[str
     groups = config["norm_num_groups"]
     if odd := [width for width in sizes.channels if width % groups]:
         raise UserError(
-            f"norm_num_groups={groups} does not divide the VAE's {odd[0]} channels; give the one that it was "
-            "trained with, overrides=norm_num_groups=NUMBER."
+            f"norm_num_groups={groups} does not divide the VAE's {odd[0]} channels; give the number that it "
+            "was trained with: overrides=norm_num_groups=NUMBER."
         )
     return config
 
 
 def scheduler_config(family: ModelSpec, options: Options) -> dict[str, Any]:
-    """scheduler/scheduler_config.json: the schedule of the noise that all of them were trained with."""
+    """Return scheduler/scheduler_config.json: all CogVideoX models have the same noise schedule."""
     return {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
@@ -162,7 +170,7 @@ def scheduler_config(family: ModelSpec, options: Options) -> dict[str, Any]:
 
 
 def model_index() -> dict[str, Any]:
-    """model_index.json. It names all five components; what is not there is given at loading."""
+    """Return model_index.json. It names all five components; missing ones are passed to from_pretrained."""
     return {
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
         "text_encoder": ["transformers", "T5EncoderModel"],
@@ -170,13 +178,3 @@ def model_index() -> dict[str, Any]:
         "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
-
-
-def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write a configuration of the class `kind` as diffusers does: sorted, with its version."""
-    import diffusers
-
-    whole = {"_class_name": kind, "_diffusers_version": diffusers.__version__, **content}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    path.chmod(0o644)

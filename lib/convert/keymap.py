@@ -1,8 +1,8 @@
-"""The names of SAT's tensors <-> those of diffusers, and how rows are cut and joined on the way.
+"""SAT's tensor names <-> diffusers', and how rows are split and joined on the way.
 
 One table per kind of file, read in both directions. `{n}` stands for a number, `{up}` for one that the other
-side counts from the last level down, `{end}` for weight or bias, `*` for anything. A name alone means a copy;
-Rows cuts one tensor into several; Dropped says why nothing of it is kept.
+layout counts from the last level down, `{end}` for weight or bias, `*` for anything. A name alone means a
+copy; Rows splits one tensor into several; Dropped gives the reason why a tensor is left out.
 """
 
 import re
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """A SAT tensor whose rows are several of diffusers': which of its equal chunks make each of them."""
+    """A SAT tensor that diffusers splits by rows: which of its equal chunks make up each of `names`."""
 
     names: tuple[str, ...]
     chunks: tuple[tuple[int, ...], ...]
@@ -27,14 +27,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A SAT tensor that diffusers has no place for."""
+    """A SAT tensor that diffusers does not have."""
 
     reason: str
 
 
 Table = Mapping[str, str | Rows | Dropped]
 
-SINCOS = "positions computed from sines and cosines; diffusers computes them itself"
+SINCOS = "sinusoidal positions; diffusers computes them itself"
 ROTARY = "a buffer of the rotary positions; diffusers computes it itself"
 UNUSED = "SAT's own table of positions, which CogVideoX does not use"
 
@@ -75,7 +75,7 @@ TRANSFORMER: Table = {
     "mixins.final_layer.linear.{end}": "proj_out.{end}",
 }
 SINCOS_TRANSFORMER: Table = {**TRANSFORMER, "mixins.pos_embed.pos_embedding": Dropped(SINCOS)}
-"""For models without rotary positions, whose fine-tuned files may hold the computed ones."""
+"""For models with sinusoidal positions, whose fine-tuned files may hold the computed ones."""
 
 _RESIDUAL = {
     "norm1.{end}": "norm1.{end}",
@@ -85,7 +85,7 @@ _RESIDUAL = {
     "nin_shortcut.{end}": "conv_shortcut.{end}",
 }
 _NORMS = ("norm_layer.{end}", "conv_y.conv.{end}", "conv_b.conv.{end}")
-"""A norm of the decoder, which the latents modulate."""
+"""A decoder norm, modulated by the latents."""
 _MODULATED = {f"norm{n}.{part}": f"norm{n}.{part}" for n in (1, 2) for part in _NORMS} | {
     sat: ours for sat, ours in _RESIDUAL.items() if not sat.startswith("norm")
 }
@@ -107,7 +107,7 @@ VAE: Table = {
     **{f"decoder.norm_out.{part}": f"decoder.norm_out.{part}" for part in _NORMS},
     "decoder.conv_out.conv.{end}": "decoder.conv_out.conv.{end}",
     **{place + sat: where + ours for place, (where, parts) in _PLACES.items() for sat, ours in parts.items()},
-    "loss.*": Dropped("of the loss that the VAE was trained with"),
+    "loss.*": Dropped("part of the loss that the VAE was trained with"),
 }
 
 _ATTENTION, _OURS = "transformer.layers.{n}.attention.", "transformer_blocks.{n}.attn1."
@@ -125,7 +125,7 @@ LORA: Table = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Chunk `chunk` of the `of` equal ones that a source tensor's rows are cut into."""
+    """Chunk number `chunk` of `of` equal chunks of a source tensor's rows."""
 
     source: str
     chunk: int = 0
@@ -134,10 +134,10 @@ class Piece:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What becomes of a file's tensors, by names alone."""
+    """How a file's tensors map to the other layout, by names alone."""
 
     outputs: dict[str, list[Piece]] = field(default_factory=dict)
-    """New name -> the pieces whose rows, one after the other, are the new tensor."""
+    """New name -> the pieces whose rows are concatenated to the new tensor."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Old name -> why."""
     unknown: list[str] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Plan:
 
 
 def plan_to_diffusers(names: list[str], table: Table, *, levels: int = 0) -> Plan:
-    """SAT's names -> diffusers'. `levels` is how many a VAE has; `{up}` is counted from the last."""
+    """Map SAT's names to diffusers'. `levels` is how many levels a VAE has, for `{up}`."""
     plan = Plan()
     for name in names:
         found = _found(name, tuple(table), levels)
@@ -167,7 +167,7 @@ def plan_to_diffusers(names: list[str], table: Table, *, levels: int = 0) -> Pla
 
 
 def plan_to_sat(names: list[str], table: Table, *, levels: int = 0) -> Plan:
-    """diffusers' names -> SAT's, by the same table."""
+    """Map diffusers' names to SAT's by the same table."""
     plan, inverse = Plan(), _inverse(table)
     for name in names:
         found = _found(name, tuple(inverse), levels)
@@ -180,7 +180,7 @@ def plan_to_sat(names: list[str], table: Table, *, levels: int = 0) -> Plan:
         if rows is None:
             plan.outputs[target] = [Piece(name)]
             continue
-        # A place for every chunk, named for the tensor that will fill it: those left over are missing.
+        # Start with the tensor that belongs in each chunk; those that the file does not have are missing.
         empty = [Piece(_filled(_owner(rows, chunk), values)) for chunk in range(rows.count)]
         pieces = plan.outputs.setdefault(target, empty)
         for place, chunk in enumerate(rows.chunks[part]):
@@ -192,14 +192,14 @@ def plan_to_sat(names: list[str], table: Table, *, levels: int = 0) -> Plan:
 
 
 def sat_name(ours: str, table: Table, *, levels: int = 0) -> str | None:
-    """The SAT tensor that holds a diffusers tensor; None when there is none."""
+    """Return the SAT tensor that holds a diffusers tensor; None when there is none."""
     inverse = _inverse(table)
     found = _found(ours, tuple(inverse), levels)
     return None if found is None else _filled(inverse[found[0]][0], found[1])
 
 
 def shape_of(pieces: list[Piece], shapes: Mapping[str, Shape]) -> Shape:
-    """The shape that pieces make together. Raises ValueError when rows do not divide or do not fit."""
+    """Return the shape of concatenated pieces. Raises ValueError when rows do not divide or do not match."""
     rows, rest = 0, None
     for piece in pieces:
         first, *others = shapes[piece.source] or (1,)

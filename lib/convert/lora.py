@@ -1,65 +1,102 @@
-"""LoRAs between SAT's layout and diffusers', with what scales them made explicit.
+"""Convert LoRAs between SAT's layout and diffusers', each into a new folder with a report in it.
 
-SAT multiplies a LoRA by alpha / rank and stores neither. In a file for diffusers that factor is multiplied
-into B once and for all: at strength 1 it does what it does in SAT, with every loader. Where it came from
-stays in the metadata, under names that no loader reads as a scale.
+    convert_lora(file, target=folder, direction="to_diffusers")     SAT LoRA -> lora.safetensors
+    convert_lora(file, target=folder, direction="to_sat")           and back
+
+SAT multiplies a LoRA by alpha / rank and stores neither. For diffusers that factor is multiplied into B, so
+that strength 1 has the effect it has in SAT with every loader. The original values are kept in the metadata,
+under names that no loader reads as a scale.
 """
 
 import json
 import math
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
 
 from lib.convert import configs, detect
+from lib.convert.formats import STEP, check_lora, check_torch, write_safetensors, write_states
 from lib.convert.keymap import LORA, plan_to_diffusers, plan_to_sat, sat_name
-from lib.convert.planning import planned
-from lib.convert.reading import MODEL, Checkpoint
-from lib.convert.writing import Planned
+from lib.convert.locate import STATES
+from lib.convert.planning import Conversion, plan_tensors, shapes_of
+from lib.convert.reading import MODEL, Checkpoint, open_checkpoint
+from lib.convert.report import ConversionReport, announce, lora_usage, sat_usage, write_report
+from lib.convert.writing import PlannedTensor, Progress, dtype_name, new_folder, require_room
 from lib.errors import UserError
 from lib.lora.keys import RECORD, without_prefix
 from lib.lora.scaling import BAKED, resolve_scaling
+from lib.progress import Report
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+LORA_FILE = "lora.safetensors"
 PREFIX = "transformer."
 ORIGINAL = ".original."
-"""Where SAT keeps the weights that a LoRA stands beside."""
+"""Where SAT keeps the base weights of a layer with a LoRA."""
 DEFAULT_ALPHA = 1.0
 """SAT's own."""
 MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 SOURCE_RANK, SOURCE_ALPHA, SOURCE_DTYPE = "source_rank", "source_alpha", "source_dtype"
 
 
-@dataclass(kw_only=True)
-class LoraJob:
-    """A LoRA of which every matrix has its place."""
+def convert_lora(
+    source: Path,
+    *,
+    target: Path,
+    direction: str,
+    alpha: float | None = None,
+    dtype: str | None = None,
+    report: Report = print,
+    stop: threading.Event | None = None,
+) -> ConversionReport:
+    """Convert a LoRA into the new folder `target`.
 
-    source: str
-    label: str
-    family: str | None = None
-    """Of the model in the same file, when there is one."""
-    rank: int
-    alpha: float
-    """SAT's."""
-    planned: list[Planned]
-    metadata: dict[str, str] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
+    `direction` to_diffusers makes lora.safetensors of a SAT checkpoint, with alpha / rank multiplied in:
+    `alpha` is what it was trained with; SAT does not store it, and its default is 1 (CogVideo's own
+    fine-tuning recipes say 64 at rank 128). to_sat makes `latest` and 1/mp_rank_00_model_states.pt of a
+    diffusers LoRA, with the same effect at `alpha`: by default that of the SAT LoRA it was converted from,
+    else 1. Raises UserError as to_diffusers does.
+    """
+    configs.check_dtype(dtype)
+    configs.check_alpha(alpha)
+    to_sat = direction == "to_sat"
+    with new_folder(target) as folder:
+        with open_checkpoint(source) as opened:
+            layout = "diffusers" if to_sat else "sat"
+            detect.require(detect.identify(opened.tensors), "lora", layout, name=opened.name)
+            plan = plan_lora_to_sat if to_sat else plan_lora_to_diffusers
+            conversion = plan(opened, alpha=alpha, dtype=dtype)
+            planned, part = conversion.planned, conversion.part()
+            require_room(folder, planned)
+            progress = Progress("LoRA", planned, report, stop)
+            if to_sat:
+                part.files = write_states(folder, planned, progress)
+                part.checked = check_torch(folder / STEP / STATES, "module", planned)
+            else:
+                part.files = write_safetensors(
+                    folder, "lora", planned, progress, shard_bytes=None, metadata=conversion.metadata
+                )
+                part.checked = check_lora(folder / LORA_FILE, planned)
+        result = ConversionReport(
+            direction="to SAT" if to_sat else "to diffusers",
+            variant=conversion.variant,
+            family=conversion.family,
+            parts=[part],
+            settings=conversion.config,
+        )
+        if alpha is None and not to_sat:
+            result.notes.append(
+                f"alpha was not given: SAT stores none, and its default of {DEFAULT_ALPHA:g} was used. "
+                "CogVideo's own fine-tunes use 64 at rank 128."
+            )
+        write_report(result, folder, sat_usage(result) if to_sat else lora_usage(result))
+    announce(result, target, report)
+    return result
 
-    @property
-    def keys(self) -> dict[str, tuple[int, ...]]:
-        return {tensor.name: tensor.shape for tensor in self.planned}
 
-
-def check_alpha(alpha: float | None) -> None:
-    """Raise UserError for what is no scale."""
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"alpha={alpha} is not possible; it is a number above 0, 1 unless it was changed.")
-
-
-def split_base(tensors: "Mapping[str, Tensor]") -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
-    """A SAT checkpoint -> the model's own weights, by the names they had without a LoRA; the matrices."""
+def split_base(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a SAT checkpoint's base weights, by their names without a LoRA, and the LoRA's matrices."""
     base, matrices = {}, {}
     for name, tensor in tensors.items():
         if ".matrix_A." in name or ".matrix_B." in name:
@@ -69,35 +106,34 @@ def split_base(tensors: "Mapping[str, Tensor]") -> "tuple[dict[str, Tensor], dic
     return base, matrices
 
 
-def job_to_diffusers(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None) -> LoraJob:
-    """Plan a SAT LoRA as a LoRA for diffusers, in float32 unless `dtype` is given.
+def plan_lora_to_diffusers(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None) -> Conversion:
+    """Plan a SAT LoRA as a diffusers LoRA, in float32 unless `dtype` is given.
 
-    `alpha` is what it was trained with, SAT's default of 1 without. Float32 because a factor that is no power
-    of two costs 16-bit values their last digit. Raises UserError for matrices that are missing, over, or of
-    shapes that do not fit.
+    `alpha` is what it was trained with, by default SAT's 1. Float32, because a factor that is not a power of
+    two costs 16-bit values their last digit. Raises UserError for matrices that are missing, unexpected, or
+    of shapes that do not fit.
     """
     name = checkpoint.name
     base, matrices = split_base(checkpoint.tensors)
     plan = plan_to_diffusers(list(matrices), LORA)
     if plan.unknown:
         raise UserError(
-            f"{name} has LoRA matrices that are not understood: {', '.join(plan.unknown[:3])}. Converted are "
-            "those of attention, as CogVideo's own training makes them."
+            f"{name} has unsupported LoRA matrices: {', '.join(plan.unknown[:3])}. Only attention's, which "
+            "CogVideo's own training creates, can be converted."
         )
-    rank, layers = _check(plan.outputs, matrices, name)
+    rank, layers = _check_matrices(plan.outputs, matrices, name)
     used = DEFAULT_ALPHA if alpha is None else float(alpha)
-    stored = str(next(iter(matrices.values())).dtype).removeprefix("torch.")
-    found, family, facts = _base(base, checkpoint)
-    label = f"a LoRA of rank {rank} on {layers} layers" + (f" of {found}" if found else "")
-    return LoraJob(
+    stored = dtype_name(next(iter(matrices.values())).dtype)
+    found, family, facts = _base_facts(base, checkpoint)
+    return Conversion(
+        component="lora",
         source=name,
-        label=label,
+        variant=f"a LoRA of rank {rank} on {layers} layers" + (f" of {found}" if found else ""),
         family=family,
-        rank=rank,
-        alpha=used,
+        config={"rank": rank, "alpha": used},
         planned=[
             _scaled(tensor, PREFIX, used / rank if ".lora_B." in tensor.name else 1.0)
-            for tensor in planned(plan, matrices, dtype or "float32", name=name)
+            for tensor in plan_tensors(plan, matrices, dtype or "float32", name=name)
         ],
         metadata={
             BAKED: "yes",
@@ -106,27 +142,27 @@ def job_to_diffusers(checkpoint: Checkpoint, *, alpha: float | None, dtype: str 
             SOURCE_DTYPE: stored,
             **({RECORD: json.dumps(facts)} if facts else {}),
         },
-        dropped=checkpoint.dropped | _dropped(base),
+        dropped=checkpoint.dropped | _dropped_base(base),
     )
 
 
-def job_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None) -> LoraJob:
-    """Plan a LoRA of diffusers as a SAT LoRA that does the same at `alpha`.
+def plan_lora_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None) -> Conversion:
+    """Plan a diffusers LoRA as a SAT LoRA that has the same effect with `alpha`.
 
     Without `alpha` it is what the file records of the SAT LoRA it came from, else SAT's default of 1; without
-    `dtype` what that LoRA was stored in, else each matrix's own. Raises UserError for a LoRA that SAT cannot
-    hold: of other layers than attention's four, or of several ranks.
+    `dtype` what that LoRA was stored in, else each matrix's own. Raises UserError for a LoRA that SAT does
+    not support: of layers other than attention's four, or of several ranks.
     """
     name, metadata = checkpoint.name, checkpoint.metadata
     tensors = {_diffusers_key(key): tensor for key, tensor in checkpoint.tensors.items()}
     plan = plan_to_sat(list(tensors), LORA)
     if plan.unknown:
         raise UserError(
-            f"{name} cannot become a SAT LoRA: it has {', '.join(plan.unknown[:3])}, and SAT's has only the "
-            f"matrices of attention ({', '.join(MODULES)})."
+            f"{name} cannot be converted to a SAT LoRA: it has {', '.join(plan.unknown[:3])}, and SAT "
+            f"supports only attention's matrices ({', '.join(MODULES)})."
         )
     matrices = {target: tensors[pieces[0].source] for target, pieces in plan.outputs.items()}
-    rank, layers = _check(tensors, matrices, name)
+    rank, layers = _check_matrices(tensors, matrices, name)
     modules = {key.partition(".lora_")[0]: rank for key in tensors}
     scaling = resolve_scaling(metadata, ranks=modules, alpha_tensors={}, name=name)
     used = (_recorded_alpha(metadata) or DEFAULT_ALPHA) if alpha is None else float(alpha)
@@ -137,24 +173,26 @@ def job_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str | None
 
     stored = metadata.get(SOURCE_DTYPE) if BAKED in metadata else None
     dtype = dtype or (stored if stored in ("float16", "bfloat16", "float32") else None)
-    return LoraJob(
+    return Conversion(
+        component="lora",
         source=name,
-        label=f"a LoRA of rank {rank} on {layers} layers",
-        rank=rank,
-        alpha=used,
+        variant=f"a LoRA of rank {rank} on {layers} layers",
+        config={"rank": rank, "alpha": used},
         planned=[
             _scaled(tensor, MODEL, factor(tensor.name) if ".matrix_B." in tensor.name else 1.0)
-            for tensor in planned(plan, tensors, dtype, name=name)
+            for tensor in plan_tensors(plan, tensors, dtype, name=name)
         ],
     )
 
 
-def _scaled(tensor: Planned, prefix: str, scale: float) -> Planned:
+def _scaled(tensor: PlannedTensor, prefix: str, scale: float) -> PlannedTensor:
     return replace(tensor, name=prefix + tensor.name, scale=scale)
 
 
-def _check(outputs: Mapping[str, object], matrices: "Mapping[str, Tensor]", name: str) -> tuple[int, int]:
-    """Rank and number of layers. `outputs` are diffusers' names, `matrices` are by SAT's."""
+def _check_matrices(
+    outputs: Mapping[str, object], matrices: Mapping[str, Tensor], name: str
+) -> tuple[int, int]:
+    """Return rank and number of layers. `outputs` has diffusers' names, `matrices` SAT's."""
     layers = 1 + max(int(key.split(".")[1]) for key in outputs) if outputs else 0
     wanted = {
         (module, layer): [f"transformer_blocks.{layer}.attn1.{module}.lora_{side}.weight" for side in "AB"]
@@ -163,14 +201,16 @@ def _check(outputs: Mapping[str, object], matrices: "Mapping[str, Tensor]", name
     }
     rank = width = None
     for pair in wanted.values():
-        if lacking := next((key for key in pair if key not in outputs), None):
-            raise UserError(f"{name} is not a whole SAT LoRA: it lacks {sat_name(lacking, LORA)}.")
-        down, up = (matrices[sat_name(key, LORA)] for key in pair)
+        down_name, up_name = (sat_name(key, LORA) or key for key in pair)
+        for key, sat_key in zip(pair, (down_name, up_name), strict=True):
+            if key not in outputs:
+                raise UserError(f"{name} is not a complete SAT LoRA: {sat_key} is missing.")
+        down, up = matrices[down_name], matrices[up_name]
         if rank is None and down.dim() == 2:
             rank, width = down.shape
         if tuple(down.shape) != (rank, width) or tuple(up.shape) != (width, rank):
             raise UserError(
-                f"{name}: {sat_name(pair[0], LORA)} and its other half are {list(down.shape)} and "
+                f"{name}: {down_name} and its other half are {list(down.shape)} and "
                 f"{list(up.shape)}; in a SAT LoRA of rank {rank} and width {width} they are "
                 f"{[rank, width]} and {[width, rank]}."
             )
@@ -179,22 +219,21 @@ def _check(outputs: Mapping[str, object], matrices: "Mapping[str, Tensor]", name
     return rank, layers
 
 
-def _base(base: "Mapping[str, Tensor]", checkpoint: Checkpoint) -> tuple[str, str | None, dict[str, str]]:
-    """What the LoRA was trained on, when its file holds that too: in words, its family, what to record."""
+def _base_facts(base: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[str, str | None, dict[str, str]]:
+    """Return the variant and family of the model in the LoRA's file, if any, and what to record of it."""
     if "mixins.patch_embed.proj.weight" not in base:
         return "", None, {}
-    shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
-    sizes = detect.transformer_sizes(shapes, name=checkpoint.name)
+    sizes = detect.transformer_sizes(shapes_of(base), name=checkpoint.name)
     family = detect.family_of(sizes)
-    label = detect.variant(sizes, family)
+    variant = detect.variant(sizes, family)
     facts = {"task": configs.FAMILIES[family].task}
-    return label, family, ({"base": label} if label == family else {}) | facts
+    return variant, family, ({"base": variant} if variant == family else {}) | facts
 
 
-def _dropped(base: "Mapping[str, Tensor]") -> dict[str, str]:
+def _dropped_base(base: Mapping[str, Tensor]) -> dict[str, str]:
     if not base:
         return {}
-    return {"the model's own weights": f"{len(base)} tensors: of the model that the LoRA was trained on"}
+    return {"the base's weights": f"{len(base)} tensors: of the model that the LoRA was trained on"}
 
 
 def _recorded_alpha(metadata: Mapping[str, str]) -> float | None:

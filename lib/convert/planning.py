@@ -1,8 +1,12 @@
-"""An open checkpoint -> the tensors to write and the configuration they fit, before anything is written."""
+"""Plan a conversion before writing: an open checkpoint -> the tensors to write and their configuration."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import diffusers
+import torch
+from torch import Tensor
 
 from lib.convert import configs, detect
 from lib.convert.configs import Options
@@ -19,143 +23,178 @@ from lib.convert.keymap import (
     sat_name,
     shape_of,
 )
-from lib.convert.writing import NAMES, Planned
+from lib.convert.reading import Checkpoint
+from lib.convert.report import Part
+from lib.convert.writing import PlannedTensor, dtype_name
 from lib.errors import UserError
 from lib.storage.disk import size_text
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Component = Literal["transformer", "vae"]
-DTYPES = ("float16", "bfloat16", "float32")
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 VAE_DTYPE = "float32"
-CLASSES: dict[str, str] = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
-NAMED = 3
+CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+LISTED = 3
 
 
 @dataclass(kw_only=True)
-class Job:
-    """One model of which every tensor has its place."""
+class Conversion:
+    """One planned model: every tensor has its place."""
 
-    component: Component
+    component: Component | Literal["lora"]
     source: str
+    """What messages call its file."""
     variant: str
-    family: str | None
-    planned: list[Planned]
-    config: dict[str, Any]
+    family: str | None = None
+    planned: list[PlannedTensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    """config.json; of a LoRA its rank, and alpha as SAT counts it."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Of a LoRA's safetensors file."""
     dropped: dict[str, str] = field(default_factory=dict)
+    """Name in the source -> why it is not converted."""
 
-    @property
-    def dtype(self) -> str:
-        return ", ".join(sorted({_label(tensor.dtype) for tensor in self.planned}))
+    def part(self) -> Part:
+        """Return the report's part on this model, without files yet."""
+        dtypes = sorted({dtype_name(tensor.dtype) for tensor in self.planned})
+        return Part(
+            name=self.component,
+            source=self.source,
+            variant=self.variant,
+            tensors=len(self.planned),
+            dtype=", ".join(dtypes),
+            dropped=self.dropped,
+        )
 
 
-def transformer_job(
-    tensors: "Mapping[str, Tensor]", *, name: str, family: str | None, dtype: str | None, options: Options
-) -> Job:
-    """A transformer in SAT's names -> diffusers'; `dtype` None is the one that its family is released in.
+def plan_transformer(
+    tensors: Mapping[str, Tensor], *, name: str, family: str | None, dtype: str | None, options: Options
+) -> Conversion:
+    """Plan a transformer from SAT to diffusers; `dtype` None means the one its family is released in.
 
-    Raises UserError, in SAT's names, for what is missing, over or of another shape.
+    Raises UserError, with SAT's names, for tensors that are missing, unexpected or of another shape.
     """
-    shapes = _shapes(tensors)
+    shapes = shapes_of(tensors)
     sizes = detect.transformer_sizes(shapes, name=name)
     found = detect.family_of(sizes, given=family)
     config = configs.transformer_config(sizes, configs.FAMILIES[found], options)
     table = TRANSFORMER if sizes.learned_positions else SINCOS_TRANSFORMER
     plan = plan_to_diffusers(list(tensors), table)
-    label = detect.variant(sizes, found)
-    check(plan, shapes, model_shapes("transformer", config), table, name=name, what=label)
-    return Job(
+    variant = detect.variant(sizes, found)
+    _check(plan, shapes, model_shapes("transformer", config), table, name=name, what=variant)
+    return Conversion(
         component="transformer",
         source=name,
-        variant=label,
+        variant=variant,
         family=found,
-        planned=planned(plan, tensors, dtype or configs.FAMILIES[found].dtype, name=name),
+        planned=plan_tensors(plan, tensors, dtype or configs.FAMILIES[found].dtype, name=name),
         config=config,
         dropped=plan.dropped,
     )
 
 
-def vae_job(
-    tensors: "Mapping[str, Tensor]", *, name: str, family: str, dtype: str | None, options: Options
-) -> Job:
-    """A VAE in SAT's names -> diffusers', with the scaling of its family."""
-    shapes = _shapes(tensors)
+def plan_vae(
+    tensors: Mapping[str, Tensor], *, name: str, family: str, dtype: str | None, options: Options
+) -> Conversion:
+    """Plan a VAE from SAT to diffusers, with the scaling of its family."""
+    shapes = shapes_of(tensors)
     config = configs.vae_config(detect.vae_sizes(shapes, name=name), configs.FAMILIES[family], options)
     levels = detect.vae_levels(tensors)
     plan = plan_to_diffusers(list(tensors), VAE, levels=levels)
-    check(plan, shapes, model_shapes("vae", config), VAE, name=name, what="a CogVideoX VAE", levels=levels)
-    return Job(
+    _check(plan, shapes, model_shapes("vae", config), VAE, name=name, what="a CogVideoX VAE", levels=levels)
+    return Conversion(
         component="vae",
         source=name,
         variant="a CogVideoX VAE",
         family=family,
-        planned=planned(plan, tensors, dtype or VAE_DTYPE, name=name),
+        planned=plan_tensors(plan, tensors, dtype or VAE_DTYPE, name=name),
         config=config,
         dropped=plan.dropped,
     )
 
 
-def sat_job(
-    component: Component,
-    tensors: "Mapping[str, Tensor]",
-    *,
-    name: str,
-    config: Mapping[str, Any] | None,
-    dtype: str | None,
-    options: Options,
-) -> Job:
-    """A diffusers component -> SAT's names, in the types it is stored in unless `dtype` is given.
+def plan_sat(
+    component: Component, checkpoint: Checkpoint, *, dtype: str | None, options: Options
+) -> Conversion:
+    """Plan a component from diffusers to SAT, in the dtypes it is stored in unless `dtype` is given.
 
-    `config` is its config.json; without it the family's sizes are taken. Raises UserError as the others do.
+    Without the checkpoint's config.json the family's sizes are used. Raises UserError as the others do.
     """
+    name, tensors, config = checkpoint.name, checkpoint.tensors, checkpoint.config or {}
     table, what = (TRANSFORMER, "transformer") if component == "transformer" else (VAE, "VAE")
+    shapes = shapes_of(tensors)
     levels = detect.vae_levels(tensors) if component == "vae" else 0
-    shapes = _shapes(tensors)
     plan = plan_to_sat(list(tensors), table, levels=levels)
     _refuse_unknown(plan, name=name, what=f"CogVideoX {what}")
     if plan.missing:
-        raise UserError(f"{name} is not a whole CogVideoX {what}: it lacks {_some(plan.missing)}.")
-    there = {target: _shape(pieces, shapes, name) for target, pieces in plan.outputs.items()}
-    family, label = None, "a CogVideoX VAE"
+        raise UserError(f"{name} is not a complete CogVideoX {what}: {_some(plan.missing)} is missing.")
+    sat_shapes = {target: _shape(pieces, shapes, name) for target, pieces in plan.outputs.items()}
     if component == "transformer":
-        sizes = detect.transformer_sizes(there, name=name)
-        rotary = (config or {}).get("use_rotary_positional_embeddings")
-        given = {True: "cogvideox-5b", False: "cogvideox-2b"}.get(rotary)
-        family = detect.family_of(sizes, given=given if sizes.rotary is None else None)
-        label = detect.variant(sizes, family)
-        made = configs.transformer_config(sizes, configs.FAMILIES[family], _sizes_in(config) | dict(options))
+        family, variant, expected = _transformer_of(sat_shapes, config, options, name=name)
     else:
-        groups = {"norm_num_groups": config["norm_num_groups"]} if "norm_num_groups" in (config or {}) else {}
-        sizes = detect.vae_sizes(there, name=name)
-        made = configs.vae_config(sizes, configs.FAMILIES["cogvideox-5b"], groups | dict(options))
+        family, variant = None, "a CogVideoX VAE"
+        groups = {key: config[key] for key in ("norm_num_groups",) if key in config}
+        sizes = detect.vae_sizes(sat_shapes, name=name)
+        expected = configs.vae_config(sizes, configs.FAMILIES["cogvideox-5b"], groups | dict(options))
     identity = Plan(outputs={key: [Piece(key)] for key in tensors})
-    check(identity, shapes, model_shapes(component, made), {}, name=name, what=label)
-    return Job(
+    _check(identity, shapes, model_shapes(component, expected), {}, name=name, what=variant)
+    return Conversion(
         component=component,
         source=name,
-        variant=label,
+        variant=variant,
         family=family,
-        planned=planned(plan, tensors, dtype, name=name),
-        config=made,
+        planned=plan_tensors(plan, tensors, dtype, name=name),
+        config=expected,
     )
 
 
-def _sizes_in(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {key: config[key] for key in configs.TRANSFORMER_OPTIONS if config and config.get(key)}
+def _transformer_of(
+    sat_shapes: Mapping[str, Shape], config: Mapping[str, Any], options: Options, *, name: str
+) -> tuple[str, str, dict[str, Any]]:
+    """Return family, variant and expected config of a diffusers transformer by its shapes in SAT's names."""
+    sizes = detect.transformer_sizes(sat_shapes, name=name)
+    given = None
+    if sizes.rotary is None:
+        families = {True: "cogvideox-5b", False: "cogvideox-2b"}
+        given = families.get(config.get("use_rotary_positional_embeddings", ""))
+    family = detect.family_of(sizes, given=given)
+    configured = {key: config[key] for key in configs.TRANSFORMER_OPTIONS if config.get(key)}
+    expected = configs.transformer_config(sizes, configs.FAMILIES[family], configured | dict(options))
+    return family, detect.variant(sizes, family), expected
 
 
 def model_shapes(component: str, config: Mapping[str, Any]) -> dict[str, Shape]:
-    """The tensors that diffusers expects of a model of this configuration, without making any."""
-    import diffusers
-    import torch
-
+    """Return the tensors that diffusers expects of a model of this configuration, without allocating any."""
     with torch.device("meta"):
         model = getattr(diffusers, CLASSES[component]).from_config(dict(config))
-    return _shapes(model.state_dict())
+    return shapes_of(model.state_dict())
 
 
-def check(
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Return the tensors' shapes by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def plan_tensors(
+    plan: Plan, tensors: Mapping[str, Tensor], dtype: str | None, *, name: str
+) -> list[PlannedTensor]:
+    """Return views of the source for every output; `dtype` None keeps each tensor's own."""
+    planned = []
+    for key, pieces in plan.outputs.items():
+        views = [_view(tensors[piece.source], piece) for piece in pieces]
+        target = getattr(torch, dtype) if dtype else views[0].dtype
+        for found in (*(view.dtype for view in views if not view.dtype.is_floating_point), target):
+            if found not in WEIGHT_DTYPES:
+                raise UserError(
+                    f"{name} cannot be converted: {pieces[0].source} is stored as {dtype_name(found)}; "
+                    f"weights are {', '.join(map(dtype_name, WEIGHT_DTYPES))}."
+                )
+        _refuse_expanded(pieces, tensors, name)
+        shape = shape_of(pieces, {piece.source: tuple(tensors[piece.source].shape) for piece in pieces})
+        planned.append(PlannedTensor(name=key, pieces=views, shape=shape, dtype=target, source=name))
+    return planned
+
+
+def _check(
     plan: Plan,
     shapes: Mapping[str, Shape],
     expected: Mapping[str, Shape],
@@ -165,48 +204,28 @@ def check(
     what: str,
     levels: int = 0,
 ) -> None:
-    """Raise UserError unless a plan makes exactly the expected tensors; it speaks of them by SAT's names."""
+    """Raise UserError, with SAT's names, unless a plan produces exactly the expected tensors."""
 
-    def written(ours: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys(sat_name(each, table, levels=levels) or each for each in ours))
+    def in_source(outputs: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(sat_name(each, table, levels=levels) or each for each in outputs))
 
     _refuse_unknown(plan, name=name, what=what.removeprefix("a "))
-    if missing := written(key for key in expected if key not in plan.outputs):
-        raise UserError(f"{name} is not a whole model ({what}): it lacks {_some(missing)}.")
-    if over := written(key for key in plan.outputs if key not in expected):
-        raise UserError(f"{name} ({what}) has tensors that such a model has not: {_some(over)}.")
+    if missing := in_source(key for key in expected if key not in plan.outputs):
+        raise UserError(f"{name} is not a complete model ({what}): {_some(missing)} is missing.")
+    if unexpected := in_source(key for key in plan.outputs if key not in expected):
+        raise UserError(f"{name} ({what}) has tensors that such a model does not have: {_some(unexpected)}.")
     for key, pieces in plan.outputs.items():
         found = _shape(pieces, shapes, name)
         if found != expected[key]:
-            there = written([key])[0]
             raise UserError(
-                f"{name} ({what}): {there} has the shape {list(shapes[pieces[0].source])}, which does not "
-                f"fit its other tensors: {key} would be {list(expected[key])}, not {list(found)}."
+                f"{name} ({what}): {in_source([key])[0]} has the shape {list(shapes[pieces[0].source])}, "
+                f"which does not fit its other tensors: {key} would be {list(expected[key])}, "
+                f"not {list(found)}."
             )
 
 
-def planned(plan: Plan, tensors: "Mapping[str, Tensor]", dtype: str | None, *, name: str) -> list[Planned]:
-    """Views of the source for every output; `dtype` None keeps each tensor's own."""
-    import torch
-
-    done = []
-    for key, pieces in plan.outputs.items():
-        views = [_view(tensors[piece.source], piece) for piece in pieces]
-        kind = getattr(torch, dtype) if dtype else views[0].dtype
-        strange = [view.dtype for view in views if not view.dtype.is_floating_point]
-        if strange or _label(kind) not in NAMES:
-            raise UserError(
-                f"{name} cannot be converted: {pieces[0].source} is stored as "
-                f"{_label((strange or [kind])[0])}; weights are {', '.join(NAMES)}."
-            )
-        _refuse_repeated(pieces, tensors, name)
-        shape = shape_of(pieces, {piece.source: tuple(tensors[piece.source].shape) for piece in pieces})
-        done.append(Planned(name=key, pieces=views, shape=shape, dtype=kind, source=name))
-    return done
-
-
-def _refuse_repeated(pieces: list[Piece], tensors: "Mapping[str, Tensor]", name: str) -> None:
-    """A few bytes can claim to be a tensor of any size, which would be made when it is written."""
+def _refuse_expanded(pieces: list[Piece], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse an expanded tensor: a few stored bytes could claim any size, which would be written in full."""
     for source in {piece.source for piece in pieces}:
         claimed, stored = tensors[source].nbytes, tensors[source].untyped_storage().nbytes()
         if claimed > stored:
@@ -215,13 +234,7 @@ def _refuse_repeated(pieces: list[Piece], tensors: "Mapping[str, Tensor]", name:
             )
 
 
-def check_dtype(dtype: str | None, *, name: str = "dtype") -> None:
-    """Raise UserError for a type that no weights are written in."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"{name}={dtype} is unknown; allowed are {', '.join(DTYPES)}.")
-
-
-def _view(tensor: "Tensor", piece: Piece) -> "Tensor":
+def _view(tensor: Tensor, piece: Piece) -> Tensor:
     if piece.of == 1:
         return tensor
     rows = tensor.shape[0] // piece.of
@@ -232,11 +245,7 @@ def _shape(pieces: list[Piece], shapes: Mapping[str, Shape], name: str) -> Shape
     try:
         return shape_of(pieces, shapes)
     except ValueError as error:
-        raise UserError(f"{name}: {error}, which cannot be cut or joined as the layouts ask.") from None
-
-
-def _shapes(tensors: "Mapping[str, Tensor]") -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise UserError(f"{name}: {error}, whose rows cannot be split or joined as needed.") from None
 
 
 def _refuse_unknown(plan: Plan, *, name: str, what: str) -> None:
@@ -244,14 +253,10 @@ def _refuse_unknown(plan: Plan, *, name: str, what: str) -> None:
         count = len(plan.unknown)
         raise UserError(
             f"{name} has {count} tensor{'s' * (count > 1)} that no {what} has: {_some(plan.unknown)}. It is "
-            "another model, or was trained with additions that diffusers has no place for."
+            "another model, or was trained with additions that diffusers does not support."
         )
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(name[:120] for name in names[:NAMED])
-    return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
-def _label(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
+    shown = ", ".join(name[:120] for name in names[:LISTED])
+    return shown + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

@@ -1,34 +1,30 @@
-"""Requests for a conversion: the inputs checked once, then checkpoints on this disk -> a new folder."""
+"""Requests for a conversion: inputs checked once, then checkpoints on this disk -> a new folder.
+
+Nothing here imports torch before `convert`, so that wrong inputs are refused at once.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.convert.configs import OPTIONS, check_options
-from lib.convert.convert import to_diffusers, to_sat
-from lib.convert.encoder import encoder_for
-from lib.convert.locating import STATES
-from lib.convert.lora import check_alpha
-from lib.convert.lora_files import LORA_FILE, lora_to_diffusers, lora_to_sat
-from lib.convert.report import Report
-from lib.convert.results import STEP
+from lib.convert.configs import OPTIONS, check_alpha, check_options
+from lib.convert.report import ConversionReport
 from lib.errors import UserError
 from lib.models.layout import find_model
 from lib.network.upload import Repository, claim
-from lib.storage.archive import Stop
+from lib.progress import Report
 
 AUTO = "auto"
 TO_DIFFUSERS = "to_diffusers"
 BOOLEANS = {"true": True, "false": False}
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRequest:
-    """How a transformer, a VAE or both are to be converted."""
+    """How to convert a transformer, a VAE or both."""
 
     direction: str
     family: str | None
@@ -40,56 +36,79 @@ class ModelRequest:
     hub_token: str | None = field(default=None, repr=False)
 
     def repository(self) -> Repository | None:
-        """Where the result is to go too; None for nowhere. Raises UserError when it may not be written to."""
+        """Return where to upload the result, None for nowhere. Raises UserError when it is not writable."""
         if not self.hub_repository:
             return None
         return claim(self.hub_repository, self.hub_token, setting="hub_repository")
 
     def convert(
-        self, transformer: Path | None, vae: Path | None, target: Path, *, report: Say, stop: Stop
-    ) -> Report:
-        """Make the new folder `target`. Raises as to_diffusers and to_sat do."""
-        common = {
-            "target": target,
-            "dtype": self.dtype,
-            "options": self.options,
-            "report": report,
-            "stop": stop,
-        }
+        self,
+        transformer: Path | None,
+        vae: Path | None,
+        target: Path,
+        *,
+        report: Report,
+        stop: threading.Event | None,
+    ) -> ConversionReport:
+        """Create the new folder `target`. Raises as to_diffusers and to_sat do."""
+        from lib.convert.models import to_diffusers, to_sat  # torch, once the inputs are checked
+        from lib.convert.text_encoder import find_text_encoder
+
         if self.direction != TO_DIFFUSERS:
-            return to_sat(transformer=_model_in(transformer), vae=_model_in(vae), **common)
-        encoder = None
+            return to_sat(
+                transformer=_model_in(transformer),
+                vae=_model_in(vae),
+                target=target,
+                dtype=self.dtype,
+                options=self.options,
+                report=report,
+                stop=stop,
+            )
+        text_encoder = None
         if self.text_encoder and transformer is not None:
-            work = target.with_name(f"{target.name}.look.partial")
-            encoder = encoder_for(transformer, self.family, work=work, report=report, stop=stop)
+            text_encoder = find_text_encoder(transformer, self.family, report=report, stop=stop)
         return to_diffusers(
             transformer=transformer,
             vae=vae,
+            target=target,
             family=self.family,
+            dtype=self.dtype,
             vae_dtype=self.vae_dtype,
-            text_encoder=encoder,
-            **common,
+            text_encoder=text_encoder,
+            options=self.options,
+            report=report,
+            stop=stop,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraRequest:
-    """How a LoRA is to be converted."""
+    """How to convert a LoRA."""
 
     direction: str
     alpha: float | None
     dtype: str | None
 
-    def convert(self, lora: Path, target: Path, *, report: Say, stop: Stop) -> tuple[Report, Path]:
-        """Make the new folder `target`; the report and the LoRA's file. Raises as the core does."""
-        settings = {"alpha": self.alpha, "dtype": self.dtype, "report": report, "stop": stop}
-        if self.direction == TO_DIFFUSERS:
-            return lora_to_diffusers(lora, target=target, **settings), target / LORA_FILE
-        return lora_to_sat(lora, target=target, **settings), target / STEP / STATES
+    def convert(
+        self, lora: Path, target: Path, *, report: Report, stop: threading.Event | None
+    ) -> tuple[ConversionReport, Path]:
+        """Create the new folder `target`; return the report and the LoRA's file."""
+        from lib.convert.lora import convert_lora  # torch, once the inputs are checked
+
+        result = convert_lora(
+            lora,
+            target=target,
+            direction=self.direction,
+            alpha=self.alpha,
+            dtype=self.dtype,
+            report=report,
+            stop=stop,
+        )
+        return result, target / next(iter(result.parts[0].files))
 
 
 def model_request(inputs: Mapping[str, Any], *, has_transformer: bool, has_vae: bool) -> ModelRequest:
-    """Check the inputs of predict_convert. Raises UserError for what cannot go together."""
+    """Check the inputs of predict_convert. Raises UserError for inputs that contradict each other."""
     if not has_transformer and not has_vae:
         raise UserError(
             "Give a transformer, a VAE or both: upload them as transformer and vae, or give addresses as "
@@ -109,15 +128,15 @@ def model_request(inputs: Mapping[str, Any], *, has_transformer: bool, has_vae: 
     if request.text_encoder and not has_transformer:
         raise UserError("text_encoder=true needs a transformer: a VAE alone is used without a text encoder.")
     if request.direction != TO_DIFFUSERS:
-        given = {
+        unused = {
             "family": request.family,
             "vae_dtype": request.vae_dtype,
             "text_encoder": request.text_encoder,
         }
-        if wrong := next((name for name, value in given.items() if value), None):
-            raise UserError(
-                f"{wrong}={_shown(given[wrong])} counts only with direction=to_diffusers; leave it out."
-            )
+        for name, value in unused.items():
+            if value:
+                text = str(value).lower() if isinstance(value, bool) else value
+                raise UserError(f"{name}={text} applies only to direction=to_diffusers; leave it out.")
     return request
 
 
@@ -132,7 +151,7 @@ def lora_request(inputs: Mapping[str, Any], *, has_lora: bool) -> LoraRequest:
 
 
 def parse_overrides(text: str) -> dict[str, float | int | bool]:
-    """`sample_frames=49, norm_num_groups=2` -> what no tensor says. Raises UserError naming what there is."""
+    """Parse `sample_frames=49, norm_num_groups=2`. Raises UserError listing the names that are allowed."""
     found: dict[str, float | int | bool] = {}
     for pair in filter(None, (each.strip() for each in text.replace("\n", ",").split(","))):
         name, equals, value = (part.strip() for part in pair.partition("="))
@@ -141,18 +160,6 @@ def parse_overrides(text: str) -> dict[str, float | int | bool]:
         found[name] = _value(name, value)
     check_options(found)
     return found
-
-
-def facts(report: Report) -> dict[str, object]:
-    """What the metrics say of a conversion."""
-    family = {"family": report.family} if report.family else {}
-    return {
-        "variant": report.variant,
-        **family,
-        "tensors": sum(part.tensors for part in report.parts),
-        "dropped": sum(len(part.dropped) for part in report.parts),
-        **{name: value for name, value in report.settings.items() if name in ("rank", "alpha")},
-    }
 
 
 def _value(name: str, text: str) -> float | int | bool:
@@ -168,7 +175,7 @@ def _value(name: str, text: str) -> float | int | bool:
 
 
 def _model_in(path: Path | None) -> Path | None:
-    """The pipeline's folder in what an archive held, however many folders are around it."""
+    """Return the pipeline's folder inside an unpacked archive, at whatever depth."""
     if path is None or not path.is_dir():
         return path
     return find_model(path) or path
@@ -176,7 +183,3 @@ def _model_in(path: Path | None) -> Path | None:
 
 def _unless_auto(choice: str) -> str | None:
     return None if choice == AUTO else choice
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -76,6 +76,8 @@ class ModelSpec:
     """Of the schedule of the noise."""
     rotary_positions: bool = True
     """Otherwise positions are sines and cosines, added once."""
+    nominal_sample: int | None = None
+    """sample_height and sample_width of its transformer config where they are not the clip's, in latents."""
     temporal_patch: int | None = None
     """Latent frames that a token of a released transformer spans; None for 1, without a dimension for it."""
     repository: str | None = None
@@ -149,7 +151,7 @@ _FIRST = {
 }  # fmt: skip
 _SECOND = {
     "height": 768, "width": 1360, "frames": 81, "frame_step": 16, "max_frames": 161, "fps": 16,
-    "scaling_factor": 0.7, "temporal_patch": 2,
+    "scaling_factor": 0.7, "temporal_patch": 2, "nominal_sample": 300,
 }  # fmt: skip
 _TINY = {"height": 48, "width": 64, "frames": 9, "frame_step": 8, "max_frames": 49, "fps": 8}
 _TINY |= {"balanced": Pace(computed=26, first=4, last=1), "fast": Pace(computed=12, first=4, last=1)}

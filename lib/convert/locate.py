@@ -1,4 +1,4 @@
-"""What a person hands over (a file, a folder, a zip of one) -> the files that hold the weights."""
+"""Find the files that hold the weights: an input file or folder -> one pickle, or safetensors files."""
 
 import json
 import os.path
@@ -8,10 +8,9 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.models.layout import INDEX
 from lib.storage import zip_archive
-from lib.storage.archive import Stop, archive_kind, extract_archive
 
 LATEST = "latest"
-"""Beside the folder of the last step, whose name is in it, as SAT and DeepSpeed write."""
+"""SAT and DeepSpeed write the name of the last step's folder into this file, next to the folder."""
 STATES = "mp_rank_00_model_states.pt"
 SAT_VAE = "3d-vae.pt"
 OPTIMIZER_ENDING = "_optim_states.pt"
@@ -19,37 +18,34 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 INDEX_ENDING = ".safetensors.index.json"
 MAX_LATEST_BYTES = 1000
 MAX_INDEX_BYTES = 64 << 20
-NAMED = 5
+LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Where weights are: one pickle, or one or more safetensors files; `name` is what messages call them."""
+    """Files with weights: one pickle, or one or more safetensors files; `name` is what messages call them."""
 
     name: str
     files: tuple[Path, ...]
     config: Path | None = None
-    """The config.json beside safetensors files."""
+    """The config.json next to safetensors files."""
 
     @property
     def is_pickle(self) -> bool:
-        return self.files[0].suffix != ".safetensors" and not _begins_as_safetensors(self.files[0])
+        return self.files[0].suffix != ".safetensors" and not _starts_like_safetensors(self.files[0])
 
 
-def locate_weights(path: Path, *, work: Path, max_bytes: int | None = None, stop: Stop = None) -> Located:
-    """Find the weights in a file, a folder or an archive of one, which is unpacked into `work`.
+def locate_weights(path: Path) -> Located:
+    """Find the weights in a file or folder.
 
     SAT's downloads hold `latest` and 1000/mp_rank_00_model_states.pt; diffusers' components hold safetensors
-    files. Raises UserError when there is nothing, when it is not clear which file is meant, for ZeRO-3 shards
-    and for one part of several (model parallel).
+    files. Raises UserError when there are no weights, when several files could be meant, for ZeRO-3 shards
+    and for one part of a model-parallel checkpoint.
     """
     if not path.exists():
         raise UserError(f"There is no file or folder {path}.")
     if path.is_dir():
         return _in_folder(path, path.name)
-    if _is_archive(path):
-        folder = extract_archive(path, work / "unpacked", max_bytes=max_bytes, stop=stop)
-        return _in_folder(folder, path.name)
     _refuse_by_name(path, path.name)
     config = path.parent / "config.json"
     if path.name.endswith(INDEX_ENDING):
@@ -58,31 +54,25 @@ def locate_weights(path: Path, *, work: Path, max_bytes: int | None = None, stop
     return Located(name=path.name, files=(path,), config=config if safe else None)
 
 
-def vae_beside(path: Path) -> Path | None:
-    """The VAE in a folder of SAT's, beside `latest`, where conversion to SAT puts it; None without one."""
+def find_vae(path: Path) -> Path | None:
+    """Return the 3d-vae.pt next to `latest` in a SAT folder, where to_sat writes it; None without one."""
     latest = _latest(path) if path.is_dir() else None
     vae = latest.with_name(SAT_VAE) if latest else None
     return vae if vae and vae.is_file() else None
 
 
 def is_torch_zip(path: Path) -> bool:
-    """Whether the file is a zip as torch.save writes it."""
+    """Return whether a file is a zip that torch.save wrote."""
     if not zip_archive.is_zip(path):
         return False
     try:
         with zip_archive.opened(path) as members:
             return any(member.endswith("/data.pkl") for member in members.namelist())
     except UserError:
-        return True  # damaged; as a checkpoint it gets the better message
+        return True  # damaged: reading it as a checkpoint gives the better message
 
 
-def _is_archive(path: Path) -> bool:
-    if zip_archive.is_zip(path):
-        return not is_torch_zip(path)
-    return path.suffix not in (*PICKLES, ".safetensors", ".json") and archive_kind(path) == "tar"
-
-
-def _begins_as_safetensors(path: Path) -> bool:
+def _starts_like_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:9] == b"{" and start[6:8] == b"\0\0"
@@ -95,33 +85,33 @@ def _in_folder(folder: Path, name: str) -> Located:
     if indices:
         return _sharded(indices[0], name)
     for found in (sorted(folder.glob("*.safetensors")), _pickles(folder)):
-        whole = _models([file for file in found if not file.name.startswith("._")])
-        if len(whole) > 1:
-            _refuse_shards(whole, name)
-            listed = ", ".join(str(file.relative_to(folder)) for file in whole[:NAMED])
+        models = _models([file for file in found if not file.name.startswith("._")])
+        if len(models) > 1:
+            _refuse_shards(models, name)
+            listed = ", ".join(str(file.relative_to(folder)) for file in models[:LISTED])
             raise UserError(
-                f"{name} holds {len(whole)} files of weights ({listed}{' ...' * (len(whole) > NAMED)}); "
-                "give the one that is meant."
+                f"{name} holds {len(models)} files of weights ({listed}{' ...' * (len(models) > LISTED)}); "
+                "give one of them."
             )
-        if whole:
-            _refuse_by_name(whole[0], name)
-            config = whole[0].parent / "config.json"
-            return Located(name=name, files=(whole[0],), config=config if config.is_file() else None)
+        if models:
+            _refuse_by_name(models[0], name)
+            config = models[0].parent / "config.json"
+            return Located(name=name, files=(models[0],), config=config if config.is_file() else None)
     if (folder / INDEX).is_file():
         raise UserError(
-            f"{name} is a whole model in the layout of diffusers already; direction=to_sat converts it back. "
-            "What is read here is one part: a file or a folder of weights."
+            f"{name} is already a complete model in the diffusers layout; direction=to_sat converts it back. "
+            "A single file or folder of weights is needed here."
         )
     if (folder / "vae").is_dir():
-        raise UserError(f"{name} holds a VAE, in its folder vae, and no transformer; give it as vae alone.")
+        raise UserError(f"{name} holds a VAE, in its folder vae, but no transformer; give it as vae alone.")
     raise UserError(
-        f"{name} holds no weights: neither {LATEST} beside a folder with {STATES}, nor a .pt or "
+        f"{name} holds no weights: neither {LATEST} next to a folder with {STATES}, nor a .pt or "
         ".safetensors file."
     )
 
 
 def _latest(folder: Path) -> Path | None:
-    """The file of that name, the nearest first: archives differ in how many folders they wrap around it."""
+    """Return the topmost file called `latest`: archives wrap different numbers of folders around it."""
     found = sorted(folder.rglob(LATEST), key=lambda path: (len(path.parts), path))
     return next((path for path in found if path.is_file()), None)
 
@@ -136,11 +126,11 @@ def _of_step(latest: Path, name: str) -> Located:
     folder = latest.parent / step
     if step in ("", "..") or Path(step).name != step or not os.path.isdir(folder):
         raise UserError(
-            f"{name}: its file {LATEST} names {step[:80]!r}, and there is no such folder beside it."
+            f"{name}: its file {LATEST} names {step[:80]!r}, but there is no such folder next to it."
         )
     _refuse_shards(sorted(folder.glob("*.pt")), name)
     if not (folder / STATES).is_file():
-        raise UserError(f"{name}: its folder {step} holds no {STATES}.")
+        raise UserError(f"{name}: its folder {step} has no {STATES}.")
     return Located(name=f"{name} ({step}/{STATES})", files=(folder / STATES,))
 
 
@@ -153,8 +143,8 @@ def _refuse_shards(files: list[Path], name: str) -> None:
     names = [file.name for file in _models(files)]
     if shards := [file for file in names if file.startswith("zero_pp_rank_")]:
         raise UserError(
-            f"{name} holds shards of ZeRO stage 3 ({shards[0]}): the weights are cut up between processes. "
-            "Join them first with the zero_to_fp32.py that DeepSpeed puts beside them."
+            f"{name} holds shards of ZeRO stage 3 ({shards[0]}): the weights are split between processes. "
+            "Join them first with the zero_to_fp32.py that DeepSpeed saves next to them."
         )
     if parts := [file for file in names if file.startswith("mp_rank_") and file != STATES]:
         raise UserError(
@@ -164,7 +154,7 @@ def _refuse_shards(files: list[Path], name: str) -> None:
 
 
 def _models(files: list[Path]) -> list[Path]:
-    """Without the optimizer's states, which ZeRO's stages 1 and 2 cut up beside whole weights."""
+    """Leave out optimizer states, which ZeRO stages 1 and 2 save in shards next to complete weights."""
     if not any(file.name == STATES for file in files):
         return files
     return [file for file in files if not file.name.endswith(OPTIMIZER_ENDING)]
@@ -178,11 +168,11 @@ def _sharded(index: Path, name: str) -> Located:
         if not files or not all(isinstance(file, str) for file in files):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{name}: {index.name} is no index of safetensors files.") from None
+        raise UserError(f"{name}: {index.name} is not an index of safetensors files.") from None
     if missing := [
         file for file in files if Path(file).name != file or not os.path.isfile(index.parent / file)
     ]:
-        raise UserError(f"{name} is not whole: {missing[0]} of {index.name} is missing.")
+        raise UserError(f"{name} is incomplete: {missing[0]} of {index.name} is missing.")
     config = index.parent / "config.json"
     return Located(
         name=name,
