@@ -1,9 +1,9 @@
-"""Conversion of a 5B-shaped float32 file: peak anonymous memory, and speed against copying the file.
+"""Convert a 5B-shaped float32 file: peak anonymous memory, and speed relative to copying the file.
 
 script/bench convert [--gigabytes 6] [--dtype bfloat16] [--rounds 3] [--folder DIR]
 
-The file has 5B's full width, fewer layers and random values. Copying reads and writes the file in blocks, in
-the same rounds and on the same disk; both are timed until everything is on the disk.
+The file has 5B's width, fewer layers and random values. Copying reads and writes the complete file in blocks,
+in the same rounds and on the same disk. Both are timed until everything is on the disk.
 """
 
 import argparse
@@ -16,6 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from lib.convert.configs import FAMILIES, transformer_config
+from lib.convert.detect import TransformerSizes
+from lib.convert.formats import write_torch
+from lib.convert.keymap import TRANSFORMER, plan_to_sat, shape_of
+from lib.convert.planning import model_shapes
+from lib.convert.reading import MODEL
+from lib.convert.writing import PlannedTensor, Progress
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_BYTES = 16 << 20
 SAMPLE_SECONDS = 0.02
@@ -23,7 +33,7 @@ CONVERT = """
 import os, sys, time
 from pathlib import Path
 from diffusers import CogVideoXTransformer3DModel
-from lib.convert.convert import to_diffusers, to_sat
+from lib.convert.models import to_diffusers, to_sat
 started = time.perf_counter()
 source, target, dtype, direction = sys.argv[1:]
 if direction == "there":
@@ -38,7 +48,7 @@ print(time.perf_counter() - started)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="script/bench convert", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="script/bench convert", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=6.0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
@@ -70,16 +80,7 @@ def main() -> None:
 
 
 def write_source(path: Path, gigabytes: float) -> int:
-    """Write a SAT checkpoint of 5B's width with enough layers for the size, and return their number."""
-    import torch
-
-    from lib.convert.configs import FAMILIES, transformer_config
-    from lib.convert.detect import TransformerSizes
-    from lib.convert.keymap import TRANSFORMER, plan_to_sat, shape_of
-    from lib.convert.pickled import write_pickle
-    from lib.convert.planning import model_shapes
-    from lib.convert.reading import MODEL
-    from lib.convert.writing import Planned, Progress
+    """Write a SAT checkpoint of 5B's width and about this size, and return its number of layers."""
 
     def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
         sizes = TransformerSizes(
@@ -100,14 +101,15 @@ def write_source(path: Path, gigabytes: float) -> int:
     planned = []
     for name, shape in shapes_of(layers).items():
         count = torch.Size(shape).numel()
-        planned.append(Planned(name=MODEL + name, pieces=[values[:count]], shape=shape, dtype=torch.float32))
-    progress = Progress(label="writing the source", total=sum(each.nbytes for each in planned), report=print)
-    write_pickle(path, "module", planned, progress)
+        planned.append(
+            PlannedTensor(name=MODEL + name, pieces=[values[:count]], shape=shape, dtype=torch.float32)
+        )
+    write_torch(path, "module", planned, Progress("the source", planned, print))
     return layers
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """Return the seconds to read the file and write a copy, until it is on the disk."""
+    """Return how long it takes to read the file and write it again, until it is on the disk."""
     drop_cache(source)
     started = time.perf_counter()
     with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
@@ -120,10 +122,7 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert(source: Path, target: Path, dtype: str, direction: str) -> tuple[float, int]:
-    """Return the seconds until a conversion is on the disk, without starting Python, and peak memory.
-
-    Runs in a process of its own; the memory is that of the process.
-    """
+    """Convert in a process of its own; return the seconds, without Python's start, and its peak memory."""
     for path in [source] if source.is_file() else source.rglob("*.safetensors"):
         drop_cache(path)
     process = subprocess.Popen(
@@ -132,6 +131,7 @@ def convert(source: Path, target: Path, dtype: str, direction: str) -> tuple[flo
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
@@ -142,7 +142,7 @@ def convert(source: Path, target: Path, dtype: str, direction: str) -> tuple[flo
 
 
 def anonymous_bytes(process: int) -> int:
-    """Return the memory of a process that no file backs: RssAnon on Linux."""
+    """Return the memory of a process that is not backed by a file: RssAnon of Linux."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -152,7 +152,7 @@ def anonymous_bytes(process: int) -> int:
 
 
 def drop_cache(path: Path) -> None:
-    """Drop a file from the page cache, so that copy and conversion both read from the disk."""
+    """Drop a file from the page cache, so that the next read comes from the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

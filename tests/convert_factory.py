@@ -1,4 +1,4 @@
-"""Real outputs of SAT's own code at tiny sizes (tests/data/sat), and random checkpoints in its layout."""
+"""Real outputs of SAT's own code at tiny sizes (tests/data/sat), and random checkpoints in SAT's layout."""
 
 import json
 from pathlib import Path
@@ -43,14 +43,14 @@ def inputs_and_outputs(name: str) -> State:
 
 
 def options(name: str) -> dict:
-    """What no tensor of these tiny models says."""
+    """Return the options that no tensor of these tiny models says."""
     frames = expected_config(name)["sample_frames"]
     sizes = {"sample_height": 6, "sample_width": 8, "sample_frames": frames, "max_text_seq_length": 6}
     return sizes | {"norm_num_groups": 2}
 
 
 def stored(folder: Path) -> State:
-    """All tensors of a component's folder, whatever its shards."""
+    """Return all tensors of a component's folder, from all its shards."""
     state: State = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
@@ -63,14 +63,14 @@ def config(folder: Path) -> dict:
 
 
 def states(folder: Path) -> State:
-    """The tensors of a result in SAT's layout."""
+    """Return the tensors of a result in SAT's layout."""
     step = (folder / "latest").read_text()
     file = folder / step / "mp_rank_00_model_states.pt"
     return torch.load(file, weights_only=True)["module"]
 
 
 def sizes(**changes) -> TransformerSizes:
-    """Of a tiny text-to-video transformer of the first family."""
+    """Return the sizes of a tiny 2B-like transformer."""
     usual = {
         "heads": 2, "head_dim": 16, "layers": 2, "in_channels": 4, "out_channels": 4, "patch_size": 2,
         "patch_size_t": None, "time_embed_dim": 16, "text_embed_dim": 24, "ofs_embed_dim": None,
@@ -80,7 +80,7 @@ def sizes(**changes) -> TransformerSizes:
 
 
 def sat_transformer(*, family: str = "cogvideox-2b", device: str = "cpu", **changes) -> State:
-    """A random SAT transformer by its bare names, without the buffers that diffusers drops."""
+    """Return a random SAT transformer by its bare names, without the buffers that diffusers drops."""
     shapes = model_shapes("transformer", transformer_config(sizes(**changes), FAMILIES[family], {}))
     plan = plan_to_sat(list(shapes), TRANSFORMER)
     generator = None if device == "meta" else torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def sat_transformer(*, family: str = "cogvideox-2b", device: str = "cpu", **chan
 
 
 def sat_vae() -> State:
-    """The shapes of the released VAE by SAT's names, without values."""
+    """Return the released VAE by SAT's names, as meta tensors."""
     sizes = VaeSizes(
         channels=(128, 256, 256, 512), latent_channels=16, layers_per_block=3, in_channels=3, out_channels=3
     )
@@ -101,7 +101,7 @@ def sat_vae() -> State:
 
 
 def sat_lora(*, layers: int, rank: int, width: int = 8, dtype: torch.dtype = torch.float32) -> State:
-    """A random SAT LoRA by its bare names."""
+    """Return a random SAT LoRA by its bare names."""
     torch.manual_seed(0)
     state = {}
     for layer in range(layers):
@@ -125,9 +125,9 @@ def save_sat(
 
 
 def silent(line: str) -> None:
-    """Where progress is not of interest."""
+    """Ignore progress."""
 
 
 def same_states(found: State, wanted: State) -> bool:
-    """Whether two state dicts have the same names and every bit alike."""
+    """Return whether two state dicts are bit-equal."""
     return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)

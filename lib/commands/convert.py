@@ -1,29 +1,35 @@
-"""Converts on this machine: script/convert FILE [vae=FILE] [output=PATH] [setting=value ...]
+"""Convert on this machine: script/convert FILE [vae=FILE] [output=PATH] [setting=value ...]
 or script/export-lora FILE [alpha=64] [output=PATH] [setting=value ...]
 
-FILE is a checkpoint, a folder or archive of one, or an https:// address; vae= takes the same. The result
-is the new folder output=PATH, by default beside FILE, called as it is with -diffusers or -sat behind. It gets
-its name when it is whole; what is stopped or killed leaves nothing that would load, and the same command
-begins again, with what a download has brought so far.
+FILE is a checkpoint, a folder or archive of one, or an https:// address; vae= takes the same. The result is
+the new folder output=PATH, by default next to FILE, with -diffusers or -sat appended to its name. It appears
+when it is complete. A stopped or killed conversion leaves nothing that would load; the same command starts it
+again and resumes the download.
 """
 
+import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.cancellation import Stopped
 from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
+from lib.convert.request import LoraRequest, ModelRequest, lora_request, model_request
 from lib.errors import UserError
-from lib.progress import LogView
+from lib.network import offline
+from lib.predictors.convert import UPLOAD_MESSAGE, convert_lora, convert_model
+from lib.predictors.convert_files import CheckpointInput
+from lib.progress import LogView, Report
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import input_document
-
-if TYPE_CHECKING:
-    from lib.predictors.convert_files import Given
+from lib.storage.disk import disk_error
+from lib.storage.lock import lock
 
 OUTPUT = "output"
 ENDINGS = {"to_diffusers": "-diffusers", "to_sat": "-sat"}
@@ -38,12 +44,12 @@ LOCALLY = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """One of the two scripts: the predictor whose settings it has, and which of them are checkpoints."""
+    """One of the two scripts: the predictor whose inputs it takes, and which of these are checkpoints."""
 
     script: str
     predictor: str
     sources: tuple[str, ...]
-    """The first is what is given without a name."""
+    """The first may be given without its name."""
 
     @property
     def usage(self) -> str:
@@ -58,17 +64,17 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Return the exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     command, arguments = COMMANDS[arguments[0]], arguments[1:]
     document = settings_of(command)
-    status = help_status(arguments, usage=command.usage, about=__doc__, document=document)
+    status = help_status(arguments, usage=command.usage, about=__doc__ or "", document=document)
     if status is not None:
         return status
     stop, view = stop_on_signals("stopping"), LogView()
     try:
         pairs, output = _split(arguments, command)
         values = _defaults(document) | parse_inputs(pairs, document, send_files=False)
-        run = _prepared(command, values, output)
+        run = _prepare(command, values, output)
     except UserError as error:
         print(error, file=sys.stderr)
         return MISUSED
@@ -80,7 +86,7 @@ def main(arguments: list[str]) -> int:
         return FAILED
     except (Stopped, KeyboardInterrupt):
         view.close()
-        print("stopped; the same command begins again", file=sys.stderr)
+        print("stopped; the same command starts it again", file=sys.stderr)
         return INTERRUPTED
     view.close()
     print(result)
@@ -88,7 +94,7 @@ def main(arguments: list[str]) -> int:
 
 
 def settings_of(command: Command) -> dict[str, Any]:
-    """The predictor's inputs as its command takes them: for each checkpoint one, a path or an address."""
+    """Return the predictor's inputs as the command takes them: one per checkpoint, a path or an address."""
     document = input_document(PROJECT / command.predictor, name="Runner")
     properties = document["components"]["schemas"]["Input"]["properties"]
     for name in command.sources:
@@ -98,31 +104,67 @@ def settings_of(command: Command) -> dict[str, Any]:
     return document
 
 
-def _prepared(command: Command, values: dict[str, Any], output: Path | None) -> Callable[..., Path]:
-    """What converts, once everything that is given was checked; it returns what the command prints.
-
-    That is the folder, or the LoRA's file in it.
-    """
-    # For the help they are not needed.
-    from lib.commands.convert_local import convert_lora, convert_model
-    from lib.convert.request import lora_request, model_request
-    from lib.network import offline
-
+def _prepare(command: Command, values: dict[str, Any], output: Path | None) -> Callable[..., Path]:
+    """Check everything that is given and return the function that converts; it returns what to print."""
     offline.go_offline()
-    given = [_given(values, name) for name in command.sources]
-    if not any(given):
+    inputs = [_input(values, name) for name in command.sources]
+    if not any(inputs):
         raise UserError(f"no file, folder or address is given; usage: {command.usage}")
-    target = _target(given, values["direction"], output)
+    target = _target(inputs, values["direction"], output)
     if command.predictor == COMMANDS["lora"].predictor:
-        request = lora_request(values, has_lora=True)
-        return partial(convert_lora, *given, request, target=target)
-    transformer, vae = given
+        return partial(_convert_lora, lora_request(values, has_lora=True), *inputs, target)
+    transformer, vae = inputs
     request = model_request(values, has_transformer=bool(transformer), has_vae=bool(vae))
-    return partial(convert_model, transformer, vae, request, target=target)
+    return partial(_convert_model, request, transformer, vae, target)
+
+
+def _convert_model(
+    request: ModelRequest,
+    transformer: CheckpointInput,
+    vae: CheckpointInput,
+    target: Path,
+    *,
+    report: Report,
+    stop: threading.Event,
+) -> Path:
+    """Convert into the new folder `target` and return it.
+
+    A failed upload to the Hub is an error, but the folder stays.
+    """
+    with _exclusive(target) as work:
+        repository = request.repository()
+        convert_model(request, transformer, vae, target, work=work, report=report, stop=stop)
+        if repository is not None:
+            repository.upload(target, message=UPLOAD_MESSAGE)
+            report(f"uploaded to {repository.address}")
+    return target
+
+
+def _convert_lora(
+    request: LoraRequest, lora: CheckpointInput, target: Path, *, report: Report, stop: threading.Event
+) -> Path:
+    """Convert into the new folder `target` and return the LoRA's file in it."""
+    with _exclusive(target) as work:
+        return convert_lora(request, lora, target, work=work, report=report, stop=stop)[1]
+
+
+@contextmanager
+def _exclusive(target: Path) -> Iterator[Path]:
+    """Yield a folder for unpacked archives while no other process converts into the same target."""
+    work = target.with_name(f"{target.name}.work.partial")
+    with ExitStack() as held:
+        try:
+            acquired = held.enter_context(lock(target, lambda line: None, wait=False))
+        except OSError as error:
+            raise disk_error(error, target) from error
+        if not acquired:
+            raise UserError(f"Another process is converting into {target}; wait for it.")
+        shutil.rmtree(work, ignore_errors=True)  # left by a killed process
+        yield work
 
 
 def _split(arguments: list[str], command: Command) -> tuple[list[str], Path | None]:
-    """The settings, the checkpoints among them, and the output folder if one is given."""
+    """Return the settings, including the checkpoints, and the output folder if one is given."""
     pairs: list[str] = []
     output = None
     first = command.sources[0]
@@ -144,32 +186,30 @@ def _defaults(document: dict[str, Any]) -> dict[str, Any]:
     return {name: shape.get("default") for name, shape in properties.items()}
 
 
-def _given(values: dict[str, Any], name: str) -> "Given":
-    """A checkpoint by its path or its address; the other settings stay in `values`."""
-    from lib.predictors.convert_files import Given
-
+def _input(values: dict[str, Any], name: str) -> CheckpointInput:
+    """Take a checkpoint, given by its path or address, out of `values`."""
     text = (values.pop(name) or "").removeprefix("@")
     if not text or "://" in text:
-        return Given(slot=name, address=text)
-    return Given(slot=name, upload=Path(text).expanduser())
+        return CheckpointInput(name=name, address=text)
+    return CheckpointInput(name=name, upload=Path(text).expanduser())
 
 
-def _target(given: "list[Given]", direction: str, output: Path | None) -> Path:
-    """Where the result goes: beside the first checkpoint, or where the caller stands for an address."""
+def _target(inputs: list[CheckpointInput], direction: str, output: Path | None) -> Path:
+    """Return where the result goes: next to the first checkpoint; for an address, the current folder."""
     if output is not None:
-        return _plain(output)
-    first = next(each for each in given if each)
-    text = str(_plain(first.upload)) if first.upload else first.address
+        return _absolute(output)
+    first = next(each for each in inputs if each)
+    text = str(_absolute(first.upload)) if first.upload else first.address
     path = Path(text.partition("?")[0].rstrip("/"))
     stem = path.name if path.is_dir() else path.name.removesuffix(path.suffix)
     folder = path.parent if "://" not in text else Path()
-    return _plain(folder / f"{stem}{ENDINGS[direction]}")
+    return _absolute(folder / f"{stem}{ENDINGS[direction]}")
 
 
-def _plain(path: Path) -> Path:
-    """The whole path without any `..` in it; what is a link itself stays one."""
-    whole = path.absolute()
-    return whole.resolve() if whole.name == ".." else whole.parent.resolve() / whole.name
+def _absolute(path: Path) -> Path:
+    """Return the absolute path without `..`; a link at its end stays a link."""
+    absolute = path.absolute()
+    return absolute.resolve() if absolute.name == ".." else absolute.parent.resolve() / absolute.name
 
 
 if __name__ == "__main__":

@@ -180,8 +180,9 @@ def lora_usage(result: ConversionReport) -> str:
     rank, alpha = result.settings["rank"], result.settings["alpha"]
     return (
         '```python\npipe.load_lora_weights("lora.safetensors")\n```\n\n'
-        f"At strength 1 it has the effect it had in SAT with alpha {alpha:g}: alpha / rank, {alpha:g} / "
-        f"{rank}, is multiplied into the B matrices. Do not scale it a second time. SAT does not store alpha: if the "
+        f"At strength 1 it has the effect it had in SAT with alpha {alpha:g}: alpha / rank, "
+        f"{alpha:g} / {rank}, is multiplied into the B matrices. Do not scale it a second time. SAT does not "
+        "store alpha: if the "
         "LoRA was trained with another alpha, convert it again with that."
     )
 

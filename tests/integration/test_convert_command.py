@@ -94,7 +94,7 @@ def begun(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def test_results_stand_beside_their_files_and_go_the_way_back(folder):
+def test_results_appear_next_to_their_files_and_convert_back(folder):
     lora = "lora-t2v-2b-diffusers/lora.safetensors"
     way_back = [f"{NAME}-diffusers", "direction=to_sat", "output=sat", "overrides=norm_num_groups=2"]
     with Host({"/deep/fetched.pt": Served(source(NAME).read_bytes())}) as host:
@@ -111,7 +111,7 @@ def test_results_stand_beside_their_files_and_go_the_way_back(folder):
     assert [out.removeprefix(f"{folder}/") for _, out, _ in outcomes] == [
         f"{NAME}-diffusers", "sat", "fetched-diffusers", lora, "lora-sat/1/mp_rank_00_model_states.pt", "",
     ]  # fmt: skip
-    assert f"{NAME}-diffusers exists already; nothing is written over it." in outcomes[-1][2]
+    assert f"{NAME}-diffusers already exists and is not overwritten." in outcomes[-1][2]
     for place in (f"{NAME}-diffusers", "fetched-diffusers"):
         assert same_states(stored(folder / place / "transformer"), expected(NAME))
     assert same_states(stored(folder / f"{NAME}-diffusers" / "vae"), expected("vae"))
@@ -132,7 +132,7 @@ def test_help_wrong_command_lines_and_refusals(folder):
         ("a.pt", "b.pt"): (2, "'b.pt' is not setting=value; usage: script/convert FILE"),
         ("a.pt", "dtype=int8"): (2, "dtype: 'int8' is not one of auto, float16"),
         ("output=y",): (2, "no file, folder or address is given; usage: script/convert FILE"),
-        ("a.pt", "overrides=layers=3"): (2, "layers=3 cannot be given; what no tensor says is sample_height"),
+        ("a.pt", "overrides=layers=3"): (2, "layers=3 cannot be overridden; allowed are sample_height"),
         ("transformer_url=https://example.com/a.pt",): (2, "no input 'transformer_url'. Did you mean transf"),
         ("vae=vae.pt", "text_encoder=true"): (2, "text_encoder=true needs a transformer"),
         ("none.pt",): (1, "There is no file or folder none.pt."),
@@ -156,7 +156,11 @@ def test_help_wrong_command_lines_and_refusals(folder):
         assert not any(said in text for said in ("_url", "2 GiB", "@file", "upload it"))
         assert "by its path or https:// address" in " ".join(text.split())
     assert lora[0] == 0 and "\n  alpha  (" in lora[1]
-    assert alpha == (2, "", "alpha=0.0 is not possible; it is a number above 0, 1 unless it was changed.\n")
+    assert alpha == (
+        2,
+        "",
+        "alpha=0.0 is not supported; it has to be a number above 0. SAT's default is 1.\n",
+    )
     for (status, said), outcome in zip(refused.values(), outcomes, strict=True):
         assert (outcome[0], outcome[1], said in outcome[2]) == (status, "", True), outcome
     assert sorted(path.name for path in folder.iterdir() if path.name != "cache") == [
@@ -165,7 +169,7 @@ def test_help_wrong_command_lines_and_refusals(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_one_that_was_stopped_leaves_no_folder_that_loads_and_the_same_command_begins_again(folder, number):
+def test_a_stopped_conversion_leaves_no_folder_that_loads_and_can_be_started_again(folder, number):
     target = folder / f"stopped-{number.name}"
     command = ("model", *LARGE, f"output={target.name}")
     with started(folder, *command) as process:
@@ -176,7 +180,7 @@ def test_one_that_was_stopped_leaves_no_folder_that_loads_and_the_same_command_b
     assert not target.exists()
     if number == signal.SIGINT:
         assert process.returncode == 130 and left == []
-        assert "stopped; the same command begins again" in err and "Traceback" not in err
+        assert "stopped; the same command starts it again" in err and "Traceback" not in err
     assert not any(path.is_dir() and not missing_files(path) for path in left)
     with started(folder, *command) as process:
         out, err = process.communicate(timeout=120)

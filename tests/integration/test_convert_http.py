@@ -115,7 +115,7 @@ def test_uploads_become_a_tar_of_a_folder_and_the_metrics_say_what_they_were(ser
         )
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "CogVideoXPipeline"
     metrics, count = reply["metrics"], len(expected(NAME)) + len(expected("vae"))
-    assert metrics["variant"] == "a CogVideoX of 2 layers and width 32, of the kind of cogvideox-2b"
+    assert metrics["variant"] == "a CogVideoX of 2 layers and width 32, of the cogvideox-2b family"
     assert (metrics["family"], metrics["tensors"]) == ("cogvideox-2b", count)
     assert metrics["sha256"] == hashlib.sha256(content(reply)).hexdigest()
     assert metrics["bytes"] == len(content(reply)) and metrics["seconds"] > 0
@@ -154,7 +154,7 @@ def test_a_tar_of_the_result_goes_the_way_back(server, tmp_path):
     original = torch.load(source("t2v-5b"), weights_only=True)
     original = original.get("module", original)
     assert states and all(torch.equal(states[key], original[key]) for key in states)
-    assert reply["metrics"]["variant"].endswith("of the kind of cogvideox-5b")
+    assert reply["metrics"]["variant"].endswith("of the cogvideox-5b family")
 
 
 # Refusals
@@ -236,17 +236,17 @@ def test_every_refusal_names_the_file_and_the_reason_and_the_next_request_works(
         ({}, "Give a transformer, a VAE or both"),
         ({**big, "transformer_url": host.url(STATES)}, "Give transformer or transformer_url, not both."),
         ({"transformer": upload(VAE_FILE), "vae": upload(source(NAME))}, "The two files are swapped: "),
-        ({"transformer": upload(VAE_FILE)}, "transformer.bin is a video VAE of SAT; a CogVideoX transformer"),
-        ({"vae": upload(VAE_FILE)}, "family is needed for a VAE alone: its scaling is in no tensor."),
-        ({**big, "family": "cogvideox-5b"}, "family=cogvideox-5b was given, but by its tensors"),
-        ({**big, "direction": "to_sat"}, "is in the layout of SAT already"),
-        ({**big, "overrides": "layers=3"}, "layers=3 cannot be given; what no tensor says is sample_height"),
-        ({**big, "text_encoder": True}, "the released one has 4096: text_encoder=true is not possible"),
+        ({"transformer": upload(VAE_FILE)}, "transformer.bin is a SAT video VAE; a CogVideoX transformer"),
+        ({"vae": upload(VAE_FILE)}, "family is needed for a VAE alone, because no tensor says its scaling."),
+        ({**big, "family": "cogvideox-5b"}, "family=cogvideox-5b was given, but its tensors show"),
+        ({**big, "direction": "to_sat"}, "is already in the SAT layout"),
+        ({**big, "overrides": "layers=3"}, "layers=3 cannot be overridden; allowed are sample_height"),
+        ({**big, "text_encoder": True}, "the released one has 4096: text_encoder=true is not supported"),
         ({**big, "hub_repository": "me/it"}, "hub_repository=me/it needs hub_token"),
         ({**big, "hub_repository": "me/it", "hub_token": "hf_no"}, "hub_repository=me/it cannot be written"),
-        ({"transformer": upload(tmp_path / "unet.safetensors")}, "is a UNet, as of Stable Diffusion"),
-        ({"transformer": upload(tmp_path / "bad.pt")}, "Nothing of it was executed."),
-        ({"transformer": upload(tmp_path / "plain.pkl")}, "is a pickle, but none that torch.save wrote"),
+        ({"transformer": upload(tmp_path / "unet.safetensors")}, "is a UNet, such as Stable Diffusion's"),
+        ({"transformer": upload(tmp_path / "bad.pt")}, "Nothing was executed."),
+        ({"transformer": upload(tmp_path / "plain.pkl")}, "is a pickle that torch.save did not write"),
         ({"transformer": upload(tmp_path / "page.html")}, "is a web page, not the file itself"),
         ({"transformer_url": host.url("/cut.pt")}, "cut.pt is damaged or cut off"),
         ({"transformer_url": host.url("/none.pt")}, "the host has nothing at this address (HTTP 404)"),
@@ -346,9 +346,9 @@ def test_what_is_no_lora_is_refused_and_the_next_request_works(lora_server, tmp_
     for place, (inputs, said) in enumerate(
         [
             ({}, "Give a LoRA: upload it as lora, or give its address as lora_url."),
-            ({"lora": upload(source("t2v-5b"))}, "lora.bin is a CogVideoX transformer of SAT; a LoRA was"),
-            ({"lora": upload(tmp_path / "bad.pt")}, "Nothing of it was executed."),
-            ({"lora": upload(source("lora-t2v-2b")), "alpha": 0}, "alpha=0 is not possible"),
+            ({"lora": upload(source("t2v-5b"))}, "lora.bin is a SAT CogVideoX transformer; a LoRA was"),
+            ({"lora": upload(tmp_path / "bad.pt")}, "Nothing was executed."),
+            ({"lora": upload(source("lora-t2v-2b")), "alpha": 0}, "alpha=0 is not supported"),
         ]
     ):
         _, reply = send(lora_server, f"refused-{place}", **inputs)

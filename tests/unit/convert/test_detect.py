@@ -1,4 +1,4 @@
-"""The kind and the sizes of a model from its tensors alone, and what is refused because of them."""
+"""A model's kind and sizes are detected from its tensors, and files that do not fit are refused."""
 
 import json
 
@@ -7,8 +7,8 @@ import torch
 
 from lib.convert import detect
 from lib.convert.configs import FAMILIES, transformer_config
-from lib.convert.convert import to_diffusers, to_sat
 from lib.convert.keymap import SINCOS_TRANSFORMER, TRANSFORMER, VAE, plan_to_diffusers, plan_to_sat
+from lib.convert.models import to_diffusers, to_sat
 from lib.errors import UserError
 from lib.models.specs import SPECS
 from tests import convert_factory as factory
@@ -81,7 +81,7 @@ def test_sincos_positions_are_dropped_and_learned_ones_kept():
 def test_another_number_of_layers_is_a_model_of_the_same_family(tmp_path):
     path = factory.save_sat(tmp_path / "model.pt", factory.sat_transformer(layers=5))
     result = to_diffusers(transformer=path, target=tmp_path / "out", report=silent)
-    assert result.variant == "a CogVideoX of 5 layers and width 32, of the kind of cogvideox-2b"
+    assert result.variant == "a CogVideoX of 5 layers and width 32, of the cogvideox-2b family"
 
 
 def test_family_decides_where_no_tensor_does(tmp_path):
@@ -92,12 +92,11 @@ def test_family_decides_where_no_tensor_does(tmp_path):
     assert result.parts[0].dtype == "bfloat16"
 
 
-def test_a_family_that_the_tensors_deny_is_refused(tmp_path):
+def test_a_family_that_contradicts_the_tensors_is_refused(tmp_path):
     told = refusal(transformer=factory.source("t2v-5b"), family="cogvideox-2b", target=tmp_path / "out")
     assert told == (
-        "family=cogvideox-2b was given, but by its tensors the transformer is a CogVideoX of 2 layers and "
-        "width "
-        "32, of the kind of cogvideox-5b. Leave family out: it is needed only for a VAE alone."
+        "family=cogvideox-2b was given, but its tensors show a CogVideoX of 2 layers and width 32, of the "
+        "cogvideox-5b family. Leave family out: it is needed only for a VAE alone."
     )
     assert refusal(vae=factory.VAE_FILE, family="cogvideox", target=tmp_path / "out") == (
         "family=cogvideox is unknown; allowed are cogvideox-2b, cogvideox-5b, cogvideox-5b-i2v, "
@@ -106,10 +105,10 @@ def test_a_family_that_the_tensors_deny_is_refused(tmp_path):
     )
 
 
-def test_a_vae_alone_asks_for_its_family(tmp_path):
+def test_a_vae_alone_needs_its_family(tmp_path):
     told = refusal(vae=factory.VAE_FILE, target=tmp_path / "out")
     assert told.startswith(
-        "family is needed for a VAE alone: its scaling is in no tensor. Allowed are cogvideo"
+        "family is needed for a VAE alone, because no tensor says its scaling. Allowed are cogvideo"
     )
     to_diffusers(vae=factory.VAE_FILE, target=tmp_path / "out", family="cogvideox-2b", report=silent,
                  options={"norm_num_groups": 2})  # fmt: skip
@@ -117,33 +116,33 @@ def test_a_vae_alone_asks_for_its_family(tmp_path):
     assert not (tmp_path / "out" / "model_index.json").exists()
 
 
-def test_files_of_another_kind_are_called_what_they_are(tmp_path):
+def test_files_of_other_kinds_are_named_and_refused(tmp_path):
     for key, what in (
-        ("model.diffusion_model.input_blocks.0.0.weight", "a UNet, as of Stable Diffusion"),
-        ("down_blocks.0.attentions.0.norm.weight", "a UNet, as of Stable Diffusion"),
-        ("encoder.down.0.block.0.conv1.weight", "a VAE of images, as of Stable Diffusion"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a UNet, such as Stable Diffusion's"),
+        ("down_blocks.0.attentions.0.norm.weight", "a UNet, such as Stable Diffusion's"),
+        ("encoder.down.0.block.0.conv1.weight", "an image VAE, such as Stable Diffusion's"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
         ("blocks.0.self_attn.q.weight", "a transformer of another family (Wan)"),
-        ("fc.weight", "no model that is known here (its tensors are fc.weight ...)"),
+        ("fc.weight", "not a known model (its tensors are fc.weight ...)"),
     ):
         path = factory.save_sat(tmp_path / "file.pt", {key: torch.ones(2, 2)}, prefix="")
         told = refusal(transformer=path, target=tmp_path / "out")
         assert told == f"file.pt is {what}; a CogVideoX transformer was expected."
 
 
-def test_a_vae_in_the_transformers_place_and_both_swapped_are_refused(tmp_path):
+def test_a_vae_given_as_transformer_and_swapped_files_are_refused(tmp_path):
     vae, model = factory.VAE_FILE, factory.source("t2v-2b")
     target = tmp_path / "out"
     assert refusal(transformer=vae, target=target) == (
-        "vae.pt is a video VAE of SAT; a CogVideoX transformer was expected."
+        "vae.pt is a SAT video VAE; a CogVideoX transformer was expected."
     )
     assert refusal(vae=model, target=target) == (
-        "t2v-2b.pt is a CogVideoX transformer of SAT; a CogVideoX VAE was expected."
+        "t2v-2b.pt is a SAT CogVideoX transformer; a CogVideoX VAE was expected."
     )
     assert refusal(transformer=vae, vae=model, target=target) == (
-        "The two files are swapped: vae.pt, given as the transformer, is a video VAE of SAT, and "
+        "The two files are swapped: vae.pt, given as the transformer, is a SAT video VAE, and "
         "t2v-2b.pt, given "
-        "as the VAE, is a CogVideoX transformer of SAT."
+        "as the VAE, is a SAT CogVideoX transformer."
     )
 
 
@@ -151,31 +150,30 @@ def test_a_converted_folder_is_not_converted_again(tmp_path):
     to_diffusers(transformer=factory.source("t2v-2b"), target=tmp_path / "model", report=silent)
     told = refusal(transformer=tmp_path / "model" / "transformer", target=tmp_path / "out")
     assert told == (
-        "transformer is a CogVideoX transformer of diffusers: it is in the layout of diffusers already. "
-        "What is "
-        "read here is the layout of SAT; to go the other way, choose the other direction."
+        "transformer is a diffusers CogVideoX transformer: it is already in the diffusers layout. The SAT "
+        "layout is needed here; to convert back, choose the other direction."
     )
     assert refusal(transformer=tmp_path / "model", target=tmp_path / "out") == (
-        "model is a whole model in the layout of diffusers already; direction=to_sat converts it back. "
-        "What is read here is one part: a file or a folder of weights."
+        "model is already a complete model in the diffusers layout; direction=to_sat converts it back. "
+        "A single file or folder of weights is needed here."
     )
-    with pytest.raises(UserError, match=r"^t2v-2b.pt is a .* of SAT: it is in the layout of SAT already"):
+    with pytest.raises(UserError, match=r"^t2v-2b.pt is a SAT .*: it is already in the SAT layout"):
         to_sat(transformer=factory.source("t2v-2b"), target=tmp_path / "sat", report=silent)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
     layer = "transformer.layers.1.attention.query_key_value"
-    what = "a CogVideoX of 2 layers and width 32, of the kind of cogvideox-2b"
+    what = "a CogVideoX of 2 layers and width 32, of the cogvideox-2b family"
     for change, told in (
         (
             lambda state: state.pop(f"{layer}.bias"),
-            f"file.pt is not a whole model ({what}): it lacks {layer}.bias.",
+            f"file.pt is not a complete model ({what}): {layer}.bias is missing.",
         ),
         (
             lambda state: state.update({"mixins.extra.weight": torch.ones(2)}),
             f"file.pt has 1 tensor that no {what[2:]} has: mixins.extra.weight. It is another model, or "
             "was trained "
-            "with additions that diffusers has no place for.",
+            "with additions that diffusers does not support.",
         ),
         (
             lambda state: state.update({f"{layer}.bias": torch.ones(90)}),
@@ -184,11 +182,11 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
         ),
         (
             lambda state: state.update({f"{layer}.bias": torch.ones(91)}),
-            f"file.pt: {layer}.bias has the shape [91], which cannot be cut or joined as the layouts ask.",
+            f"file.pt: {layer}.bias has the shape [91], whose rows cannot be split or joined as needed.",
         ),
         (
             lambda state: state.pop("time_embed.0.weight"),
-            "file.pt is not a whole transformer: it lacks time_embed.0.weight.",
+            "file.pt is not a complete transformer: time_embed.0.weight is missing.",
         ),
         (
             lambda state: state.update({"time_embed.0.bias": torch.ones(16, dtype=torch.int8)}),
@@ -200,7 +198,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
         assert refusal(transformer=tiny(tmp_path / "file.pt", change), target=tmp_path / "out") == told
 
 
-def test_a_component_that_lacks_a_third_of_its_rows_does_not_go_back(tmp_path):
+def test_a_transformer_without_its_key_projection_is_not_converted_back(tmp_path):
     to_diffusers(transformer=factory.source("t2v-2b"), target=tmp_path / "model", report=silent)
     state = factory.stored(tmp_path / "model" / "transformer")
     state.pop("transformer_blocks.0.attn1.to_k.weight")
@@ -210,8 +208,8 @@ def test_a_component_that_lacks_a_third_of_its_rows_does_not_go_back(tmp_path):
     with pytest.raises(UserError) as caught:
         to_sat(transformer=tmp_path / "part.safetensors", target=tmp_path / "sat", report=silent)
     assert str(caught.value) == (
-        "part.safetensors is not a whole CogVideoX transformer: it lacks "
-        "transformer_blocks.0.attn1.to_k.weight."
+        "part.safetensors is not a complete CogVideoX transformer: transformer_blocks.0.attn1.to_k.weight "
+        "is missing."
     )
 
 
@@ -234,42 +232,41 @@ def test_types_are_the_familys_unless_another_is_given(tmp_path):
 def test_a_value_beyond_float16_is_refused_not_made_infinite(tmp_path):
     path = tiny(tmp_path / "file.pt", lambda state: state["time_embed.0.bias"].fill_(70000))
     assert refusal(transformer=path, target=tmp_path / "out") == (
-        "file.pt: time_embedding.linear_1.bias holds 70000, and float16 ends at 65504. Choose dtype "
+        "file.pt: time_embedding.linear_1.bias contains 70000, but float16 ends at 65504. Choose dtype "
         "bfloat16 or float32."
     )
     to_diffusers(transformer=path, target=tmp_path / "out", dtype="bfloat16", report=silent)
 
 
-def test_a_value_beyond_float16_is_seen_beside_infinite_ones(tmp_path):
+def test_a_value_beyond_float16_is_found_among_infinite_ones(tmp_path):
     state = factory.sat_transformer()
     state["time_embed.0.bias"][:2] = torch.tensor([torch.inf, -70000.0])
     path = factory.save_sat(tmp_path / "model.pt", state)
-    assert "linear_1.bias holds 70000, and float16 ends at 65504" in refusal(
+    assert "linear_1.bias contains 70000, but float16 ends at 65504" in refusal(
         transformer=path, target=tmp_path / "out"
     )
 
 
-def test_settings_that_tensors_decide_are_refused(tmp_path):
+def test_options_that_the_tensors_decide_are_refused(tmp_path):
     given = {"transformer": factory.source("i2v-5b"), "target": tmp_path / "out"}
     assert refusal(**given, options={"num_layers": 3}).startswith(
-        "num_layers=3 cannot be given; what no tensor says is sample_height, sample_width,"
+        "num_layers=3 cannot be overridden; allowed are sample_height, sample_width,"
     )
     assert refusal(**given, options={"sample_height": 0}) == (
-        "sample_height=0 is not possible; it has to be a number above 0."
+        "sample_height=0 is not supported; it has to be a number above 0."
     )
     assert refusal(**given) == (
-        "The transformer has 42 learned positions, and a clip of its kind has 17776: sample_height=60, "
-        "sample_width=90, sample_frames=49, max_text_seq_length=226. Give those it was trained with "
-        "(height and "
-        "width in latents, which are 8 pixels)."
+        "The transformer has 42 learned positions, but a clip of this size has 17776: sample_height=60, "
+        "sample_width=90, sample_frames=49, max_text_seq_length=226. Give the values it was trained with "
+        "(height and width in latents of 8 pixels)."
     )
     assert refusal(vae=factory.VAE_FILE, family="cogvideox-5b", target=tmp_path / "out") == (
-        "norm_num_groups=32 does not divide the VAE's 4 channels; give the one that it was trained with, "
+        "norm_num_groups=32 does not divide the VAE's 4 channels; give the number that it was trained with: "
         "overrides=norm_num_groups=NUMBER."
     )
 
 
-def test_nothing_given_and_a_target_that_exists_are_refused(tmp_path):
+def test_no_input_and_an_existing_target_are_refused(tmp_path):
     assert refusal(target=tmp_path / "out") == (
         "Give a transformer, a VAE or both; there is nothing to convert."
     )
@@ -277,7 +274,7 @@ def test_nothing_given_and_a_target_that_exists_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         to_diffusers(transformer=factory.source("t2v-2b"), target=tmp_path / "there", report=silent)
     assert str(caught.value) == (
-        f"{tmp_path / 'there'} exists already; nothing is written over it. Choose another folder."
+        f"{tmp_path / 'there'} already exists and is not overwritten. Choose another folder."
     )
 
 

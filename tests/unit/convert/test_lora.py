@@ -1,6 +1,7 @@
-"""SAT's LoRAs through the conversion and the loaders that people use, and back."""
+"""SAT LoRAs are converted so that the usual loaders give SAT's output, and back."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib.convert.convert import to_diffusers
-from lib.convert.lora_files import lora_to_diffusers, lora_to_sat
+from lib.convert.lora import convert_lora
+from lib.convert.models import to_diffusers
 from lib.errors import UserError
 from lib.lora.keys import read_lora
 from lib.models.specs import SPECS
@@ -18,8 +19,10 @@ from tests import convert_factory as factory
 from tests.convert_factory import silent
 from tests.unit.convert.test_models import SAT_EPS, denoise
 
+lora_to_diffusers = partial(convert_lora, direction="to_diffusers")
+lora_to_sat = partial(convert_lora, direction="to_sat")
 ORACLES = {"lora-t2v-2b": 4, "lora-t2v-5b": 8, "lora-t2v-1.5-5b": 4}
-"""And their ranks; SAT's alpha was 1."""
+"""Name -> rank; SAT's alpha was 1."""
 
 
 def converted(path, tmp_path, **options):
@@ -49,15 +52,15 @@ def test_every_matrix_is_the_expected_one_with_alpha_over_rank_in_b(name, rank, 
         assert torch.equal(found[key], matrix / rank if ".lora_B." in key else matrix), key
 
 
-def test_the_base_in_a_lora_checkpoint_is_bit_equal_and_says_what_is_left_out(tmp_path):
+def test_the_base_in_a_lora_checkpoint_is_bit_equal_and_the_lora_reported(tmp_path):
     result = to_diffusers(transformer=factory.source("lora-t2v-2b"), target=tmp_path / "base",
                           dtype="float32", report=silent)  # fmt: skip
     found, wanted = factory.stored(tmp_path / "base" / "transformer"), factory.expected("lora-t2v-2b-base")
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
-    assert result.parts[0].dropped["*.matrix_*"] == "16 tensors: of a LoRA, which is converted by itself"
+    assert result.parts[0].dropped["*.matrix_*"] == "16 tensors: of a LoRA, which is converted separately"
     assert result.notes == [
-        "lora-t2v-2b.pt holds a LoRA beside the transformer, which is not in the result. Convert it by "
-        "itself."
+        "lora-t2v-2b.pt contains a LoRA in addition to the transformer, which is not in the result. Convert "
+        "it separately."
     ]
 
 
@@ -79,7 +82,7 @@ def test_at_strength_1_the_real_loader_gives_what_sat_gave(tmp_path):
 
 
 @pytest.mark.parametrize("layers, rank, keys", [(42, 3, 336), (30, 128, 240), (1, 1, 8)])
-def test_loras_of_any_depth_and_rank_go_there_and_back(layers, rank, keys, tmp_path):
+def test_loras_of_any_depth_and_rank_survive_a_round_trip(layers, rank, keys, tmp_path):
     state = factory.sat_lora(layers=layers, rank=rank)
     path = factory.save_sat(tmp_path / "lora.pt", state)
     result = lora_to_diffusers(path, target=tmp_path / "there", alpha=rank / 2, report=silent)
@@ -91,9 +94,7 @@ def test_loras_of_any_depth_and_rank_go_there_and_back(layers, rank, keys, tmp_p
 
 
 @pytest.mark.parametrize("alpha, rank", [(1, 3), (64, 100), (0.7, 5)])
-def test_where_alpha_over_rank_is_no_power_of_two_a_unit_in_the_last_place_is_all_that_is_lost(
-    alpha, rank, tmp_path
-):
+def test_a_round_trip_loses_at_most_one_unit_in_the_last_place(alpha, rank, tmp_path):
     state = factory.sat_lora(layers=2, rank=rank, width=64)
     file = converted(factory.save_sat(tmp_path / "lora.pt", state), tmp_path, alpha=alpha)
     lora_to_sat(file, target=tmp_path / "back", report=silent)
@@ -104,7 +105,7 @@ def test_where_alpha_over_rank_is_no_power_of_two_a_unit_in_the_last_place_is_al
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_16_bit_lora_is_widened_on_the_way_and_comes_back_as_it_was(dtype, tmp_path):
+def test_a_16_bit_lora_becomes_float32_and_comes_back_bit_equal(dtype, tmp_path):
     state = factory.sat_lora(layers=1, rank=48, dtype=dtype)
     file = converted(factory.save_sat(tmp_path / "lora.pt", state), tmp_path)
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
@@ -114,7 +115,7 @@ def test_a_16_bit_lora_is_widened_on_the_way_and_comes_back_as_it_was(dtype, tmp
         assert matrix.dtype == dtype and torch.equal(matrix, original)
 
 
-def test_the_source_is_recorded_under_names_that_no_loader_scales_by(tmp_path):
+def test_the_original_values_are_recorded_where_no_loader_scales_by_them(tmp_path):
     found = metadata(converted(factory.source("lora-t2v-5b"), tmp_path, alpha=4))
     assert found == {
         "format": "pt",
@@ -126,7 +127,7 @@ def test_the_source_is_recorded_under_names_that_no_loader_scales_by(tmp_path):
     }
 
 
-def test_the_service_applies_nothing_twice(tmp_path):
+def test_the_service_does_not_scale_a_converted_lora_again(tmp_path):
     file = converted(factory.source("lora-t2v-5b"), tmp_path, alpha=4)
     modules = ("to_q", "to_k", "to_v", "to_out.0")
     shapes = {f"transformer_blocks.{layer}.attn1.{each}": (32, 32) for layer in (0, 1) for each in modules}
@@ -138,7 +139,7 @@ def test_the_service_applies_nothing_twice(tmp_path):
         read_lora(file, name="lora.safetensors", shapes=shapes, spec=SPECS["tiny-t2v"], alpha=4)
 
 
-def test_an_alpha_that_was_assumed_is_said(tmp_path):
+def test_an_assumed_alpha_is_noted(tmp_path):
     note = (
         "alpha was not given: SAT stores none, and its default of 1 was used. CogVideo's own fine-tunes use "
         "64 at rank 128."
@@ -179,7 +180,7 @@ def test_incomplete_and_misshapen_loras_are_refused_by_their_matrices(tmp_path):
     query = "transformer.layers.1.attention.query_key_value.matrix_A.0"
     dense = "transformer.layers.0.attention.dense.matrix_"
     for change, told in (
-        (lambda state: state.pop(query), f"lora.pt is not a whole SAT LoRA: it lacks {query}."),
+        (lambda state: state.pop(query), f"lora.pt is not a complete SAT LoRA: {query} is missing."),
         (
             lambda state: state.update({f"{dense}A.0": torch.ones(5, 8)}),
             f"lora.pt: {dense}A.0 and its other half are [5, 8] and [8, 4]; in a SAT LoRA of rank 4 and "
@@ -190,9 +191,8 @@ def test_incomplete_and_misshapen_loras_are_refused_by_their_matrices(tmp_path):
             lambda state: state.update(
                 {"transformer.layers.0.mlp.dense_h_to_4h.matrix_A.0": torch.ones(4, 8)}
             ),
-            "lora.pt has LoRA matrices that are not understood: "
-            "transformer.layers.0.mlp.dense_h_to_4h.matrix_A.0. "
-            "Converted are those of attention, as CogVideo's own training makes them.",
+            "lora.pt has unsupported LoRA matrices: transformer.layers.0.mlp.dense_h_to_4h.matrix_A.0. Only "
+            "attention's, which CogVideo's own training creates, can be converted.",
         ),
     ):
         state = factory.sat_lora(layers=2, rank=4)
@@ -201,34 +201,33 @@ def test_incomplete_and_misshapen_loras_are_refused_by_their_matrices(tmp_path):
         assert refusal(lora_to_diffusers, path, tmp_path) == told
 
 
-def test_what_is_no_lora_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     assert refusal(lora_to_diffusers, factory.source("t2v-2b"), tmp_path) == (
-        "t2v-2b.pt is a CogVideoX transformer of SAT; a LoRA was expected."
+        "t2v-2b.pt is a SAT CogVideoX transformer; a LoRA was expected."
     )
     file = converted(factory.source("lora-t2v-2b"), tmp_path)
     assert refusal(lora_to_diffusers, file, tmp_path).startswith(
-        "lora.safetensors is a LoRA for diffusers: it is in the layout of diffusers already."
+        "lora.safetensors is a diffusers LoRA: it is already in the diffusers layout."
     )
     path = factory.save_sat(tmp_path / "only.pt", factory.sat_lora(layers=2, rank=4))
     with pytest.raises(UserError) as caught:
         to_diffusers(transformer=path, target=tmp_path / "out", report=silent)
     assert str(caught.value) == (
-        "only.pt is a SAT LoRA without the model it belongs to; a transformer was expected. A LoRA is "
-        "converted by "
-        "itself, into lora.safetensors."
+        "only.pt is a SAT LoRA without its base; a transformer was expected. Convert LoRAs with "
+        "script/export-lora or predict_export_lora."
     )
     for alpha in (0, -1, float("inf")):
         told = refusal(lora_to_diffusers, path, tmp_path, alpha=alpha)
-        assert told == f"alpha={alpha} is not possible; it is a number above 0, 1 unless it was changed."
+        assert told == f"alpha={alpha} is not supported; it has to be a number above 0. SAT's default is 1."
 
 
-def test_a_lora_of_other_layers_cannot_become_sats(tmp_path):
+def test_a_lora_on_other_layers_cannot_be_converted_to_sat(tmp_path):
     key = "transformer.transformer_blocks.0.ff.net.0.proj.lora_A.weight"
     save_file({key: torch.ones(4, 8)}, tmp_path / "lora.safetensors")
     assert refusal(lora_to_sat, tmp_path / "lora.safetensors", tmp_path) == (
-        "lora.safetensors cannot become a SAT LoRA: it has "
-        "transformer_blocks.0.ff.net.0.proj.lora_A.weight, and "
-        "SAT's has only the matrices of attention (to_q, to_k, to_v, to_out.0)."
+        "lora.safetensors cannot be converted to a SAT LoRA: it has "
+        "transformer_blocks.0.ff.net.0.proj.lora_A.weight, and SAT supports only attention's matrices "
+        "(to_q, to_k, to_v, to_out.0)."
     )
 
 
@@ -239,11 +238,12 @@ def test_the_report_names_rank_alpha_and_what_was_left_out(tmp_path):
     assert report["settings"] == {"rank": 4, "alpha": 2.0}
     assert report["parts"][0]["dropped"] == {
         "conditioner.*": "1 tensor: the text encoder; the released T5 is the same",
-        "the model's own weights": "52 tensors: of the model that the LoRA was trained on",
+        "the base's weights": "52 tensors: of the model that the LoRA was trained on",
     }
-    assert "of the kind of cogvideox-2b" in report["variant"] and report["family"] == "cogvideox-2b"
-    assert "lora: dropped conditioner.*, the model's own weights" in lines
+    assert "of the cogvideox-2b family" in report["variant"] and report["family"] == "cogvideox-2b"
+    assert "lora: dropped conditioner.*, the base's weights" in lines
     readme = (tmp_path / "out" / "README.md").read_text()
     assert (
-        "At strength 1 it does what it did in SAT with alpha 2: alpha / rank, 2 / 4, is multiplied" in readme
+        "At strength 1 it has the effect it had in SAT with alpha 2: alpha / rank, 2 / 4, is multiplied"
+        in readme
     )

@@ -1,4 +1,4 @@
-"""SAT's real files through the whole conversion: bit by bit, config by config, output by output, and back."""
+"""SAT's real files are converted bit-equally, with equal configs and outputs, and back."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from lib.convert.convert import to_diffusers, to_sat
+from lib.convert.models import to_diffusers, to_sat
 from lib.errors import UserError
 from tests import convert_factory as factory
 from tests.convert_factory import VARIANTS, silent
@@ -36,7 +36,7 @@ def converted(tmp_path_factory) -> Path:
 
 
 def rotary(model: CogVideoXTransformer3DModel, frames: int):
-    """As the pipelines make them for a whole clip."""
+    """Return rotary embeddings as the pipelines compute them for a complete clip."""
     config = model.config
     if not config.use_rotary_positional_embeddings:
         return None
@@ -114,7 +114,7 @@ def test_the_vae_encodes_and_decodes_as_sats_does(converted):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_way_back_is_bit_equal_and_what_is_gone_was_reported(converted, name, tmp_path):
+def test_converting_back_is_bit_equal_and_dropped_tensors_were_reported(converted, name, tmp_path):
     result = to_sat(transformer=converted / name, target=tmp_path / "sat", report=silent)
     found = factory.states(tmp_path / "sat")
     original = torch.load(factory.source(name), weights_only=False)["module"]
@@ -134,7 +134,7 @@ def test_the_vae_comes_back_bit_equal_without_its_loss(converted, tmp_path):
     assert {key.split(".")[0] for key in set(original) - set(found)} == {"loss"}
 
 
-def test_what_came_back_converts_again_to_the_same(converted, tmp_path):
+def test_a_result_in_sats_layout_converts_again_to_the_same(converted, tmp_path):
     to_sat(transformer=converted / "i2v-5b", target=tmp_path / "sat", report=silent)
     result = to_diffusers(
         transformer=tmp_path / "sat", target=tmp_path / "again", dtype="float32",
@@ -146,7 +146,7 @@ def test_what_came_back_converts_again_to_the_same(converted, tmp_path):
         assert factory.same_states(again, first)
 
 
-def test_a_vae_that_is_given_goes_before_the_one_in_the_folder(converted, tmp_path):
+def test_a_given_vae_takes_precedence_over_the_one_in_the_folder(converted, tmp_path):
     to_sat(transformer=converted / "i2v-5b" / "transformer", target=tmp_path / "sat", report=silent)
     (tmp_path / "sat" / "3d-vae.pt").write_bytes(b"of no use")
     given = {"options": factory.options("i2v-5b"), "report": silent}
@@ -159,7 +159,7 @@ def test_a_vae_that_is_given_goes_before_the_one_in_the_folder(converted, tmp_pa
         to_diffusers(transformer=folder, target=tmp_path / "neither", **given)
 
 
-def test_a_fine_tuned_file_brings_its_own_vae(tmp_path):
+def test_the_vae_in_a_fine_tuned_file_is_converted(tmp_path):
     result = to_diffusers(
         transformer=factory.source("t2v-2b-finetuned"), target=tmp_path / "model", vae_dtype="float16",
         options=factory.options("t2v-2b-finetuned"), report=silent,
@@ -174,7 +174,7 @@ def test_a_fine_tuned_file_brings_its_own_vae(tmp_path):
     assert "mixins.pos_embed.pos_embedding" in result.parts[0].dropped
 
 
-def test_what_was_left_out_is_told_by_its_reason_and_a_trainings_states_last(tmp_path):
+def test_dropped_entries_are_grouped_by_reason_with_training_states_last(tmp_path):
     result = to_diffusers(
         transformer=factory.source("t2v-2b-finetuned"), target=tmp_path / "model",
         options=factory.options("t2v-2b-finetuned"), report=silent,
@@ -186,6 +186,6 @@ def test_what_was_left_out_is_told_by_its_reason_and_a_trainings_states_last(tmp
     assert line.endswith(" ...")
     told = (tmp_path / "model" / "README.md").read_text()
     assert "- transformer: `conditioner.*`: 4 tensors: the text encoder; the released T5 is the same" in told
-    states = next(line for line in told.splitlines() if "of the training, not a weight" in line)
+    states = next(line for line in told.splitlines() if "part of the training state, not a weight" in line)
     assert states.startswith("- transformer: `buffer_names`, `optimizer`, ")
-    assert states.endswith(" and 11 more, which are in report.json: of the training, not a weight")
+    assert states.endswith(" and 11 more, listed in report.json: part of the training state, not a weight")

@@ -1,8 +1,8 @@
-"""Files that claim to be huge cost nothing, and however a tensor lies in its file, its values come out."""
+"""Files with huge claims are refused, and shared or transposed tensors keep their values."""
 
 import torch
 
-from lib.convert.convert import to_diffusers, to_sat
+from lib.convert.models import to_diffusers, to_sat
 from tests import convert_factory as factory
 from tests.convert_factory import silent
 from tests.unit.convert.test_detect import refusal, tiny
@@ -10,8 +10,11 @@ from tests.unit.convert.test_detect import refusal, tiny
 
 def test_a_name_with_a_huge_number_does_not_make_a_huge_model(tmp_path):
     for layer, told in (
-        ("9999", "file.pt is not a whole transformer: it lacks transformer.layers.2.input_layernorm.weight."),
-        ("9" * 5000, "file.pt has 1 tensor that no CogVideoX of 2 layers and width 32, of the kind of"),
+        (
+            "9999",
+            "file.pt is not a complete transformer: transformer.layers.2.input_layernorm.weight is missing.",
+        ),
+        ("9" * 5000, "file.pt has 1 tensor that no CogVideoX of 2 layers and width 32, of the"),
     ):
         extra = {f"transformer.layers.{layer}.attention.dense.bias": torch.ones(32)}
         path = tiny(tmp_path / "file.pt", lambda state, extra=extra: state.update(extra))
@@ -26,7 +29,7 @@ def test_a_tensor_that_claims_more_than_it_has_is_refused(tmp_path):
     )
 
 
-def test_tensors_that_share_their_values_or_lie_otherwise_come_out_as_they_are(tmp_path):
+def test_shared_and_transposed_tensors_keep_their_values(tmp_path):
     state = factory.sat_transformer()
     shared = torch.randn(96, 32)
     for layer in range(2):

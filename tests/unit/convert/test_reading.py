@@ -1,4 +1,4 @@
-"""What is handed over is read without running it, or refused by a message that says what it is."""
+"""Checkpoints are read without executing anything, and other files refused by what they are."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from lib.errors import UserError
 from tests import convert_factory as factory
 
 STATES = "mp_rank_00_model_states.pt"
-TRUST = 'write its tensors alone with torch.save({"module": weights}, "file.pt").'
+TRUST = 'save its tensors alone with torch.save({"module": weights}, "file.pt").'
 
 
 class Executes:
@@ -36,12 +36,12 @@ class Unknown:
 
 
 def names(path: Path, tmp_path: Path) -> list[str]:
-    with open_checkpoint(path, work=tmp_path / "work") as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         return sorted(checkpoint.tensors)
 
 
 def refusal(path: Path, tmp_path: Path) -> str:
-    with pytest.raises(UserError) as caught, open_checkpoint(path, work=tmp_path / "work"):
+    with pytest.raises(UserError) as caught, open_checkpoint(path):
         pass
     return str(caught.value)
 
@@ -61,7 +61,7 @@ def save(path: Path, content: object, **options) -> Path:
         lambda state: {"model": {"module": {"state_dict": state}}},
     ],
 )
-def test_wrappers_in_any_nesting_are_taken_off(tmp_path, wrap):
+def test_nested_wrappers_are_removed(tmp_path, wrap):
     state = {"model.diffusion_model.a.weight": torch.ones(2), "b.weight": torch.ones(1)}
     assert names(save(tmp_path / "file.pt", wrap(state)), tmp_path) == ["a.weight", "b.weight"]
 
@@ -70,12 +70,12 @@ def test_wrappers_in_any_nesting_are_taken_off(tmp_path, wrap):
     "prefix",
     ["module.model.diffusion_model._orig_mod.", "_orig_mod.model.diffusion_model.module.", "module."],
 )
-def test_what_libraries_put_before_names_is_taken_off_in_any_order(tmp_path, prefix):
+def test_prefixes_of_libraries_are_removed_in_any_order(tmp_path, prefix):
     path = save(tmp_path / "file.pt", {f"{prefix}transformer.a": torch.ones(2)})
     assert names(path, tmp_path) == ["transformer.a"]
 
 
-def test_parts_are_told_apart_and_what_is_left_out_is_named(tmp_path):
+def test_parts_are_separated_and_dropped_entries_named(tmp_path):
     state = {
         "module.model.diffusion_model.a": torch.ones(2),
         "module.first_stage_model.b": torch.ones(2),
@@ -83,13 +83,11 @@ def test_parts_are_told_apart_and_what_is_left_out_is_named(tmp_path):
         "module.conditioner.d": torch.ones(2),
         "note": "by me",
     }
-    with open_checkpoint(
-        save(tmp_path / "file.pt", {"module": state, "step": 7}), work=tmp_path
-    ) as checkpoint:
+    with open_checkpoint(save(tmp_path / "file.pt", {"module": state, "step": 7})) as checkpoint:
         assert (list(checkpoint.tensors), list(checkpoint.vae)) == (["a"], ["b"])
         assert checkpoint.dropped == {
-            "step": "of the training, not a weight",
-            "note": "it is no tensor",
+            "step": "part of the training state, not a weight",
+            "note": "not a tensor",
             "conditioner.*": "2 tensors: the text encoder; the released T5 is the same",
         }
 
@@ -107,7 +105,7 @@ def test_numpy_is_allowed_only_while_a_file_is_read(tmp_path):
 
 def test_values_are_mapped_from_the_file_not_read(tmp_path):
     path = save(tmp_path / "file.pt", {"a": torch.arange(4.0)})
-    with open_checkpoint(path, work=tmp_path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         place = path.read_bytes().find(np.float32([0, 1, 2, 3]).tobytes())
         with path.open("r+b") as file:
             file.seek(place)
@@ -115,22 +113,22 @@ def test_values_are_mapped_from_the_file_not_read(tmp_path):
         assert checkpoint.tensors["a"].tolist() == [9, 1, 2, 3]
 
 
-def test_a_file_of_the_old_format_is_read_while_it_is_small(tmp_path, monkeypatch):
+def test_only_small_files_of_the_old_format_are_read(tmp_path, monkeypatch):
     path = save(tmp_path / "old.pt", {"a": torch.ones(2)}, _use_new_zipfile_serialization=False)
     assert names(path, tmp_path) == ["a"]
     monkeypatch.setattr(reading, "MAX_LEGACY_BYTES", 10)
     assert refusal(path, tmp_path) == (
-        "old.pt is in PyTorch's format of before 1.6, which has to be read into memory whole, and has "
-        f"{path.stat().st_size} bytes. Load it where there is memory and write it again with "
+        "old.pt is in the format of PyTorch before 1.6, which cannot be mapped, and has "
+        f"{path.stat().st_size} bytes. Load it on a machine with enough memory and save it with "
         'torch.save({"module": weights}, "file.pt").'
     )
 
 
-def test_a_config_that_is_none_is_as_if_there_were_none(tmp_path):
+def test_an_invalid_config_is_ignored(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "m.safetensors")
     for content in ("[" * 100_000, "{", "[1]"):
         (tmp_path / "config.json").write_text(content)
-        with open_checkpoint(tmp_path / "m.safetensors", work=tmp_path) as checkpoint:
+        with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
             assert checkpoint.config is None
 
 
@@ -138,17 +136,17 @@ def test_nothing_of_a_pickle_is_executed(tmp_path):
     place = tmp_path / "executed"
     path = save(tmp_path / "model.pt", {"module": {"a": torch.ones(2), "b": Executes(place)}})
     assert refusal(path, tmp_path) == (
-        "model.pt is refused: beside tensors it holds posix.mkdir, and loading that could run any code. "
-        f"Nothing of it was executed. If you trust the file, {TRUST}"
+        "model.pt is refused: in addition to tensors it holds posix.mkdir, and loading that could run any "
+        f"code. Nothing was executed. If you trust the file, {TRUST}"
     )
     old = save(tmp_path / "old.pt", {"b": Executes(place)}, _use_new_zipfile_serialization=False)
     assert "it holds posix.mkdir" in refusal(old, tmp_path)
     assert not place.exists()
     torch.load(path, weights_only=False)
-    assert place.is_dir()  # the file was loaded as a trusting program would, and it does what it says
+    assert place.is_dir()  # the file does execute code in a program that trusts it
 
 
-def test_the_random_states_exception_opens_no_door(tmp_path):
+def test_objects_inside_a_random_state_are_not_executed(tmp_path):
     place = tmp_path / "executed"
     state = {"module": {"a": torch.ones(2)}, "np_rng_state": np.array([Executes(place)], dtype=object)}
     assert "model.pt is refused" in refusal(save(tmp_path / "model.pt", state), tmp_path)
@@ -158,7 +156,7 @@ def test_the_random_states_exception_opens_no_door(tmp_path):
 def test_an_unknown_class_is_refused_by_its_name(tmp_path):
     path = save(tmp_path / "model.pt", {"module": {"a": torch.ones(2)}, "config": Unknown()})
     assert refusal(path, tmp_path).startswith(
-        "model.pt is refused: beside tensors it holds tests.unit.convert.test_reading.Unknown, and loading"
+        "model.pt is refused: in addition to tensors it holds tests.unit.convert.test_reading.Unknown, and"
     )
 
 
@@ -190,7 +188,7 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
     )
 
 
-def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
+def test_other_files_are_named_for_what_they_are(tmp_path):
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "png")
     for content, wrong in (
@@ -200,27 +198,27 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
             "a Git LFS pointer, not the file that it stands for",
         ),
         (b"", "empty"),
-        (picture.getvalue(), "no checkpoint: neither a file of torch.save nor safetensors"),
-        (b"hello", "no checkpoint: neither a file of torch.save nor safetensors"),
+        (picture.getvalue(), "not a checkpoint: it is neither a torch.save file nor safetensors"),
+        (b"hello", "not a checkpoint: it is neither a torch.save file nor safetensors"),
         (
             pickle.dumps({"a": 1}),
-            f"a pickle, but none that torch.save wrote. Write its tensors with {reading.RESAVE}",
+            f"a pickle that torch.save did not write. Save its tensors with {reading.RESAVE}",
         ),
     ):
         (tmp_path / "file.pt").write_bytes(content)
         assert refusal(tmp_path / "file.pt", tmp_path) == f"file.pt is {wrong}."
 
 
-def test_what_holds_no_named_tensors_is_refused(tmp_path):
+def test_content_without_named_tensors_is_refused(tmp_path):
     for content, reason in (
         ([torch.ones(2)], "it holds a list, not named tensors"),
         ({"step": 3, "loss": 0.1}, "it holds no tensors"),
         ({1: torch.ones(2)}, "it has a tensor named 1"),
     ):
         path = save(tmp_path / "file.pt", content)
-        assert refusal(path, tmp_path) == f"file.pt is no checkpoint: {reason}."
+        assert refusal(path, tmp_path) == f"file.pt is not a checkpoint: {reason}."
     assert refusal(save(tmp_path / "s.pt", {"a": torch.ones(2, 2).to_sparse()}), tmp_path) == (
-        "s.pt cannot be converted: 'a' is no plain tensor; quantized files are not."
+        "s.pt cannot be converted: 'a' is not a plain tensor. Quantized files are not supported."
     )
 
 
@@ -232,5 +230,5 @@ def test_a_checkpoint_that_was_compressed_again_is_refused(tmp_path):
         for member in whole.namelist():
             packed.writestr(member, whole.read(member))
     assert refusal(tmp_path / "model.pt", tmp_path).startswith(
-        "model.pt was packed a second time, compressed;"
+        "model.pt was compressed after torch.save wrote it;"
     )

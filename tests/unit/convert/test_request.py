@@ -1,4 +1,4 @@
-"""The inputs of a conversion are checked at the door; the text encoder comes from where it is."""
+"""The inputs of a conversion are checked, and a fitting text encoder is found or downloaded."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.convert.encoder import encoder_for
 from lib.convert.request import lora_request, model_request, parse_overrides
+from lib.convert.text_encoder import find_text_encoder
 from lib.errors import UserError
 from tests.convert_factory import sat_transformer, save_sat, silent
 from tests.http_host import Host, hub_of
@@ -18,7 +18,7 @@ INPUTS = {
 }  # fmt: skip
 
 
-def test_auto_is_for_the_conversion_to_decide_and_a_token_is_not_shown():
+def test_auto_becomes_none_and_a_token_is_not_shown():
     request = model_request(INPUTS | {"hub_token": "hf_secret"}, has_transformer=True, has_vae=False)
     assert (request.family, request.dtype, request.vae_dtype, request.options) == (None, None, None, {})
     assert request.repository() is None and "hf_secret" not in repr(request)
@@ -44,11 +44,11 @@ def test_overrides_are_pairs(text, found):
         ("sample_frames", "overrides: 'sample_frames' is not name=value; allowed are sample_height, "),
         ("sample_frames=many", "overrides: sample_frames=many is not a number."),
         ("scaling_factor=inf", "overrides: scaling_factor=inf is not a number."),
-        ("layers=3", "layers=3 cannot be given; what no tensor says is sample_height, "),
-        ("sample_frames=-1", "sample_frames=-1 is not possible; it has to be a number above 0."),
+        ("layers=3", "layers=3 cannot be overridden; allowed are sample_height, "),
+        ("sample_frames=-1", "sample_frames=-1 is not supported; it has to be a number above 0."),
     ],
 )
-def test_overrides_that_are_none_are_refused(text, said):
+def test_invalid_overrides_are_refused(text, said):
     with pytest.raises(UserError) as caught:
         parse_overrides(text)
     assert str(caught.value).startswith(said)
@@ -57,12 +57,12 @@ def test_overrides_that_are_none_are_refused(text, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"direction": "to_sat", "family": "cogvideox-2b"}, "family=cogvideox-2b counts only with"),
-        ({"direction": "to_sat", "vae_dtype": "float16"}, "vae_dtype=float16 counts only with"),
-        ({"direction": "to_sat", "text_encoder": True}, "text_encoder=true counts only with"),
+        ({"direction": "to_sat", "family": "cogvideox-2b"}, "family=cogvideox-2b applies only to"),
+        ({"direction": "to_sat", "vae_dtype": "float16"}, "vae_dtype=float16 applies only to"),
+        ({"direction": "to_sat", "text_encoder": True}, "text_encoder=true applies only to"),
     ],
 )
-def test_what_counts_only_one_way_is_refused_the_other_way(changes, said):
+def test_inputs_of_one_direction_are_refused_with_the_other(changes, said):
     with pytest.raises(UserError) as caught:
         model_request(INPUTS | changes, has_transformer=True, has_vae=False)
     assert str(caught.value) == f"{said} direction=to_diffusers; leave it out."
@@ -77,7 +77,7 @@ def test_a_request_without_files_and_a_text_encoder_without_a_transformer_are_re
     with pytest.raises(UserError, match=r"^Give a LoRA: "):
         lora_request(lora, has_lora=False)
     for alpha in (0, -1, float("inf"), float("nan")):
-        with pytest.raises(UserError, match=r"is not possible; it is a number above 0"):
+        with pytest.raises(UserError, match=r"is not supported; it has to be a number above 0"):
             lora_request(lora | {"alpha": alpha}, has_lora=True)
 
 
@@ -108,7 +108,7 @@ def transformer(tmp_path: Path, **changes) -> Path:
 
 def test_the_text_encoder_is_downloaded_without_the_rest_and_once(released, tmp_path):
     path = transformer(tmp_path, text_embed_dim=4096)
-    first, again = (encoder_for(path, None, work=tmp_path / "work", report=silent) for _ in range(2))
+    first, again = (find_text_encoder(path, None, report=silent) for _ in range(2))
     assert first == again
     assert sorted(file.name for file in first.rglob("*") if file.is_file()) == [
         "config.json", "model.safetensors", "spiece.model",
@@ -120,22 +120,22 @@ def test_the_text_encoder_is_downloaded_without_the_rest_and_once(released, tmp_
 
 def test_another_width_than_the_released_one_is_refused(released, tmp_path):
     with pytest.raises(UserError) as caught:
-        encoder_for(transformer(tmp_path), None, work=tmp_path / "work", report=silent)
+        find_text_encoder(transformer(tmp_path), None, report=silent)
     assert str(caught.value) == (
-        "transformer.pt was made for a text encoder of width 24, and the released one has 4096: "
-        "text_encoder=true is not possible. Put its own into the result."
+        "transformer.pt was made for a text encoder of width 24, but the released one has 4096: "
+        "text_encoder=true is not supported. Copy its own text encoder into the result."
     )
     assert released.requests == []
 
 
-def test_what_is_no_transformer_is_left_to_the_conversion(released, tmp_path):
+def test_no_text_encoder_is_sought_for_another_model(released, tmp_path):
     torch.save({"module": {"input_blocks.0.0.weight": torch.zeros(2)}}, tmp_path / "unet.pt")
-    assert encoder_for(tmp_path / "unet.pt", None, work=tmp_path / "work", report=silent) is None
+    assert find_text_encoder(tmp_path / "unet.pt", None, report=silent) is None
 
 
-def test_where_downloads_are_forbidden_it_is_said(released, monkeypatch, tmp_path):
+def test_a_forbidden_download_is_an_error(released, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("lib.network.offline._offline_by_us", False)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids to download it; unset it once"):
-        encoder_for(transformer(tmp_path, text_embed_dim=4096), None, work=tmp_path / "w", report=silent)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids the download; unset it once"):
+        find_text_encoder(transformer(tmp_path, text_embed_dim=4096), None, report=silent)
     assert released.requests == []

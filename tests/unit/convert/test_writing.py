@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ from transformers import T5Config, T5EncoderModel
 
 from lib.cancellation import Stopped
 from lib.convert import writing
-from lib.convert.convert import to_diffusers, to_sat
-from lib.convert.pickled import write_pickle
-from lib.convert.writing import Planned, Progress, new_folder, write_safetensors
+from lib.convert.formats import write_safetensors, write_torch
+from lib.convert.models import to_diffusers, to_sat
+from lib.convert.writing import PlannedTensor, Progress, new_folder
 from lib.models.layout import missing_files
 from lib.storage.disk import NoSpaceError
 from tests import convert_factory as factory
@@ -32,15 +31,15 @@ ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "weights" / "tiny-t2v"
 
 
-def plan(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> list[Planned]:
+def plan(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> list[PlannedTensor]:
     return [
-        Planned(name=name, pieces=[tensor], shape=tuple(tensor.shape), dtype=dtype or tensor.dtype)
+        PlannedTensor(name=name, pieces=[tensor], shape=tuple(tensor.shape), dtype=dtype or tensor.dtype)
         for name, tensor in state.items()
     ]
 
 
-def progress(lines: list[str] | None = None, total: int = 0) -> Progress:
-    return Progress(label="it", total=total, report=silent if lines is None else lines.append)
+def progress(state: dict[str, torch.Tensor], lines: list[str] | None = None) -> Progress:
+    return Progress("it", plan(state), silent if lines is None else lines.append)
 
 
 def convert(target: Path, name: str = "t2v-2b", **options):
@@ -56,10 +55,10 @@ STATE = {
 }
 
 
-def test_what_is_written_is_read_by_safetensors_and_torch(tmp_path, monkeypatch):
+def test_safetensors_and_torch_read_the_written_files(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "BLOCK_ELEMENTS", 5)
-    write_safetensors(tmp_path, "m", plan(STATE), progress())
-    write_pickle(tmp_path / "m.pt", "module", plan(STATE), progress())
+    write_safetensors(tmp_path, "m", plan(STATE), progress(STATE))
+    write_torch(tmp_path / "m.pt", "module", plan(STATE), progress(STATE))
     mapped = torch.load(tmp_path / "m.pt", weights_only=True, mmap=True)["module"]
     for found in (load_file(tmp_path / "m.safetensors"), mapped, torch.load(tmp_path / "m.pt")["module"]):
         assert found.keys() == STATE.keys()
@@ -67,9 +66,9 @@ def test_what_is_written_is_read_by_safetensors_and_torch(tmp_path, monkeypatch)
             assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
 
 
-def test_shards_are_as_large_as_asked_and_the_index_finds_every_tensor(tmp_path):
+def test_shards_have_the_given_size_and_the_index_finds_every_tensor(tmp_path):
     state = {f"t{place}": torch.full((10,), float(place)) for place in range(7)}
-    written = write_safetensors(tmp_path, "m", plan(state), progress(), shard_bytes=100)
+    written = write_safetensors(tmp_path, "m", plan(state), progress(state), shard_bytes=100)
     assert list(written) == [f"m-0000{place}-of-00004.safetensors" for place in (1, 2, 3, 4)]
     index = json.loads((tmp_path / "m.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 280}
@@ -78,35 +77,35 @@ def test_shards_are_as_large_as_asked_and_the_index_finds_every_tensor(tmp_path)
 
 
 def test_checksums_and_sizes_are_those_of_the_files(tmp_path):
-    written = write_safetensors(tmp_path, "m", plan(STATE), progress(), shard_bytes=30)
-    written["m.pt"] = write_pickle(tmp_path / "m.pt", "module", plan(STATE), progress())
+    written = write_safetensors(tmp_path, "m", plan(STATE), progress(STATE), shard_bytes=30)
+    written["m.pt"] = write_torch(tmp_path / "m.pt", "module", plan(STATE), progress(STATE))
     for name, file in written.items():
         content = (tmp_path / name).read_bytes()
         assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-def test_values_that_are_no_numbers_are_counted_while_they_are_written(tmp_path, monkeypatch):
+def test_nan_and_infinity_are_counted_while_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "BLOCK_ELEMENTS", 5)
     odd = torch.arange(12.0)
     odd[[2, 3, 11]] = torch.tensor([torch.nan, -torch.inf, torch.inf])
     state = {**STATE, "odd": odd, "none": torch.zeros(0), "more": odd.to(torch.bfloat16)}
-    written = write_safetensors(tmp_path, "m", plan(state), progress(), shard_bytes=100)
+    written = write_safetensors(tmp_path, "m", plan(state), progress(state), shard_bytes=100)
     counted = [file.not_finite for file in written.values() if file.not_finite]
     assert counted == [{"odd": 3}, {"more": 3}] or counted == [{"odd": 3, "more": 3}]
-    assert write_pickle(tmp_path / "m.pt", "module", plan(state), progress()).not_finite == {
+    assert write_torch(tmp_path / "m.pt", "module", plan(state), progress(state)).not_finite == {
         "odd": 3, "more": 3,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_values_that_are_no_numbers_are_told_in_log_and_report(tmp_path, dtype):
+def test_nan_and_infinity_are_noted_in_log_and_report(tmp_path, dtype):
     state = factory.sat_transformer()
     state["time_embed.0.bias"][:3] = torch.tensor([torch.nan, 1.0, torch.inf])
     path, lines = factory.save_sat(tmp_path / "broken.pt", state), []
     result = to_diffusers(transformer=path, target=tmp_path / "out", dtype=dtype, report=lines.append)
     note = (
-        "broken.pt has values that are no finite numbers (NaN or infinite), and so has the result: 2 in "
-        "time_embedding.linear_1.bias. What is computed with them is of no use."
+        "broken.pt contains NaN or infinity, and so does the result: 2 values in "
+        "time_embedding.linear_1.bias. Its output will be unusable."
     )
     assert result.notes == [note] and note in lines
     assert note in (tmp_path / "out" / "README.md").read_text()
@@ -116,19 +115,23 @@ def test_values_that_are_no_numbers_are_told_in_log_and_report(tmp_path, dtype):
         {"time_embedding.linear_1.bias": 2}
     ]
     back = to_sat(transformer=tmp_path / "out" / "transformer", target=tmp_path / "sat", report=silent)
-    assert "2 in model.diffusion_model.time_embed.0.bias." in back.notes[0]
+    assert "2 values in model.diffusion_model.time_embed.0.bias." in back.notes[0]
 
 
-def test_progress_is_told_every_few_seconds_with_its_share(monkeypatch):
+def test_progress_counts_written_tensors(monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(writing, "REPORT_SECONDS", 0)
-    it = progress(lines, total=4_000_000)
-    it.add(1_000_000)
-    it.add(2_000_000)
-    assert lines == ["it: 1.0 MB of 4.0 MB (25 %)", "it: 3.0 MB of 4.0 MB (75 %)"]
+    it = progress({"a": torch.zeros(250_000), "b": torch.zeros(500_000)}, lines)
+    for count in (500_000, 500_000, 2_000_000):
+        it.add(count)
+    assert lines == [
+        "progress: converting it 0/2, 500.0 kB",
+        "progress: converting it 1/2, 1.0 MB",
+        "progress: converting it 2/2, 3.0 MB",
+    ]
 
 
-def test_everybody_may_read_a_result(tmp_path):
+def test_results_are_readable_by_everyone(tmp_path):
     previous = os.umask(0o077)
     try:
         convert(tmp_path / "out")
@@ -140,7 +143,7 @@ def test_everybody_may_read_a_result(tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
 
 
-def test_a_failure_leaves_nothing_and_a_leftover_goes_at_the_next_start(tmp_path):
+def test_a_failure_leaves_nothing_and_leftovers_are_removed_by_the_next_start(tmp_path):
     target, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(ZeroDivisionError), new_folder(target) as folder:
         (folder / "file").write_text("half")
@@ -153,7 +156,7 @@ def test_a_failure_leaves_nothing_and_a_leftover_goes_at_the_next_start(tmp_path
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path):
+def test_a_stopped_conversion_leaves_nothing(tmp_path):
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):
@@ -165,7 +168,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from lib.convert import writing
-from lib.convert.convert import to_diffusers
+from lib.convert.models import to_diffusers
 from tests import convert_factory as factory
 count = 0
 def add(self, size):
@@ -179,8 +182,8 @@ to_diffusers(transformer=factory.source("t2v-2b"), vae=factory.VAE_FILE, target=
 """
 
 
-@pytest.mark.parametrize("block", [10, 300])  # amid the transformer, amid the VAE
-def test_a_killed_conversion_leaves_no_folder_that_passes_for_whole(tmp_path, block):
+@pytest.mark.parametrize("block", [10, 300])  # in the transformer, in the VAE
+def test_a_killed_conversion_leaves_no_folder_that_seems_complete(tmp_path, block):
     target, partial = tmp_path / "out", tmp_path / "out.partial"
     done = subprocess.run(
         [sys.executable, "-P", "-c", KILLED, str(target), str(block)],
@@ -195,7 +198,7 @@ def test_a_killed_conversion_leaves_no_folder_that_passes_for_whole(tmp_path, bl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(NoSpaceError, match=r"MB are needed and 1\.0 kB are free"):
@@ -207,8 +210,8 @@ FULL = """
 import sys
 from pathlib import Path
 from lib.storage.disk import NoSpaceError
-from lib.convert import convert
-from lib.convert.convert import to_diffusers, to_sat
+from lib.convert import models
+from lib.convert.models import to_diffusers, to_sat
 from tests import convert_factory as factory
 disk, model = Path(sys.argv[1]), Path(sys.argv[2])
 def attempt(function, **given):
@@ -219,14 +222,14 @@ def attempt(function, **given):
 given = {"transformer": factory.source("t2v-2b"), "vae": factory.VAE_FILE}
 given["options"] = factory.options("t2v-2b")
 attempt(to_diffusers, **given)
-convert.require_room = lambda folder, planned: None
+models.require_room = lambda folder, planned: None
 attempt(to_diffusers, **given)
 attempt(to_sat, transformer=model)
 print(sorted(path.name for path in disk.iterdir()))
 """
 
 
-def test_a_really_full_disk_is_told_and_left_empty(tmp_path):
+def test_a_full_disk_is_an_error_and_left_empty(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     convert(tmp_path / "model", dtype="float32")
@@ -254,7 +257,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from lib.convert import writing
-from lib.convert.convert import to_diffusers, to_sat
+from lib.convert.models import to_diffusers, to_sat
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 root, peaks, first = Path(sys.argv[1]), [0], []
@@ -271,7 +274,7 @@ print(peaks[0] - first[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
-def test_memory_is_a_few_tensors_not_the_model(tmp_path):
+def test_memory_use_is_a_few_tensors(tmp_path):
     state = factory.sat_transformer(heads=16, head_dim=64, layers=3)
     size = sum(tensor.nbytes for tensor in factory.save_sat(tmp_path / "model.pt", state) and state.values())
     assert size > 150e6
@@ -281,19 +284,6 @@ def test_memory_is_a_few_tensors_not_the_model(tmp_path):
     )  # fmt: skip
     there, back = (1024 * int(line) for line in done.stdout.split())
     assert there < 60e6 and back < 60e6, (there, back)
-
-
-def test_a_zip_of_a_download_becomes_a_model_without_leftovers(tmp_path):
-    (tmp_path / "sat" / "1000").mkdir(parents=True)
-    shutil.copy(factory.source("t2v-2b"), tmp_path / "sat" / "1000" / "mp_rank_00_model_states.pt")
-    (tmp_path / "sat" / "latest").write_text("1000")
-    with zipfile.ZipFile(tmp_path / "sat.zip", "w") as archive:
-        for path in (tmp_path / "sat").rglob("*"):
-            archive.write(path, path.relative_to(tmp_path))
-    result = convert(tmp_path / "out", transformer=tmp_path / "sat.zip")
-    assert result.parts[0].source == "sat.zip (1000/mp_rank_00_model_states.pt)"
-    found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"README.md", "model_index.json", "report.json", "scheduler", "transformer", "vae"}
 
 
 def test_the_call_in_the_readme_loads_the_folder(tmp_path):
@@ -309,7 +299,7 @@ def test_the_call_in_the_readme_loads_the_folder(tmp_path):
     assert names["pipe"].transformer.config.num_layers == 2 and names["pipe"].text_encoder is text
 
 
-def test_the_text_encoder_is_taken_over_when_asked_and_the_folder_is_whole(tmp_path):
+def test_an_included_text_encoder_completes_the_folder(tmp_path):
     result = convert(tmp_path / "out", text_encoder=TINY)
     assert (result.included, result.missing) == (["text_encoder", "tokenizer"], [])
     assert missing_files(tmp_path / "out") == []
@@ -323,9 +313,9 @@ def test_the_report_says_what_was_found_dropped_written_and_checked(tmp_path):
     convert(tmp_path / "out", "t2v-5b", report=lines.append)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     transformer, vae = report["parts"]
-    assert report["variant"] == "a CogVideoX of 2 layers and width 32, of the kind of cogvideox-5b"
+    assert report["variant"] == "a CogVideoX of 2 layers and width 32, of the cogvideox-5b family"
     assert (transformer["tensors"], transformer["dtype"], vae["tensors"]) == (64, "bfloat16", 436)
-    assert transformer["checked"] == "all 64 names and shapes are those of diffusers 0.42.1"
+    assert transformer["checked"] == "all 64 names and shapes match diffusers 0.42.1"
     assert set(transformer["dropped"]) == {
         "conditioner.*", "mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos",
         "transformer.position_embeddings.weight",

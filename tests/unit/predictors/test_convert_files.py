@@ -1,4 +1,4 @@
-"""Checkpoints by upload, address and path: which are taken, what is kept of them and what is not."""
+"""Checkpoints by upload, address and path: which are accepted, and which downloads are kept."""
 
 import random
 import tarfile
@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from lib.cancellation import Stopped
+from lib.convert.request import model_request
 from lib.errors import UserError
 from lib.network import http, partial_file
 from lib.network.http import FetchError
 from lib.network.urls import request_rules
 from lib.predictors import convert_files as module
-from lib.predictors.convert_files import Given, brought
+from lib.predictors.convert import convert_model
+from lib.predictors.convert_files import CheckpointInput, resolve_input
+from tests import convert_factory as factory
 from tests.http_host import Host, Served
 
 CHUNK = 50_000
@@ -31,13 +34,13 @@ def cache(monkeypatch, tmp_path) -> Path:
     return tmp_path / "cache" / "checkpoints"
 
 
-def at(address: str) -> Given:
-    return Given(slot="transformer", address=address)
+def at(address: str) -> CheckpointInput:
+    return CheckpointInput(name="transformer", address=address)
 
 
 def fetched(address: str, tmp_path: Path, *, lines: list[str] | None = None, stop=None):
     report = (lines if lines is not None else []).append
-    return brought(at(address), work=tmp_path / "work", report=report, stop=stop)
+    return resolve_input(at(address), work=tmp_path / "work", report=report, stop=stop)
 
 
 def names(folder: Path) -> list[str]:
@@ -57,9 +60,9 @@ def names(folder: Path) -> list[str]:
         ("http://example.com/model.pt", "is not encrypted; give an https:// address or upload the file."),
         ("ftp://example.com/model.pt", "is not an address this service fetches"),
         ("https://me:secret@example.com/model.pt", "give it without a user or escapes"),
-        ("/etc/passwd", "transformer_url='/etc/passwd' is no address"),
-        ("file:///etc/passwd", "transformer_url='file:///etc/passwd' is no address"),
-        ("owner/name", "transformer_url='owner/name' is no address"),
+        ("/etc/passwd", "transformer_url='/etc/passwd' is not an address"),
+        ("file:///etc/passwd", "transformer_url='file:///etc/passwd' is not an address"),
+        ("owner/name", "transformer_url='owner/name' is not an address"),
     ],
 )
 def test_a_request_may_not_name_private_addresses_or_the_servers_files(
@@ -74,16 +77,16 @@ def test_a_request_may_not_name_private_addresses_or_the_servers_files(
 
 def test_an_upload_and_an_address_together_are_refused():
     with pytest.raises(UserError, match=r"^Give vae or vae_url, not both\.$"):
-        Given(slot="vae", upload=Path("a.pt"), address="https://example.com/a.pt")
-    assert not Given(slot="vae", address="  ")
+        CheckpointInput(name="vae", upload=Path("a.pt"), address="https://example.com/a.pt")
+    assert not CheckpointInput(name="vae", address="  ")
 
 
-def test_nothing_given_is_nothing(tmp_path):
-    with brought(Given(slot="vae"), work=tmp_path) as path:
+def test_no_input_resolves_to_none(tmp_path):
+    with resolve_input(CheckpointInput(name="vae"), work=tmp_path) as path:
         assert path is None
 
 
-def test_an_address_is_fetched_under_its_own_name_and_goes_when_it_was_used(tmp_path, cache):
+def test_a_download_has_its_own_name_and_is_deleted_after_use(tmp_path, cache):
     lines: list[str] = []
     with Host({"/a/my model.pt": Served(BODY)}) as host:
         with fetched(host.url("/a/my%20model.pt?token=secret"), tmp_path, lines=lines) as path:
@@ -92,7 +95,7 @@ def test_an_address_is_fetched_under_its_own_name_and_goes_when_it_was_used(tmp_
     assert names(cache) == [] and lines[0].startswith("my_model.pt: downloading 300.0 kB")
 
 
-def test_a_cancelled_download_goes_on_where_it_was(tmp_path, cache):
+def test_a_cancelled_download_is_resumed(tmp_path, cache):
     stop = threading.Event()
     with Host({"/a.pt": Served(BODY, pause=0.01, piece=5000)}) as host:
         url = host.url("/a.pt")
@@ -118,7 +121,7 @@ def test_a_cancelled_download_goes_on_where_it_was(tmp_path, cache):
     assert names(cache) == []
 
 
-def test_what_was_cancelled_while_it_was_used_is_not_fetched_again(tmp_path, cache):
+def test_a_download_survives_a_cancelled_conversion(tmp_path, cache):
     with Host({"/a.pt": Served(BODY)}) as host:
         with pytest.raises(Stopped), fetched(host.url("/a.pt"), tmp_path):
             raise Stopped
@@ -130,7 +133,7 @@ def test_what_was_cancelled_while_it_was_used_is_not_fetched_again(tmp_path, cac
     assert names(cache) == []
 
 
-def test_what_could_not_be_used_is_fetched_anew_because_it_may_be_mended(tmp_path, cache):
+def test_a_file_that_could_not_be_used_is_downloaded_again(tmp_path, cache):
     with Host({"/a.pt": Served(b"damaged")}) as host:
         with pytest.raises(UserError), fetched(host.url("/a.pt"), tmp_path):
             raise UserError("damaged")
@@ -151,7 +154,7 @@ def test_a_file_beyond_the_bound_is_refused_before_it_is_fetched(monkeypatch, tm
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_host_that_drips_is_given_up(monkeypatch, tmp_path, cache, ranges):
+def test_a_slow_host_is_given_up(monkeypatch, tmp_path, cache, ranges):
     monkeypatch.setattr(module, "FETCH_SECONDS", 0.3)
     served = Served(BODY[: 2 * CHUNK], ranges=ranges, pause=0.1, piece=100)
     told = pytest.raises(FetchError, match="the host is too slow")
@@ -166,7 +169,7 @@ def test_an_end_bounds_all_responses_together(monkeypatch):
         http.read(http.Source(url=host.url("/a"), rules=rules))
 
 
-def test_only_the_newest_unfinished_downloads_stay(tmp_path, cache):
+def test_only_the_newest_unfinished_downloads_are_kept(tmp_path, cache):
     for place in range(5):
         folder = cache / f"old-{place}"
         folder.mkdir(parents=True)
@@ -186,22 +189,22 @@ def test_only_the_newest_unfinished_downloads_stay(tmp_path, cache):
         ("https://example.com/blob/vae.pt", "https://example.com/blob/vae.pt"),
     ],
 )
-def test_a_page_of_the_hub_means_its_file(address, url):
-    assert module._direct(address) == url
+def test_a_page_on_the_hub_means_its_file(address, url):
+    assert module._file_url(address) == url
 
 
 # Files
 
 
-def test_a_path_of_this_machine_is_taken_as_it_is_where_that_is_allowed(tmp_path):
+def test_a_local_path_is_accepted_where_that_is_allowed(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"x")
-    with brought(at(str(tmp_path / "a.pt")), work=tmp_path / "work") as path:
+    with resolve_input(at(str(tmp_path / "a.pt")), work=tmp_path / "work") as path:
         assert path == tmp_path / "a.pt"
     told = pytest.raises(UserError, match=r"^There is no file or folder .*none\.pt\.$")
-    with told, brought(at(f"file://{tmp_path}/none.pt"), work=tmp_path / "work"):
+    with told, resolve_input(at(f"file://{tmp_path}/none.pt"), work=tmp_path / "work"):
         pass
-    told = pytest.raises(UserError, match=r"_url='a\.pt' is not the whole path, and the server stands in a")
-    with told, brought(at("a.pt"), work=tmp_path / "work"):
+    told = pytest.raises(UserError, match=r"_url='a\.pt' is a relative path, and the server runs in a folder")
+    with told, resolve_input(at("a.pt"), work=tmp_path / "work"):
         pass
     assert not (tmp_path / "work").exists()
 
@@ -209,11 +212,11 @@ def test_a_path_of_this_machine_is_taken_as_it_is_where_that_is_allowed(tmp_path
 @pytest.mark.parametrize(
     ("uploaded", "shown"), [("file.bin", "vae.bin"), ("3d-vae.pt", "3d-vae.pt"), ("", "vae")]
 )
-def test_an_upload_is_called_as_its_sender_knows_it(monkeypatch, tmp_path, uploaded, shown):
+def test_an_upload_has_the_senders_file_name(monkeypatch, tmp_path, uploaded, shown):
     monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
     path = tmp_path / f"tmpab12cd_x{uploaded}"
     path.write_bytes(b"content")
-    with brought(Given(slot="vae", upload=path), work=tmp_path / "work") as found:
+    with resolve_input(CheckpointInput(name="vae", upload=path), work=tmp_path / "work") as found:
         assert found.name == shown and found.read_bytes() == b"content"
 
 
@@ -227,10 +230,31 @@ def test_an_archive_is_unpacked_within_its_bound(monkeypatch, tmp_path, kind):
     else:
         with tarfile.open(archive, "w") as members:
             members.add(tmp_path / "latest", "transformer/latest")
-    with brought(Given(slot="transformer", upload=archive), work=tmp_path / "work") as folder:
+    with resolve_input(CheckpointInput(name="transformer", upload=archive), work=tmp_path / "work") as folder:
         assert folder.name == archive.name
         assert (folder / "transformer" / "latest").read_text() == "1"
     monkeypatch.setattr(module, "MAX_BYTES", 0)
     told = pytest.raises(UserError, match="unpacks to more than the 0 bytes that are allowed")
-    with told, brought(Given(slot="transformer", upload=archive), work=tmp_path / "other"):
+    with told, resolve_input(CheckpointInput(name="transformer", upload=archive), work=tmp_path / "other"):
         pass
+
+
+def test_the_zip_of_a_sat_download_becomes_a_model_without_leftovers(tmp_path):
+    with zipfile.ZipFile(tmp_path / "sat.zip", "w") as archive:
+        archive.write(factory.source("t2v-2b"), "transformer/1000/mp_rank_00_model_states.pt")
+        archive.writestr("transformer/latest", "1000")
+    inputs = {"direction": "to_diffusers", "family": "auto", "dtype": "auto", "vae_dtype": "auto"}
+    inputs |= {"text_encoder": False, "overrides": "", "hub_repository": ""}
+    result = convert_model(
+        model_request(inputs, has_transformer=True, has_vae=False),
+        CheckpointInput(name="transformer", upload=tmp_path / "sat.zip"),
+        CheckpointInput(name="vae"),
+        tmp_path / "out",
+        work=tmp_path / "work",
+        report=factory.silent,
+        stop=threading.Event(),
+    )
+    assert result.parts[0].source == "sat.zip (1000/mp_rank_00_model_states.pt)"
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"README.md", "model_index.json", "report.json", "scheduler", "transformer"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sat.zip"]
