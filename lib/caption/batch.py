@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -85,7 +85,7 @@ def _row(clip: Clip, result: Caption | UserError, fingerprint: str) -> Row:
 def _read_ahead(
     captioner: Captioner, clips: list[Clip], settings: CaptionSettings, ahead: int,
     stop: threading.Event | None,
-) -> Iterator[tuple[Clip, SampledClip | UserError]]:  # fmt: skip
+) -> Generator[tuple[Clip, SampledClip | UserError], None, None]:  # fmt: skip
     """Yield the clips in order with their frames or their error, holding at most `ahead` of them."""
 
     def read(clip: Clip) -> SampledClip | UserError:

@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.caption.config import read_config, write_config
+from lib.caption.language import RotaryEmbedding
 from lib.caption.model import CaptionModel
 from lib.caption.precision import Quantization, set_quantized
 from lib.errors import UserError
@@ -58,7 +60,7 @@ class Entry:
 
 def entries(model: CaptionModel) -> dict[str, Entry]:
     """Return every tensor that a checkpoint of this model has, by its released key."""
-    named = {released: (ours,) for released, ours in OTHER_NAMES.items()}
+    named: dict[str, tuple[str, ...]] = {released: (ours,) for released, ours in OTHER_NAMES.items()}
     for layer in range(model.config.num_hidden_layers):
         for released, ours in LAYER_NAMES.items():
             names = tuple(f"language.model.layers.{layer}.{name}" for name in ours)
@@ -186,7 +188,7 @@ def _set(model: CaptionModel, name: str, tensor: torch.Tensor) -> None:
 
 
 def _set_inv_freq(model: CaptionModel, frequencies: torch.Tensor, key: str) -> None:
-    rotary = model.language.model.rotary_emb
+    rotary = cast(RotaryEmbedding, model.language.model.rotary_emb)
     if rotary.inv_freq.is_meta:
         rotary.inv_freq = frequencies
     elif not torch.equal(rotary.inv_freq, frequencies):

@@ -1,8 +1,9 @@
 """The config.json of a CogVLM2-Caption, with the names of the released file."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 
@@ -103,7 +104,9 @@ def read_config(folder: Path) -> CaptionConfig:
     return parse_config(content, _json(folder / "generation_config.json") or {}, place=str(folder))
 
 
-def parse_config(content: dict, generation: dict | None = None, *, place: str) -> CaptionConfig:
+def parse_config(
+    content: dict[str, Any], generation: dict[str, Any] | None = None, *, place: str
+) -> CaptionConfig:
     """Parse the content of the two files; see read_config. `place` names the model in errors."""
     if ARCHITECTURE not in (content.get("architectures") or []):
         raise UserError(
@@ -112,15 +115,16 @@ def parse_config(content: dict, generation: dict | None = None, *, place: str) -
         )
     try:
         vision = VisionConfig(**_known(VisionConfig, content["vision_config"]))
-        config = CaptionConfig(**_known(CaptionConfig, content) | {"vision_config": vision})
+        language = _known(CaptionConfig, content)
+        language.pop("vision_config")
+        config = CaptionConfig(**language, vision_config=vision)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{place}: config.json is not that of a CogVLM2-Caption: {reason}.") from error
     more = (generation or {}).get("eos_token_id")
     ends = [*config.eos_token_ids, *(more if isinstance(more, list) else [more])]
     ends = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return CaptionConfig(**values | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+    return replace(config, eos_token_id=ends if len(ends) > 1 else ends[0])
 
 
 def write_config(config: CaptionConfig, folder: Path, *, dtype: str) -> None:
@@ -129,7 +133,7 @@ def write_config(config: CaptionConfig, folder: Path, *, dtype: str) -> None:
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _json(path: Path) -> dict | None:
+def _json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,6 +145,6 @@ def _json(path: Path) -> dict | None:
     return content
 
 
-def _known(kind: type, content: dict) -> dict:
+def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(kind)}
     return {name: value for name, value in content.items() if name in names and value is not None}

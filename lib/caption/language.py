@@ -27,14 +27,14 @@ def build_language_model(config: CaptionConfig) -> LlamaForCausalLM:
         bos_token_id=config.bos_token_id,
         eos_token_id=list(config.eos_token_ids),
         pad_token_id=None,  # a padding index would fix that row of the embedding at zero
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  (a parameter of the base class)
     )
     model = LlamaForCausalLM(llama)
-    model.model.norm = RMSNorm(config)
+    model.model.register_module("norm", RMSNorm(config))
     for layer in model.model.layers:
-        layer.input_layernorm = RMSNorm(config)
-        layer.post_attention_layernorm = RMSNorm(config)
-    model.model.rotary_emb = RotaryEmbedding(config)
+        layer.register_module("input_layernorm", RMSNorm(config))
+        layer.register_module("post_attention_layernorm", RMSNorm(config))
+    model.model.register_module("rotary_emb", RotaryEmbedding(config))
     return model
 
 

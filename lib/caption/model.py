@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class _Watch(StoppingCriteria):
     def __init__(self, on_token: Callable[[int], None] | None, stop: threading.Event | None) -> None:
         self.on_token, self.stop, self.count = on_token, stop, 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: Any) -> Any:
         check_stop(self.stop)
         self.count += 1
         if self.on_token is not None:
@@ -93,7 +94,9 @@ class CaptionModel(nn.Module):
         if temperature > 0:  # transformers refuses integers
             warmth = float(max(temperature, MIN_TEMPERATURE))
             sampling = {"do_sample": True, "temperature": warmth, "top_p": float(top_p)}
-        tokens = self.language.generate(
+        # transformers types `self` as a protocol with attributes that only other models have.
+        generate = self.language.generate  # pyright: ignore[reportAttributeAccessIssue]
+        tokens = generate(
             **inputs,
             **sampling,
             top_k=None,

@@ -19,18 +19,14 @@ class VisionTower(nn.Module):
         super().__init__()
         vision = config.vision_config
         self.patch_embedding = PatchEmbedding(vision)
-        self.transformer = nn.Module()
-        self.transformer.layers = nn.ModuleList(Layer(vision) for _ in range(vision.num_hidden_layers))
+        self.transformer = Transformer(vision)
         self.conv = nn.Conv2d(vision.hidden_size, vision.hidden_size, 2, 2)
         self.linear_proj = Projection(config)
         self.boi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        hidden = self.patch_embedding(frames)
-        for layer in self.transformer.layers:
-            hidden = layer(hidden)
-        patches = hidden[:, 1:]
+        patches = self.transformer(self.patch_embedding(frames))[:, 1:]
         count, length, width = patches.shape
         side = int(length**0.5)
         patches = self.conv(patches.reshape(count, side, side, width).permute(0, 3, 1, 2))
@@ -53,6 +49,19 @@ class PatchEmbedding(nn.Module):
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight.unsqueeze(0)
 
 
+class Transformer(nn.Module):
+    """The layers, in a module of their own as in the checkpoint's keys."""
+
+    def __init__(self, vision: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(vision) for _ in range(vision.num_hidden_layers))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
 class Layer(nn.Module):
     """A transformer layer with post-norm: the outputs of attention and MLP are normalized."""
 
@@ -61,14 +70,22 @@ class Layer(nn.Module):
         width, eps = vision.hidden_size, vision.layer_norm_eps
         self.input_layernorm = nn.LayerNorm(width, eps)
         self.attention = Attention(vision)
-        self.mlp = nn.Module()
-        self.mlp.fc1 = nn.Linear(width, vision.intermediate_size)
-        self.mlp.fc2 = nn.Linear(vision.intermediate_size, width)
+        self.mlp = MLP(vision)
         self.post_attention_layernorm = nn.LayerNorm(width, eps)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.input_layernorm(self.attention(hidden))
-        return hidden + self.post_attention_layernorm(self.mlp.fc2(F.gelu(self.mlp.fc1(hidden))))
+        return hidden + self.post_attention_layernorm(self.mlp(hidden))
+
+
+class MLP(nn.Module):
+    def __init__(self, vision: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision.hidden_size, vision.intermediate_size)
+        self.fc2 = nn.Linear(vision.intermediate_size, vision.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden)))
 
 
 class Attention(nn.Module):

@@ -31,7 +31,7 @@ SOURCE, OUTPUT_DIR = "input_videos", "output_dir"
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
     document = _settings()
-    status = help_status(arguments, usage=USAGE, about=__doc__, document=document)
+    status = help_status(arguments, usage=USAGE, about=__doc__ or "", document=document)
     if status is not None:
         return status
     rank = int(os.environ.get("RANK", "0"))
