@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from lib.serving.registry import PROJECT
 
 OFFLINE = """
@@ -32,6 +34,32 @@ def test_setup_and_a_request_from_a_complete_folder_open_no_socket(tmp_path):
     assert ran.stdout.strip().endswith("tiny-t2v")
     assert "embedded" in ran.stdout
     assert list(tmp_path.glob("cogvideox-*")) == []
+
+
+MODULES = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
+"""
+COMMANDS = [
+    f"lib.commands.{name}" for name in ("predict", "serve", "schema", "caption", "convert", "parallel")
+]
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [*COMMANDS, "training.__main__", "lib.serving.host"],
+        [path.stem for path in PROJECT.glob("predict_*.py")],
+    ],
+    ids=["commands", "signatures"],
+)
+def test_commands_and_signatures_are_imported_without_torch(modules):
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", MODULES, *modules]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "[]\n", ran.stderr
 
 
 REFUSED = """

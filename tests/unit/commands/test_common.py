@@ -1,4 +1,4 @@
-"""The commands of this machine tell their help, and end at the first signal or at the second."""
+"""The commands print their help, and stop at the first signal or at once at the second."""
 
 import signal
 
@@ -15,7 +15,7 @@ DOCUMENT = {
 
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch):
-    """The signals and variables of the tests' own process, as they were."""
+    """Restore the signals and variables of the tests' own process."""
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -34,7 +34,7 @@ def test_the_first_signal_asks_and_the_second_does_not_wait(number, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_process_that_is_not_to_say_so_stops_in_silence(capfd):
+def test_without_a_message_the_first_signal_prints_nothing(capfd):
     stop = stop_on_signals("")
     signal.raise_signal(signal.SIGINT)
     assert stop.is_set() and capfd.readouterr().err == ""
@@ -43,11 +43,12 @@ def test_a_process_that_is_not_to_say_so_stops_in_silence(capfd):
 @pytest.mark.parametrize(
     ("arguments", "status"), [([], 2), (["-h"], 0), (["--help"], 0), (["help"], 0), (["clips.zip"], None)]
 )
-def test_help_is_what_was_asked_for_or_what_is_told_without_arguments(arguments, status, capsys):
+def test_help_is_printed_on_request_or_without_arguments(arguments, status, capsys):
     found = help_status(arguments, usage="script/x FILE", about="Does x.\n", document=DOCUMENT)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert found == status
     if status is None:
-        assert said == ""
+        assert printed == ""
     else:
-        assert said.startswith("usage: script/x FILE\n\nDoes x.\n\nsettings:\n") and "Its scaling." in said
+        assert printed.startswith("usage: script/x FILE\n\nDoes x.\n\nsettings:\n")
+        assert "Its scaling." in printed
