@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_type_hints
 
-from training.fields import Setting, check_fields, require, setting, settings_of
+from training.fields import Setting, checked, require, setting, settings_of
 
 MAX_SEED = 2**63 - 1
 
@@ -65,7 +65,6 @@ class DataConfig:
     """A clip that cannot be used: train on the rest, or stop and list them all."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         require(
             "://" not in (self.input_videos or ""),
             f"input_videos={self.input_videos} is an address: give a folder, zip or tar on this machine, or "
@@ -93,7 +92,6 @@ class AdapterConfig:
     """Linear layers of the transformer that get LoRA matrices, by the end of their names."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         require(bool(self.targets), "target_modules is empty; the default is to_q,to_k,to_v,to_out.0.")
 
     @property
@@ -155,7 +153,6 @@ class OptimizerConfig:
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         require(
             self.max_train_steps is None or self.num_train_epochs is None,
             f"max_train_steps={self.max_train_steps} and num_train_epochs={self.num_train_epochs} exclude "
@@ -178,7 +175,6 @@ class RegularizationConfig:
     """For prior_preservation, separated by validation_prompt_separator; without any, the empty prompt."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         require(
             not self.prior_prompts or self.prior_preservation > 0,
             "prior_prompts need prior_preservation, the share of samples that they are for.",
@@ -208,9 +204,6 @@ class ComputeConfig:
     nccl_timeout: int = setting(600, ge=1, le=86_400)
     """Seconds that one process of several waits for the others."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointsConfig:
@@ -225,9 +218,6 @@ class CheckpointsConfig:
     save_training_state."""
     save_training_state: bool = setting(False)
     """Put the last checkpoint, optimizer included, into the output, so that resume_from can go on exactly."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,7 +242,6 @@ class ValidationConfig:
     """Dynamic guidance in validation clips."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         require(bool(self.validation_prompt_separator), "validation_prompt_separator is empty.")
         require(
             not self.validation_images or bool(self.prompts),
@@ -283,7 +272,6 @@ class PublishingConfig:
     """Also upload each checkpoint as it is made, under checkpoints/."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         require(
             not self.push_checkpoints or bool(self.hub_model_id),
             "push_checkpoints needs hub_model_id, the repository that receives them.",
@@ -318,18 +306,18 @@ class TrainingConfig:
 
     @classmethod
     def from_inputs(cls, **inputs: Any) -> Self:
-        """Sort inputs by their flat names into the groups.
+        """Check inputs, given by their flat names, and sort them into the groups.
 
         Raises UserError naming the setting, what was given and what is allowed, TypeError for an unknown
         name.
         """
         values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-        group_of = {each.name: group for group, each in all_settings()}
-        unknown = inputs.keys() - group_of.keys()
+        unknown = inputs.keys() - {each.name for _, each in all_settings()}
         if unknown:
             raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
-        for name, value in inputs.items():
-            values[group_of[name]][name] = value
+        for group, each in all_settings():
+            if each.name in inputs:
+                values[group][each.name] = checked(each, inputs[each.name])
         return cls(**{group: kind(**values[group]) for group, kind in GROUPS.items()})
 
     def public(self) -> dict[str, Any]:

@@ -58,23 +58,17 @@ def settings_of(group: type) -> tuple[Setting, ...]:
     return tuple(found)
 
 
-def check_fields(group: Any) -> None:
-    """Check every field of a frozen group and convert it to its type.
-
-    Raises UserError naming the setting, what was given and what is allowed.
-    """
-    for each in settings_of(type(group)):
-        object.__setattr__(group, each.name, _checked(each, getattr(group, each.name)))
-
-
 def require(condition: bool, message: str) -> None:
     """Raise UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def _checked(each: Setting, value: Any) -> Any:
-    """Return the value in the setting's type. JSON and Cog pass 9.0 for 9 and 1 for 1.0."""
+def checked(each: Setting, value: Any) -> Any:
+    """Return the value in the setting's type: JSON and Cog pass 9.0 for 9 and 1 for 1.0.
+
+    Raises UserError naming the setting, what was given and what is allowed.
+    """
     name = each.name
     if each.role == "secret":
         value = value.get_secret_value() if hasattr(value, "get_secret_value") else value or ""
