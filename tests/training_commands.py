@@ -1,4 +1,4 @@
-"""Commands of the trainer, started as a person does, and what they leave."""
+"""The trainer's command, started as a user does, and its results."""
 
 import json
 import subprocess
@@ -33,14 +33,14 @@ def started(
     launch: tuple[str, ...] = TRAIN,
     **streams: Any,
 ) -> subprocess.Popen:
-    """A training that stands in `folder`; `launch` comes before its arguments."""
+    """Start a training with `folder` as working directory; `launch` comes before its arguments."""
     return subprocess.Popen([*launch, *arguments], cwd=folder, env=environment, text=True, **streams)
 
 
 def finished(
     folder: Path, environment: dict[str, str], *arguments: str, launch: tuple[str, ...] = TRAIN
 ) -> tuple[int, str, str]:
-    """Status, standard output and standard error of a training."""
+    """Run a training; returns its status, standard output and standard error."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with started(folder, environment, *arguments, launch=launch, **streams) as process:
         out, err = process.communicate(timeout=120)
@@ -50,7 +50,7 @@ def finished(
 def several(
     folder: Path, environment: dict[str, str], *commands: list[str], **variables: str
 ) -> list[tuple[int, str, str]]:
-    """The same of commands that run in one process; `variables` hold for them in addition."""
+    """Run several commands in one process with additional environment `variables`."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", SEVERAL],
         input=json.dumps([[variables, command] for command in commands]),
@@ -68,8 +68,8 @@ def losses(run: Path) -> list[float]:
     return losses_in((run / "loss.csv").read_text())
 
 
-def begun(run: Path, steps: int, process: subprocess.Popen) -> None:
-    """Wait until a run has done so many steps."""
+def wait_for_step(run: Path, steps: int, process: subprocess.Popen) -> None:
+    """Wait until a run has done this many steps."""
     deadline = time.monotonic() + 60
     while not (run / "loss.csv").exists() or (run / "loss.csv").read_text().count("\n") <= steps:
         assert process.poll() is None, f"it ended before step {steps}"

@@ -84,7 +84,7 @@ def _without_secret(argument: str) -> str:
 
 def _resume_hint(run: Path) -> str:
     if any((run / "checkpoints").glob("step-*[0-9]")):
-        return f"stopped; the same command goes on from the checkpoint in {run}"
+        return f"stopped; the same command resumes from the checkpoint in {run}"
     if any(run.glob("captions*.jsonl")):
         return f"stopped before the first checkpoint; the same command keeps the captions in {run}"
     return "stopped before the first checkpoint"

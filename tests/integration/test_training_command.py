@@ -1,4 +1,4 @@
-"""script/train as a person uses it: settings, sources, refusals, Ctrl-C, kills, the same command again."""
+"""script/train as a user runs it: settings, sources, refusals, Ctrl-C, kills, resuming."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ from lib.serving.registry import PROJECT
 from lib.storage.lock import lock
 from tests.clips_factory import write_clips, zip_of
 from tests.http_host import Host, Served
-from tests.training_commands import begun, finished, losses, several, started
+from tests.training_commands import finished, losses, several, started, wait_for_step
 from training.config import all_settings
 
 STEPS = 45
@@ -27,7 +27,7 @@ LONG = [*SETTINGS, f"max_train_steps={STEPS}", "checkpointing_steps=7"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the commands stand: clips as a folder, a zip and a tar."""
+    """The working directory of the commands, with clips as a folder, a zip and a tar."""
     folder = tmp_path_factory.mktemp("command")
     clips = write_clips(folder / "clips")
     zip_of(clips, folder / "clips.zip")
@@ -45,12 +45,12 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(folder, environment) -> list[tuple[int, str, str]]:
-    """An unbroken run in runs/whole, and short ones from each kind of source."""
+    """An unbroken run in runs/unbroken, and short ones from each kind of source."""
     short = [*SETTINGS, "max_train_steps=3"]
     return several(
         folder,
         environment,
-        ["input_videos=clips", "output_dir=runs/whole", *LONG],
+        ["input_videos=clips", "output_dir=runs/unbroken", *LONG],
         ["input_videos=clips", "output_dir=runs/folder", *short],
         ["input_videos=@clips.zip", "output_dir=runs/zip", *short],
         [f"input_videos={folder}/clips.tar", "output_dir=runs/tar", *short],
@@ -83,7 +83,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_command_line_is_told_at_once(folder, environment, case):
+def test_a_wrong_command_line_is_refused_at_once(folder, environment, case):
     argument, message = WRONG[case]
     status, out, err = finished(folder, environment, "input_videos=clips", argument)
     assert (status, out) == (2, "")
@@ -96,17 +96,17 @@ def test_a_folder_a_zip_and_a_tar_train_the_same(folder, trained):
         assert status == 0, err
         assert Path(out.strip()).is_file()
     assert [Path(out.strip()).relative_to(folder) for _, out, _ in trained] == [
-        Path("runs", name, "result", "lora.safetensors") for name in ("whole", "folder", "zip", "tar")
+        Path("runs", name, "result", "lora.safetensors") for name in ("unbroken", "folder", "zip", "tar")
     ]
-    whole = losses(folder / "runs" / "whole")
-    assert len(whole) == STEPS
+    unbroken = losses(folder / "runs" / "unbroken")
+    assert len(unbroken) == STEPS
     for name in ("folder", "zip", "tar"):
-        assert losses(folder / "runs" / name) == whole[:3]
+        assert losses(folder / "runs" / name) == unbroken[:3]
         left = sorted(path.name for path in (folder / "runs" / name).iterdir())
         assert left == ["checkpoints", "loss.csv", "result"]
 
 
-def test_what_cannot_be_is_told_and_leaves_the_earlier_result(folder, environment, trained):
+def test_impossible_settings_are_refused_and_the_earlier_result_stays(folder, environment, trained):
     again = ["input_videos=clips", "output_dir=runs/folder", *SETTINGS]
     result = folder / "runs" / "folder" / "result" / "lora.safetensors"
     before = result.read_bytes()
@@ -129,7 +129,7 @@ def test_what_cannot_be_is_told_and_leaves_the_earlier_result(folder, environmen
     assert result.read_bytes() == before
 
 
-def test_a_base_of_the_wrong_kind_is_refused_before_anything_is_asked_for(folder, environment):
+def test_a_base_of_the_wrong_kind_is_refused_before_any_request(folder, environment):
     with Host({"/earlier.tar": Served(b"x")}) as host:
         command = ["input_videos=clips", "output_dir=runs/caption", "hub_model_id=me/star", "hub_token=x"]
         variables = {"COGVIDEOX_MODEL": "cogvlm2-caption", "HF_ENDPOINT": host.address}
@@ -150,9 +150,7 @@ def controlling_terminal() -> None:
     fcntl.ioctl(2, termios.TIOCSCTTY, 0)
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_been(
-    folder, environment, trained
-):
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes_exactly(folder, environment, trained):
     run = folder / "runs" / "stopped"
     command = ["input_videos=clips", "output_dir=runs/stopped", *LONG]
     master, terminal = pty.openpty()
@@ -161,14 +159,14 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_b
         stdout=subprocess.PIPE, stderr=terminal, start_new_session=True, preexec_fn=controlling_terminal,
     ) as process:  # fmt: skip
         os.close(terminal)
-        begun(run, 3, process)
+        wait_for_step(run, 3, process)
         os.write(master, b"\x03")
         shown = read_terminal(master)
         out = process.communicate(timeout=120)[0]
     assert (process.returncode, out) == (130, "")
     assert re.search(r"training \[#*\.+\] \d+/45(, \d:\d\d left)?, loss 0\.\d{4}", shown)
     assert "stopping after this step" in shown
-    assert f"stopped; the same command goes on from the checkpoint in {run}" in shown
+    assert f"stopped; the same command resumes from the checkpoint in {run}" in shown
     assert "Traceback" not in shown
     done = losses(run)
     assert f"step-{len(done):08d}" in [path.name for path in (run / "checkpoints").iterdir()]
@@ -176,7 +174,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_b
     status, _, err = finished(folder, environment, *command)
     assert status == 0, err
     assert f"continuing at step {len(done)} of {STEPS}" in err
-    assert losses(run) == losses(folder / "runs" / "whole")
+    assert losses(run) == losses(folder / "runs" / "unbroken")
 
 
 def read_terminal(master: int) -> str:
@@ -185,7 +183,7 @@ def read_terminal(master: int) -> str:
     try:
         while piece := os.read(master, 1 << 16):
             pieces.append(piece)
-    except OSError:  # how Linux says that nobody holds the other end
+    except OSError:  # how Linux reports that the other end is closed
         pass
     finally:
         os.close(master)
@@ -193,13 +191,13 @@ def read_terminal(master: int) -> str:
 
 
 @pytest.mark.slow
-def test_killed_three_times_it_ends_with_the_losses_of_an_unbroken_run(folder, environment, trained):
+def test_a_run_killed_three_times_ends_with_the_losses_of_an_unbroken_run(folder, environment, trained):
     run = folder / "runs" / "killed"
     command = ["input_videos=clips", "output_dir=runs/killed", *LONG]
     rng, reached = random.Random(7), 0
     for _ in range(3):
         with started(folder, environment, *command, stderr=subprocess.DEVNULL) as process:
-            begun(run, reached + rng.randint(1, 10), process)
+            wait_for_step(run, reached + rng.randint(1, 10), process)
             process.kill()
         assert process.returncode == -signal.SIGKILL
         kept = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-????????")]
@@ -207,4 +205,4 @@ def test_killed_three_times_it_ends_with_the_losses_of_an_unbroken_run(folder, e
         assert len(losses(run)) - reached <= 7
     status, _, err = finished(folder, environment, *command)
     assert status == 0, err
-    assert losses(run) == losses(folder / "runs" / "whole") == losses(run / "result")
+    assert losses(run) == losses(folder / "runs" / "unbroken") == losses(run / "result")

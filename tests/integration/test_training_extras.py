@@ -1,4 +1,4 @@
-"""What is optional in a training and needs packages of its own: prodigy, tensorboard."""
+"""Optional parts of a training that need packages of their own: prodigy, tensorboard."""
 
 import sys
 
@@ -30,7 +30,7 @@ def test_prodigy_trains_and_tensorboard_receives_every_loss(tmp_path, monkeypatc
     assert [event.value for event in events] == losses
 
 
-def test_secrets_of_the_command_line_are_not_where_trackers_look(tmp_path, monkeypatch, capsys):
+def test_secrets_are_removed_from_the_command_line_that_trackers_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["training"])
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")

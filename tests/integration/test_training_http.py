@@ -1,4 +1,4 @@
-"""LoRA training through real servers: the whole trip, what is refused, cancelling and going on."""
+"""LoRA training through real servers: from a zip to a tar, refusals, cancelling and resuming."""
 
 import base64
 import io
@@ -107,7 +107,7 @@ def checkpoint_in(logs: str) -> Path:
     return Path(re.search(r"resume_from=(\S+) continues from it", logs)[1])
 
 
-# The whole trip
+# From a zip to a tar
 
 
 def test_a_zip_becomes_a_tar_with_the_lora_its_captions_and_its_curve(server, clips):
@@ -115,9 +115,9 @@ def test_a_zip_becomes_a_tar_with_the_lora_its_captions_and_its_curve(server, cl
     with WebhookHost() as hook:
         wait_until_idle(server.url)
         body = {"input": inputs, "webhook": hook.url, "webhook_events_filter": ["start", "logs", "completed"]}
-        status, reply = request(server.url, "PUT", "/trainings/whole", body)
+        status, reply = request(server.url, "PUT", "/trainings/first", body)
         assert (status, json.loads(reply)["status"]) == (200, "succeeded"), reply
-        done = hook.wait_for("whole", "succeeded")
+        done = hook.wait_for("first", "succeeded")
         events = list(hook.events)
     output = unpacked(done["output"]["weights"])
     assert set(output) == {"README.md", "captions.jsonl", "lora.safetensors", "loss.csv", "loss.png"}
@@ -137,7 +137,7 @@ def test_a_zip_becomes_a_tar_with_the_lora_its_captions_and_its_curve(server, cl
     assert trainings(server) == []
 
 
-def test_a_zip_at_an_address_trains_the_same_lora(server, host, clips):
+def test_a_zip_from_a_url_trains_the_same_lora(server, host, clips):
     sent, fetched = (trained(server, input_videos=source) for source in (clips, host.url("/clips.zip")))
     assert losses(sent) == losses(fetched)
     assert same_lora(sent, fetched)
@@ -192,9 +192,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_an_archive_that_cannot_be_used_fails_with_its_reason_and_the_server_trains_again(
-    server, folder, clips, case
-):
+def test_an_unusable_archive_fails_with_the_reason_and_the_server_trains_again(server, folder, clips, case):
     members, message = ARCHIVES[case]
     archive = zip_with(folder / f"{case}.zip", members(folder))
     status, reply = post(server, **QUICK, input_videos=data_uri(archive), on_bad_clip="stop")
@@ -207,7 +205,7 @@ def test_an_archive_that_cannot_be_used_fails_with_its_reason_and_the_server_tra
 SETTINGS = {
     "nothing to learn from": ({"input_videos": None}, "input_videos"),
     "a prompt without an image": ({"validation_prompt": "a star"}, "validation needs an image for each"),
-    "an optimizer of GPUs": ({"optimizer": "adamw_8bit"}, "needs an NVIDIA GPU; on this CPU take adamw."),
+    "an optimizer of GPUs": ({"optimizer": "adamw_8bit"}, "needs an NVIDIA GPU; on this CPU use adamw."),
     "a size between": ({"width": 50}, "width"),
     "no such layer": ({"target_modules": "to_x"}, "no linear layer is called 'to_x'"),
     "a Hub that refuses": ({"hub_model_id": "me/star", **SECRETS}, "hub_model_id=me/star cannot be written"),
@@ -216,7 +214,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_setting_that_cannot_be_fails_with_its_reason_and_leaves_nothing(server, clips, case):
+def test_an_impossible_setting_fails_with_the_reason_and_leaves_nothing(server, clips, case):
     settings, message = SETTINGS[case]
     inputs = {"input_videos": clips} | settings
     status, reply = post(server, **QUICK, **{name: v for name, v in inputs.items() if v is not None})
@@ -240,7 +238,7 @@ def test_a_corrupt_clip_is_left_out_and_listed(server, folder):
 # Going on
 
 
-def test_a_cancelled_training_leaves_a_checkpoint_that_goes_on_as_if_it_had_not_been(server, clips):
+def test_a_cancelled_training_leaves_a_checkpoint_that_resumes_exactly(server, clips):
     inputs = QUICK | {"max_train_steps": 5000, "input_videos": clips}
     with WebhookHost() as hook:
         wait_until_idle(server.url)
@@ -260,8 +258,8 @@ def test_a_cancelled_training_leaves_a_checkpoint_that_goes_on_as_if_it_had_not_
     assert [run / "checkpoints" / checkpoint.name for run in trainings(server)] == [checkpoint]
 
 
-def test_an_output_with_the_training_state_goes_on_exactly(server, host, clips):
-    whole = trained(server, input_videos=clips, max_train_steps=5)
+def test_an_output_with_the_training_state_resumes_exactly(server, host, clips):
+    unbroken = trained(server, input_videos=clips, max_train_steps=5)
     status, reply = post(server, **QUICK, input_videos=clips, save_training_state=True)
     assert (status, reply["status"]) == (200, "succeeded"), reply
     tar = base64.b64decode(reply["output"]["weights"].split(",", 1)[1])
@@ -270,11 +268,11 @@ def test_an_output_with_the_training_state_goes_on_exactly(server, host, clips):
     continued = trained(
         server, input_videos=clips, max_train_steps=5, resume_from=host.url("/earlier.tar"), seed=None
     )
-    assert losses(continued) == losses(whole)
-    assert same_lora(continued, whole)
+    assert losses(continued) == losses(unbroken)
+    assert same_lora(continued, unbroken)
 
 
-def test_a_lora_alone_is_where_the_next_training_starts(server, host, clips):
+def test_a_training_can_start_from_a_lora_alone(server, host, clips):
     first = trained(server, input_videos=clips, max_train_steps=6, learning_rate=0.001)
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:

@@ -1,6 +1,6 @@
 """A LoRA trained for a minute shows something that the base does not know.
 
-`script/bench learning` is the whole proof: longer, more clips, and what is left of the old concepts.
+`script/bench learning` measures more: longer training, more clips, and how much of the old concepts is kept.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ SETTINGS = {"guidance_scale": 2.0, "num_inference_steps": 20}
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory) -> Path:
+def trained(tmp_path_factory) -> Path:
     """lora.safetensors of 160 steps over twenty clips."""
     folder = tmp_path_factory.mktemp("learning")
     with pytest.MonkeyPatch.context() as patch:
@@ -39,11 +39,11 @@ def learnt(tmp_path_factory) -> Path:
         return train(config, folder / "run", report=lambda line: None) / "lora.safetensors"
 
 
-def test_the_new_concept_appears_with_the_lora_and_only_with_it(learnt, monkeypatch):
+def test_the_new_concept_appears_with_the_lora_and_only_with_it(trained, monkeypatch):
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     generator = load_generator(PROJECT / "weights" / "tiny-i2v")
     loras = Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
-    address = parse(str(learnt))
+    address = parse(str(trained))
 
     def at(strength: float, count: int) -> tuple[np.ndarray, float]:
         with loras.applied([Choice(address=address, scale=strength)]):

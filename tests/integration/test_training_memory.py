@@ -1,4 +1,4 @@
-"""The data set is never whole in memory."""
+"""The data set is never in memory completely."""
 
 import pytest
 

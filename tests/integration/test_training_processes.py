@@ -1,4 +1,4 @@
-"""Several processes train what one with their batches together does, and one of them writes."""
+"""Several processes train like one with their combined batch, and one of them writes."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from PIL import Image
 from lib.serving.registry import PROJECT
 from lib.serving.server import free_port
 from tests.clips_factory import star_frames, write_clips, zip_of
-from tests.training_commands import begun, finished, losses, several, started
+from tests.training_commands import finished, losses, several, started, wait_for_step
 from training import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def alone(folder, environment, both) -> None:
         tar.add(folder / "half" / "result", ".")
 
 
-def test_two_processes_train_what_one_with_the_double_batch_does_and_one_of_them_writes(folder, both, alone):
+def test_two_processes_train_like_one_with_the_double_batch_and_one_of_them_writes(folder, both, alone):
     status, out, err = both
     assert status == 0, err
     assert out == f"{folder / 'both' / 'result' / 'lora.safetensors'}\n"
@@ -118,7 +118,7 @@ def test_two_processes_train_what_one_with_the_double_batch_does_and_one_of_them
     assert written[1] == []
 
 
-def test_two_processes_go_on_from_the_output_of_one(folder, environment, alone):
+def test_two_processes_resume_from_the_output_of_one(folder, environment, alone):
     status, _, err = finished(
         folder, environment, "input_videos=clips", "output_dir=continued", *SETTINGS, "max_train_steps=6",
         "resume_from=half.tar", launch=two_processes(),
@@ -129,15 +129,15 @@ def test_two_processes_go_on_from_the_output_of_one(folder, environment, alone):
     assert not (folder / "continued" / "origin").exists()
 
 
-def test_what_only_another_process_meets_is_told_with_its_number(folder, environment):
+def test_an_error_in_another_process_is_reported_with_its_number(folder, environment):
     status, out, err = finished(
         folder, environment | {"BASE_OF_PROCESS_1": "cogvlm2-caption"}, "input_videos=clips",
         "output_dir=odd", *SETTINGS, launch=two_processes(),
     )  # fmt: skip
     assert (status, out) == (1, "")
-    told = [line for line in err.splitlines() if "COGVIDEOX_MODEL=cogvlm2-caption" in line]
-    assert len(told) == 1
-    assert told[0].startswith("process 1: COGVIDEOX_MODEL=cogvlm2-caption is a model for captioning; ")
+    reported = [line for line in err.splitlines() if "COGVIDEOX_MODEL=cogvlm2-caption" in line]
+    assert len(reported) == 1
+    assert reported[0].startswith("process 1: COGVIDEOX_MODEL=cogvlm2-caption is a model for captioning; ")
 
 
 def test_a_killed_process_ends_the_run_soon(folder, environment):
@@ -145,7 +145,7 @@ def test_a_killed_process_ends_the_run_soon(folder, environment):
         folder, environment, "input_videos=clips", "output_dir=killed", *SETTINGS, "max_train_steps=5000",
         launch=two_processes(), stderr=subprocess.DEVNULL,
     ) as launcher:  # fmt: skip
-        begun(folder / "killed", 3, launcher)
+        wait_for_step(folder / "killed", 3, launcher)
         children = psutil.Process(launcher.pid).children(recursive=True)
         [doomed] = [child for child in children if child.environ().get("RANK") == "1"]
         doomed.kill()

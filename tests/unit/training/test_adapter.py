@@ -1,4 +1,4 @@
-"""The LoRA on the transformer: only it learns, in float32, and what is written is what was trained."""
+"""Only the LoRA is trained, in float32, and the file has the trained matrices."""
 
 import json
 
@@ -52,7 +52,7 @@ def answer(made, dtype=torch.float32, *, seed=5) -> torch.Tensor:
     )[0]
 
 
-# What learns
+# Training
 
 
 @pytest.mark.parametrize("layout", ["2b", "5b-i2v", "1.5-5b-i2v"])
@@ -88,7 +88,7 @@ def test_matrices_and_gradients_are_float32_whatever_the_base_computes_in(base, 
     assert {p.dtype for p in made.parameters() if not p.requires_grad} == {dtype}
 
 
-def test_the_model_begins_as_the_base_and_the_same_seed_begins_with_the_same_matrices():
+def test_training_starts_from_the_base_and_a_seed_determines_the_matrices():
     base = answer(model())
     made, _ = adapted(random=False, seed=3)
     again, _ = adapted(random=False, seed=3)
@@ -108,14 +108,14 @@ def test_the_model_begins_as_the_base_and_the_same_seed_begins_with_the_same_mat
         (["norm1.linear", "proj_out"], {"transformer_blocks.0.norm1.linear", "proj_out"}),
     ],
 )
-def test_target_layers_are_found_by_the_end_of_their_names(targets, modules):
+def test_target_layers_are_matched_by_the_end_of_their_names(targets, modules):
     made, _ = adapted(targets=targets)
     names = {name.removeprefix("transformer.").partition(".lora_")[0] for name in adapter_weights(made)}
     assert names == modules
 
 
 @pytest.mark.parametrize("target", ["to_qq", "q", "to_out", "attn1", "patch_embed.proj", "o_q"])
-def test_a_target_that_no_linear_layer_has_is_refused_with_those_that_there_are(target):
+def test_an_unknown_target_is_refused_with_the_names_that_exist(target):
     with pytest.raises(UserError) as caught:
         add_adapter(model(), rank=4, alpha=4, targets=["to_q", target])
     message = str(caught.value)
@@ -126,7 +126,7 @@ def test_a_target_that_no_linear_layer_has_is_refused_with_those_that_there_are(
         assert add_adapter(model(), rank=1, alpha=1, targets=[name]), name
 
 
-# What is written
+# Writing
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 1.5), (2, 16.0)])
@@ -161,7 +161,7 @@ def test_rounded_matrices_serve_as_they_do_in_validation(tmp_path, alpha):
         assert torch.equal(answer(pipe.transformer, torch.bfloat16), shown)
 
 
-def test_a_failure_while_serving_gives_the_exact_matrices_back():
+def test_a_failure_while_serving_restores_the_exact_matrices():
     made, parameters = adapted()
     before = [parameter.detach().clone() for parameter in parameters]
     with pytest.raises(RuntimeError), as_served(made, torch.float16):
@@ -170,7 +170,7 @@ def test_a_failure_while_serving_gives_the_exact_matrices_back():
     assert {p.dtype for p in parameters} == {torch.float32}
 
 
-def test_the_file_says_what_it_is_and_holds_diffusers_names(tmp_path):
+def test_the_file_has_diffusers_names_and_the_metadata(tmp_path):
     path = tmp_path / "lora.safetensors"
     made, _ = adapted(rank=4, alpha=1.5)
     save_adapter(made, path, {"base": "tiny-i2v", "steps": 5, "settings": {"rank": 4}}, dtype=torch.float16)
@@ -187,7 +187,7 @@ def test_the_file_says_what_it_is_and_holds_diffusers_names(tmp_path):
     assert str(tmp_path) not in json.dumps(metadata)
 
 
-def test_a_write_that_fails_leaves_the_earlier_file(tmp_path):
+def test_a_failed_write_keeps_the_earlier_file(tmp_path):
     made, _ = adapted()
     path = tmp_path / "lora.safetensors"
     save_adapter(made, path, {}, dtype=torch.float32)
@@ -197,10 +197,10 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-# And read again
+# Reading
 
 
-def test_a_checkpoints_lora_comes_back_bit_for_bit(tmp_path):
+def test_a_checkpoints_lora_is_restored_bit_for_bit(tmp_path):
     made, _ = adapted(rank=3, alpha=5.0)
     save_adapter(made, tmp_path / "lora.safetensors", {}, dtype=torch.float32)
     other, parameters = adapted(rank=3, alpha=5.0, seed=9)
@@ -259,7 +259,7 @@ def test_a_file_without_our_prefix_is_another_lora(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
-def test_optimizers_have_the_settings_and_adam_decays_through_the_gradient(name, kind):
+def test_optimizers_get_their_settings_and_adam_decays_through_the_gradient(name, kind):
     settings = config(
         optimizer=name,
         learning_rate=0.1,
@@ -275,7 +275,7 @@ def test_optimizers_have_the_settings_and_adam_decays_through_the_gradient(name,
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.1, (0.8, 0.9), 0.01, 1e-6)
     parameter.grad = torch.zeros(3)
     optimizer.step()
-    # Decoupled decay shrinks by lr * decay; through the gradient Adam makes a whole step of it.
+    # Decoupled decay shrinks by lr * decay; through the gradient Adam makes it a full step.
     expected = 1 - 0.1 * 0.01 if name == "adamw" else 1 - 0.1
     assert torch.allclose(parameter.detach(), torch.full((3,), expected), atol=1e-4)
 
@@ -317,7 +317,7 @@ def test_warm_up_is_a_tenth_of_the_steps_unless_given():
         )
 
 
-def test_a_lora_to_go_on_from_is_refused_when_it_records_another_base_rank_or_alpha(tmp_path):
+def test_resuming_from_a_lora_of_another_base_rank_or_alpha_is_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     recorded = {"cogvideox": json.dumps({"base": "tiny-i2v", "rank": 4, "alpha": 4.0})}
     save_file({"x": torch.zeros(1)}, path, metadata=recorded)

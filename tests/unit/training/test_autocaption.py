@@ -1,4 +1,4 @@
-"""Clips without a caption get one, once, however often a run is stopped and goes on."""
+"""Clips without a caption get one, once, however often a run is stopped and resumed."""
 
 import json
 import shutil
@@ -61,31 +61,31 @@ def emptied(folder: Path) -> Path:
     return folder
 
 
-def test_clips_get_the_captions_that_they_lack_and_keep_those_that_they_have(tmp_path, clips, captioner):
-    said = []
-    made, left_out, rows = captioned(clips, tmp_path / "run", captioner, report=said.append)
+def test_clips_without_a_caption_get_one_and_others_keep_theirs(tmp_path, clips, captioner):
+    lines = []
+    made, left_out, rows = captioned(clips, tmp_path / "run", captioner, report=lines.append)
     assert [clip.name for clip in made] == ["star-000.mp4", *MUTE] and left_out == []
     assert made[0].caption == "a magenta star circles on black"
     assert all(len(clip.caption.split()) == 20 for clip in made[1:])  # what the base reads
     assert [row.caption for row in rows] == [clip.caption for clip in made]
     assert [row.status for row in rows] == ["kept", "captioned", "captioned", "captioned"]
-    assert said[0].startswith("captioning with talker on cpu in float32 (")
-    assert said[-4:] == [
+    assert lines[0].startswith("captioning with talker on cpu in float32 (")
+    assert lines[-4:] == [
         "3 of 3 clips without a caption are captioned, 3 of them cut off at 20 tokens:",
         *(f"  {clip.name}: {clip.caption}" for clip in made[1:]),
     ]
     assert captioned(clips, tmp_path / "other", captioner)[0] == made
 
 
-def test_a_run_that_goes_on_captions_nothing_again(tmp_path, clips, captioner):
+def test_a_resumed_run_reuses_its_captions(tmp_path, clips, captioner):
     moved = shutil.copytree(captioner, tmp_path / "talker")
-    first, said = captioned(clips, tmp_path / "run", moved), []
-    emptied(moved)  # it is not even looked into
-    assert captioned(clips, tmp_path / "run", moved, report=said.append) == first
-    assert said[0] == "3 of 3 clips without a caption were captioned by an earlier run"
+    first, lines = captioned(clips, tmp_path / "run", moved), []
+    emptied(moved)  # it is not even opened
+    assert captioned(clips, tmp_path / "run", moved, report=lines.append) == first
+    assert lines[0] == "3 of 3 clips without a caption were captioned by an earlier run"
 
 
-def test_neither_does_one_that_goes_on_from_an_output_and_it_keeps_what_that_said(tmp_path, clips, captioner):
+def test_a_run_resumed_from_an_output_reuses_and_copies_its_captions(tmp_path, clips, captioner):
     origin = tmp_path / "origin"
     origin.mkdir()
     first = captioned(clips, tmp_path / "run", captioner)
@@ -95,7 +95,7 @@ def test_neither_does_one_that_goes_on_from_an_output_and_it_keeps_what_that_sai
     assert captioned(clips, tmp_path / "next", gone) == first
 
 
-def test_another_question_is_asked_anew(tmp_path, clips, captioner):
+def test_another_prompt_makes_new_captions(tmp_path, clips, captioner):
     first, _, _ = captioned(clips, tmp_path / "run", captioner)
     other, _, _ = captioned(clips, tmp_path / "run", captioner, autocaption_prompt="What shape is it?")
     assert other[0] == first[0]
@@ -104,8 +104,8 @@ def test_another_question_is_asked_anew(tmp_path, clips, captioner):
 
 def test_a_stop_between_batches_loses_nothing(tmp_path, clips, captioner, monkeypatch):
     monkeypatch.setattr(module, "BATCH", 1)
-    whole = captioned(clips, tmp_path / "whole", captioner)
-    stop, said = threading.Event(), []
+    unbroken = captioned(clips, tmp_path / "unbroken", captioner)
+    stop, lines = threading.Event(), []
 
     def report(line: str) -> None:
         if line.startswith("progress: captioning 1/3"):
@@ -115,9 +115,9 @@ def test_a_stop_between_batches_loses_nothing(tmp_path, clips, captioner, monkey
         captioned(clips, tmp_path / "run", captioner, stop=stop, report=report)
     with (tmp_path / "run" / "captions.jsonl").open("a") as file:
         file.write('{"file_name": "star-0')  # what a kill leaves
-    assert captioned(clips, tmp_path / "run", captioner, report=said.append) == whole
-    assert said[0] == "1 of 3 clips without a caption were captioned by an earlier run"
-    assert [line.split(",")[0] for line in said if "progress" in line] == [
+    assert captioned(clips, tmp_path / "run", captioner, report=lines.append) == unbroken
+    assert lines[0] == "1 of 3 clips without a caption were captioned by an earlier run"
+    assert [line.split(",")[0] for line in lines if "progress" in line] == [
         "progress: captioning 1/2", "progress: captioning 2/2",
     ]  # fmt: skip
     lines = (tmp_path / "run" / "captions.jsonl").read_text().splitlines()
@@ -132,7 +132,7 @@ def test_a_clip_that_cannot_be_captioned_is_left_out_with_the_reason(tmp_path, c
     assert rows[1].status == "failed" and rows[1].error.startswith(f"video {MUTE[0]} ")
 
 
-def test_where_no_clip_is_left_that_is_the_error(tmp_path, captioner):
+def test_no_usable_clip_is_an_error(tmp_path, captioner):
     clips = tmp_path / "clips"
     clips.mkdir()
     (clips / "a.mp4").write_bytes(b"no video")
@@ -153,14 +153,16 @@ def test_where_no_clip_is_left_that_is_the_error(tmp_path, captioner):
         "\udcff",
     ],
 )
-def test_what_an_output_holds_counts_only_where_it_is_a_caption_of_the_same_clip(tmp_path, row):
+def test_rows_of_an_output_are_used_only_if_they_are_captions_of_the_same_clip(tmp_path, row):
     text = f"{row}\n".encode(errors="surrogateescape")
     (tmp_path / checkpoints.CAPTIONS).write_bytes(text)
     assert module.known_rows(tmp_path / "run", tmp_path, {"a.mp4": "mark"}) == {}
     assert not (tmp_path / "run").exists()
 
 
-def test_a_captioner_that_cannot_be_loaded_is_told_with_the_setting(tmp_path, clips, captioner, monkeypatch):
+def test_a_captioner_that_cannot_be_loaded_is_reported_with_the_setting(
+    tmp_path, clips, captioner, monkeypatch
+):
     monkeypatch.setenv("COGVIDEOX_QUANTIZATION", "2bit")
     with pytest.raises(UserError, match=r"autocaption with talker: COGVIDEOX_QUANTIZATION=2bit"):
         captioned(clips, tmp_path / "run", captioner)

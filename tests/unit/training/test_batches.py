@@ -1,4 +1,4 @@
-"""Every draw follows from seed, step and global index alone: nothing else decides what a step learns from."""
+"""Every draw follows from seed, step and global index alone."""
 
 import threading
 from dataclasses import fields
@@ -92,7 +92,7 @@ def test_a_draw_depends_on_seed_step_and_index_alone(store):
 
 
 @pytest.mark.parametrize("other", [{"step": 8}, {"index": 1}, {"seed": 2}])
-def test_another_step_index_or_seed_draws_everything_afresh(store, other):
+def test_another_step_index_or_seed_draws_everything_differently(store, other):
     """With one clip alone, so that nothing differs by the choice of the clip."""
     section = store.section(1)
     place = {"step": 7, "index": 0}
@@ -130,12 +130,12 @@ def test_latents_are_sampled_from_the_posterior_and_scaled(store):
     assert abs(values.std() - 0.7 * 0.5) < 0.01
 
 
-def test_two_halves_of_a_global_batch_are_the_whole(store):
+def test_two_halves_of_a_global_batch_make_the_complete_batch(store):
     sections = [store.section(number, sides=2) for number in range(7)]
     made = sampler(store, sections, global_batch=4, flip=0.5, caption_dropout=0.5)
-    (whole,) = made.batches(5, range(4))
+    (complete,) = made.batches(5, range(4))
     (first,), (second,) = made.batches(5, range(2)), made.batches(5, range(2, 4))
-    for name, value in tensors(whole).items():
+    for name, value in tensors(complete).items():
         assert torch.equal(value, torch.cat([tensors(first)[name], tensors(second)[name]])), name
 
 
@@ -155,7 +155,7 @@ def test_every_epoch_is_a_permutation_of_all_samples(store, count, global_batch)
         assert order != [other.section(s, i).clip for s in range(steps) for i in range(global_batch)]
 
 
-def test_chances_have_the_frequency_asked_for(store):
+def test_chances_have_the_requested_frequency(store):
     section = store.section(0, sides=2, crops=3)
     made = sampler(store, [section], flip=0.25, caption_dropout=0.1, image_dropout=0.05)
     drawn = [one(made, step, index) for step in range(500) for index in range(4)]
@@ -173,7 +173,7 @@ def test_chances_have_the_frequency_asked_for(store):
 
 
 @pytest.mark.parametrize("chance", [0.0, 1.0])
-def test_a_chance_of_none_or_all_is_exactly_that(store, chance):
+def test_chances_of_zero_and_one_are_exact(store, chance):
     section = store.section(4, sides=2)
     made = sampler(store, [section], flip=chance, caption_dropout=chance, image_dropout=chance)
     for step in range(40):
@@ -235,7 +235,7 @@ def test_the_images_noise_has_the_papers_deviation(store):
     assert abs(logarithms.mean() + 3) < 0.05 and abs(logarithms.std() - 0.5) < 0.04
 
 
-def test_samples_of_other_lengths_and_sizes_are_batched_apart_and_none_is_lost(store):
+def test_samples_are_batched_by_length_and_size_and_none_is_lost(store):
     shapes = [{"frames": 3}, {"frames": 5}, {"frames": 3}, {"frames": 3, "side": (3, 2)}, {"frames": 5}]
     sections = [store.section(number, **shape) for number, shape in enumerate(shapes)]
     made = sampler(store, sections, global_batch=5)
@@ -272,7 +272,7 @@ def test_text_to_video_has_no_image_and_the_same_draws_otherwise(store):
         assert torch.equal(getattr(text_only, name), getattr(both, name))
 
 
-def test_batches_have_the_types_that_the_step_computes_in(store):
+def test_batches_have_the_types_of_the_training_step(store):
     batch = one(sampler(store, [store.section(1)]), 0, 0)
     kinds = {name: value.dtype for name, value in tensors(batch).items()}
     assert kinds == {
@@ -313,19 +313,19 @@ def test_an_error_is_raised_where_its_item_is_taken(active):
 
 
 def test_the_next_item_is_made_while_this_one_is_used():
-    begun = threading.Event()
+    started = threading.Event()
 
     def make(number):
         if number == 1:
-            begun.set()
+            started.set()
         return number
 
     with prefetched(make, range(2), active=True) as items:
         assert next(items) == 0
-        assert begun.wait(20)
+        assert started.wait(20)
 
 
-def test_nothing_is_made_for_nobody():
+def test_no_more_than_one_item_is_made_in_advance():
     made = []
     with prefetched(made.append, range(100), active=True) as items:
         next(items)

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; a run goes on only from one that fits it."""
+"""Checkpoints are complete or absent, checked when read, and refused by runs they do not fit."""
 
 import errno
 import json
@@ -55,10 +55,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# Whole or not at all
+# Writing
 
 
-def test_what_is_saved_is_read_again(tmp_path):
+def test_a_saved_checkpoint_is_read_back(tmp_path):
     folder = write(tmp_path, 3)
     assert folder == tmp_path / "checkpoints" / "step-00000003"
     assert names(folder) == sorted([LORA, STATE, TENSORS]) and names(folder.parent) == [folder.name]
@@ -92,9 +92,7 @@ def fail(place: str):
         ("os.replace", "disk", "The disk is full"),
     ],
 )
-def test_a_write_that_fails_leaves_nothing_and_the_earlier_checkpoint(
-    tmp_path, monkeypatch, broken, place, message
-):
+def test_a_failed_write_leaves_only_the_earlier_checkpoint(tmp_path, monkeypatch, broken, place, message):
     write(tmp_path, 2)
     if broken != "lora":
         monkeypatch.setattr(broken, fail(place))
@@ -108,7 +106,7 @@ def test_a_write_that_fails_leaves_nothing_and_the_earlier_checkpoint(
     assert checkpoints.latest(tmp_path) == checkpoints.checkpoint_folder(tmp_path, 2)
 
 
-def test_an_error_of_the_program_is_not_called_a_full_disk_and_leaves_nothing(tmp_path):
+def test_a_programming_error_is_not_reported_as_a_full_disk_and_leaves_nothing(tmp_path):
     def broken(path):
         raise KeyError("a mistake")
 
@@ -117,7 +115,7 @@ def test_an_error_of_the_program_is_not_called_a_full_disk_and_leaves_nothing(tm
     assert names(tmp_path / "checkpoints") == []
 
 
-def test_the_same_step_once_more_leaves_the_whole_checkpoint_alone(tmp_path):
+def test_saving_the_same_step_again_keeps_the_complete_checkpoint(tmp_path):
     folder = write(tmp_path, 3, lora=b"first")
     before = (folder / LORA).stat()
     assert write(tmp_path, 3, lora=b"again") == folder
@@ -125,7 +123,7 @@ def test_the_same_step_once_more_leaves_the_whole_checkpoint_alone(tmp_path):
     assert names(tmp_path / "checkpoints") == ["step-00000003"]
 
 
-def test_what_a_killed_run_left_half_written_is_no_checkpoint_and_goes(tmp_path):
+def test_a_partial_checkpoint_of_a_killed_run_is_ignored_and_replaced(tmp_path):
     write(tmp_path, 2)
     half = tmp_path / "checkpoints" / "step-00000003.partial"
     half.mkdir()
@@ -193,14 +191,14 @@ print(sorted(path.name for path in (run / "checkpoints").iterdir()))
 """
 
 
-def test_a_really_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=1m tmpfs {disk}"
     path = os.defpath + ":/sbin:/usr/sbin"
     unshare = shutil.which("unshare", path=path)
     if not unshare or subprocess.run([unshare, "-Urm", "sh", "-c", mount], env={"PATH": path}).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("this machine does not allow mounting a small disk")
     run = f'{mount} && exec "$0" -P -c "$1" "$2"'
     done = subprocess.run(
         [unshare, "-Urm", "sh", "-c", run, sys.executable, FULL, str(disk)],
@@ -215,7 +213,7 @@ def test_a_really_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path):
     assert left == "['step-00000001']"
 
 
-# Which there are
+# Finding and removing
 
 
 def test_the_newest_are_kept_and_the_newest_is_the_latest(tmp_path):
@@ -258,7 +256,7 @@ def test_a_damaged_state_is_refused(tmp_path, content):
     ],
 )  # fmt: skip
 def test_a_state_with_impossible_values_is_refused(tmp_path, changed):
-    """resume_from takes a stranger's tar: what is wrong there must not fail hours later."""
+    """resume_from may be a tar of an untrusted caller: its errors must be found before training."""
     folder = write(tmp_path, 3)
     (folder / STATE).write_text(json.dumps(asdict(state(3)) | changed))
     with pytest.raises(UserError, match="step-00000003 is not a checkpoint of this trainer: "):
@@ -324,7 +322,7 @@ def test_code_in_the_tensors_is_not_run(tmp_path, form):
     assert not proof.exists()
 
 
-# Going on
+# Resuming
 
 
 def test_a_run_takes_the_seed_of_its_checkpoint_unless_one_is_given():
@@ -346,7 +344,7 @@ def test_a_run_takes_the_seed_of_its_checkpoint_unless_one_is_given():
         ),
     ],
 )
-def test_another_lora_or_optimizer_cannot_go_on(settings, message):
+def test_another_lora_or_optimizer_cannot_resume(settings, message):
     with pytest.raises(UserError) as caught:
         checkpoints.with_seed_of(config(**settings), state())
     assert str(caught.value) == (
@@ -355,7 +353,7 @@ def test_another_lora_or_optimizer_cannot_go_on(settings, message):
     )
 
 
-def test_errors_say_which_checkpoint_is_left(tmp_path):
+def test_errors_name_the_checkpoint_that_is_kept(tmp_path):
     with pytest.raises(UserError) as caught, checkpoints.name_kept_checkpoint(tmp_path):
         raise NoSpaceError("The disk is full.")
     assert str(caught.value) == "The disk is full."

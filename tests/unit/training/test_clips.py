@@ -1,4 +1,4 @@
-"""Files to training samples: every clip here says in its pixels which frame it is."""
+"""Files to training samples, with clips whose pixels encode the frame number."""
 
 import subprocess
 import sys
@@ -72,7 +72,7 @@ def regular(count: int, fps: float) -> tuple[np.ndarray, float]:
 # Which frames
 
 
-def test_a_clip_of_97_frames_at_30_fps_is_taken_over_its_whole_length(tmp_path):
+def test_a_clip_of_97_frames_at_30_fps_is_sampled_over_its_full_length(tmp_path):
     (sample,) = clip_samples(clip(tmp_path / "a.mp4", 97, fps=30), sampling())
     # 3.23 s are 26 frames at 8 fps, of which 8N+1 takes 25: the last is shown after 3 s of 3.23.
     assert numbers(sample.frames) == [index * 30 // 8 for index in range(25)]
@@ -115,7 +115,7 @@ def test_a_clip_at_the_bases_rate_keeps_each_frame_once(tmp_path, ending, fps):
     assert numbers(sample.frames) == list(range(49))
 
 
-def test_with_a_variable_rate_each_moment_shows_the_frame_of_its_time(tmp_path):
+def test_with_a_variable_rate_each_sample_frame_is_the_one_shown_at_its_time(tmp_path):
     times = [0, 90, 300, 350, 800, 810, 1000, 1300]
     (sample,) = clip_samples(timed_clip(tmp_path / "phone.mp4", times), sampling())
     moments = [125 * index for index in range(9)]
@@ -123,14 +123,14 @@ def test_with_a_variable_rate_each_moment_shows_the_frame_of_its_time(tmp_path):
     assert numbers(sample.frames) == [0, 1, 1, 3, 3, 3, 3, 5, 6]
 
 
-def test_skipped_frames_are_the_files(tmp_path):
+def test_skipped_frames_are_counted_in_the_file(tmp_path):
     path = clip(tmp_path / "a.mp4", 60, fps=24)
     (sample,) = clip_samples(path, sampling(skip_frames_start=10, skip_frames_end=20))
     assert numbers(sample.frames) == [10 + 3 * index for index in range(9)]
     assert sample.start == pytest.approx(10 / 24, abs=1e-3)
 
 
-def test_skipping_too_much_is_told():
+def test_skipping_too_many_frames_is_refused():
     with pytest.raises(UserError) as error:
         sections(*regular(60, 30), sampling(skip_frames_start=40, skip_frames_end=20))
     assert str(error.value) == (
@@ -154,22 +154,22 @@ def test_sections_have_valid_equal_lengths_and_leave_nothing_out(count, fps, rul
     total = round(duration * rate)
     assert length == max(n for n in range(step + 1, most + 1, step) if n <= total)
     assert all((np.diff(part) >= 0).all() for part in found)
-    whole = [int(np.searchsorted(times, k / rate + 1e-6, side="right")) - 1 for k in range(total)]
-    assert found[0].tolist() == whole[:length]
+    expected = [int(np.searchsorted(times, k / rate + 1e-6, side="right")) - 1 for k in range(total)]
+    assert found[0].tolist() == expected[:length]
     if len(found) == 1:
         assert total - length < length / 4
     else:
         assert len(found) == -(-total // length)
-        assert found[-1].tolist() == whole[-length:]
-        assert {index for part in found for index in part.tolist()} == set(whole)
+        assert found[-1].tolist() == expected[-length:]
+        assert {index for part in found for index in part.tolist()} == set(expected)
 
 
-def test_a_quarter_left_over_is_where_splitting_begins():
+def test_clips_are_split_once_a_quarter_is_left_over():
     lengths = {count: len(sections(*regular(count, 8), sampling())) for count in (49, 61, 62, 98, 99)}
     assert lengths == {49: 1, 61: 1, 62: 2, 98: 2, 99: 3}
 
 
-def test_hours_are_refused_with_the_bound_unless_they_are_cut():
+def test_clips_of_hours_are_refused_with_the_limit_unless_they_are_cut():
     times, duration = regular(250_000, 25)
     with pytest.raises(UserError) as error:
         sections(times, duration, sampling())
@@ -182,8 +182,8 @@ def test_hours_are_refused_with_the_bound_unless_they_are_cut():
 
 
 @pytest.mark.parametrize("times", [[0.0] * 30, [float("nan")] * 30, [0.0] * 29 + [float("inf")]])
-def test_a_file_without_sound_times_is_told(times):
-    with pytest.raises(UserError, match="its frames have no times: convert it to mp4"):
+def test_a_file_without_usable_timestamps_is_refused(times):
+    with pytest.raises(UserError, match="its frames have no timestamps: convert it to mp4"):
         sections(np.array(times), times[-1], sampling())
 
 
@@ -212,7 +212,7 @@ def lightness(sample: Sample, column: int) -> float:
     "size", [(64, 48), (63, 47), (48, 64), (36, 64), (640, 360), (361, 641), (16, 12), (20, 90), (8, 8)]
 )
 @pytest.mark.parametrize("fit", ["center", "random", "none"])
-def test_every_shape_comes_out_at_the_size_asked_for(tmp_path, size, fit):
+def test_every_shape_is_brought_to_the_requested_size(tmp_path, size, fit):
     path = painted(tmp_path / "a.webm", *size, np.full((1, 1, 3), 200, np.uint8))
     for width, height in ((64, 48), (48, 80)):
         (sample,) = clip_samples(path, sampling(fit=fit, width=width, height=height))
@@ -229,7 +229,7 @@ def test_every_shape_comes_out_at_the_size_asked_for(tmp_path, size, fit):
             assert sample.frames[4][~shown].max(initial=0) == 0
 
 
-def test_a_portrait_clip_loses_top_and_bottom_equally_and_keeps_its_proportions(tmp_path):
+def test_a_portrait_clip_is_cropped_at_top_and_bottom_equally(tmp_path):
     picture = np.zeros((160, 90, 3), np.uint8)
     picture[60:100, 25:65] = 255  # a square in the middle
     (sample,) = clip_samples(painted(tmp_path / "a.webm", 90, 160, picture), sampling())
@@ -247,7 +247,7 @@ def test_center_cuts_both_sides_of_a_wide_clip_equally(tmp_path):
     assert lightness(sample, 63) == pytest.approx(20 + 200 * 127 / 191, abs=4)
 
 
-def test_random_crops_are_whole_differ_and_are_the_same_for_the_same_seed(tmp_path):
+def test_random_crops_differ_and_are_the_same_for_the_same_seed(tmp_path):
     path = painted(tmp_path / "a.webm", 192, 48, ramp(192))
     found = {
         seed: list(clip_samples(path, sampling(fit="random", random_crops=8, seed=seed))) for seed in (1, 2)
@@ -289,7 +289,7 @@ def test_a_phones_clip_is_turned_upright(tmp_path, degrees):
     assert sum(sample.frames[4][y, x].min() > 200 for y in (8, -8) for x in (8, -8)) == 1
 
 
-def test_a_strip_that_would_lose_nearly_everything_is_told(tmp_path):
+def test_a_strip_that_would_lose_nearly_everything_is_refused(tmp_path):
     path = painted(tmp_path / "a.webm", 1600, 40, ramp(1600))
     with pytest.raises(UserError) as error:
         list(clip_samples(path, sampling()))
@@ -325,7 +325,7 @@ def test_reads_the_other_containers_frame_by_frame(tmp_path, name, codec):
     assert [*numbers(first.frames), *numbers(second.frames)] == [*expected[:9], *expected[-9:]]
 
 
-def test_what_is_no_video_is_told_by_its_reason(tmp_path):
+def test_files_that_are_not_videos_are_refused_with_the_reason(tmp_path):
     cut = clip(tmp_path / "cut.mp4", 60, fps=30)
     cut.write_bytes(cut.read_bytes()[:600])
     noise = tmp_path / "noise.mp4"
@@ -348,7 +348,7 @@ def test_what_is_no_video_is_told_by_its_reason(tmp_path):
     assert "it has no video stream" in str(error.value)
 
 
-def test_the_decoder_ends_when_no_more_samples_are_wanted(tmp_path):
+def test_the_decoder_ends_when_the_iterator_is_closed(tmp_path):
     found = clip_samples(clip(tmp_path / "a.mp4", 120, fps=8), sampling(max_frames=9))
     assert next(found).section == 0
     video = found.gi_frame.f_locals["video"]

@@ -77,14 +77,14 @@ def test_every_setting_is_explained():
     assert [name for name in DEFAULTS if name not in words] == []
 
 
-def test_every_argument_of_cogvideos_trainer_has_one_row_with_what_it_is_here():
+def test_every_argument_of_cogvideos_trainer_has_one_row():
     rows = argument_rows()
     assert [row[0] for row in rows] == [f"`{name}`" for name in COGVIDEO_ARGUMENTS.split()]
     assert [row for row in rows if len(row) != 5] == []
     assert [row[0] for row in rows if not row[2] and not row[4]] == []
 
 
-def test_the_table_states_the_true_defaults():
+def test_the_table_has_the_actual_defaults():
     stated = {
         row[2].strip("`"): row[3].strip("`") for row in argument_rows() if row[2].strip("`") in DEFAULTS
     }
@@ -92,7 +92,7 @@ def test_the_table_states_the_true_defaults():
     assert stated == {name: default_text(DEFAULTS[name]) for name in stated}
 
 
-def test_another_default_than_cogvideos_has_its_reason():
+def test_a_default_that_differs_from_cogvideos_has_a_reason():
     same = {"none": "empty", "off": "false", "1e-4": "0.0001", "1e-8": "1e-08"}
     silent = [
         row[0]
@@ -103,7 +103,7 @@ def test_another_default_than_cogvideos_has_its_reason():
 
 
 @pytest.mark.parametrize(("page", "variables", "words"), commands("script/train") + commands("-m training"))
-def test_every_training_command_is_one_that_runs(page, variables, words):
+def test_every_training_command_is_valid(page, variables, words):
     pairs = [word for word in words if not word.startswith("output_dir=")]
     config = TrainingConfig.from_inputs(**parse_inputs(pairs, SETTINGS, send_files=False))
     validate(config, variables.get("COGVIDEOX_MODEL", "tiny-i2v"), "cpu")

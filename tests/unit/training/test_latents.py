@@ -1,4 +1,4 @@
-"""What the frozen models say is computed once, kept whole, found again by what it was computed from."""
+"""Latents and embeddings are encoded once, cached by content, and encoded again when damaged."""
 
 import itertools
 import os
@@ -86,7 +86,7 @@ def test_a_clip_is_the_posterior_of_its_frames_with_the_first_one(tmp_path, cach
     assert stored["image"].dtype == torch.uint8 and torch.equal(stored["image"], video[:, :1])
 
 
-def test_what_is_kept_decodes_to_the_clip(tmp_path, cache):
+def test_cached_latents_decode_to_the_clip(tmp_path, cache):
     from lib.models.derive import read_config
     from tiny.networks import build_vae
 
@@ -105,7 +105,7 @@ def test_what_is_kept_decodes_to_the_clip(tmp_path, cache):
     assert error < other / 4  # the embedded decoder knows another world than waves
 
 
-def test_text_to_video_keeps_no_first_frame(tmp_path, cache):
+def test_text_to_video_caches_no_first_frame(tmp_path, cache):
     (section,) = encoded(clip(tmp_path / "a.mp4"), cache, images=False)
     assert set(load_file(section.files[0][0])) == {"mean", "std"}
 
@@ -139,21 +139,21 @@ def test_the_caption_and_the_name_do_not_change_what_is_encoded(tmp_path, cache)
     ],
     ids=str,
 )  # fmt: skip
-def test_everything_that_changes_the_latents_makes_others(tmp_path, cache, change):
+def test_every_setting_that_changes_the_latents_encodes_again(tmp_path, cache, change):
     given = clip(tmp_path / "a.mp4", 18)
     before, model = encoded(given, cache), CountingVae()
     after = encoded(given, cache, model=model, **change)
     assert model.shapes and not set(files(before)) & set(files(after))
 
 
-def test_another_video_of_the_same_name_makes_others(tmp_path, cache):
+def test_another_video_of_the_same_name_is_encoded_again(tmp_path, cache):
     before = encoded(clip(tmp_path / "a.mp4"), cache)
     model = CountingVae()
     after = encoded(clip(tmp_path / "a.mp4", seed=1), cache, model=model)
     assert model.shapes and not set(files(before)) & set(files(after))
 
 
-def test_sides_and_crops_are_kept_apart(tmp_path, cache):
+def test_sides_and_crops_are_cached_separately(tmp_path, cache):
     given = clip(tmp_path / "a.mp4", 26, width=96)
     sections = encoded(given, cache, flip=True, fit="random", random_crops=3)
     assert len(sections) == 3 and [section.frames for section in sections] == [9, 9, 9]
@@ -168,7 +168,7 @@ def test_sides_and_crops_are_kept_apart(tmp_path, cache):
         assert len({crop["image"].numpy().tobytes() for crop in crops}) > 1
 
 
-def test_what_cannot_be_used_is_told_and_not_kept(tmp_path, cache):
+def test_unusable_clips_are_reported_and_not_cached(tmp_path, cache):
     short = encoded(clip(tmp_path / "short.mp4", 3), cache)
     assert isinstance(short, LeftOut) and short.name == "short.mp4" and "too short" in short.reason
     broken = tmp_path / "broken.mp4"
@@ -178,7 +178,7 @@ def test_what_cannot_be_used_is_told_and_not_kept(tmp_path, cache):
     assert list(cache.folder.glob("*.json")) == []
 
 
-def test_a_full_disk_is_no_fault_of_the_clip(tmp_path, cache, monkeypatch):
+def test_a_full_disk_is_an_error_and_does_not_leave_the_clip_out(tmp_path, cache, monkeypatch):
     given = clip(tmp_path / "a.mp4")
 
     def full(*arguments, **options):
@@ -190,7 +190,7 @@ def test_a_full_disk_is_no_fault_of_the_clip(tmp_path, cache, monkeypatch):
     assert list(cache.folder.iterdir()) == []
 
 
-def test_stopping_leaves_whole_files_and_no_clip_that_seems_complete(tmp_path, cache):
+def test_stopping_leaves_complete_files_and_an_incomplete_clip(tmp_path, cache):
     given = clip(tmp_path / "a.mp4", 40)
     asked = itertools.count(1)
     at_the_third = SimpleNamespace(is_set=lambda: next(asked) == 3)
@@ -204,7 +204,7 @@ def test_stopping_leaves_whole_files_and_no_clip_that_seems_complete(tmp_path, c
 
 
 @pytest.mark.parametrize("damage", ["sample gone", "index cut", "index empty"])
-def test_what_is_not_whole_is_encoded_again(tmp_path, cache, damage):
+def test_incomplete_clips_are_encoded_again(tmp_path, cache, damage):
     given = clip(tmp_path / "a.mp4", 18)
     sections = encoded(given, cache)
     (index,) = cache.folder.glob("*.json")
@@ -217,7 +217,7 @@ def test_what_is_not_whole_is_encoded_again(tmp_path, cache, damage):
     assert len(model.shapes) == len(sections)
 
 
-def test_a_file_that_was_cut_off_is_encoded_again(tmp_path, cache):
+def test_a_truncated_file_is_encoded_again(tmp_path, cache):
     """A disk that filled up, or a machine that lost power, may leave one under its final name."""
     given = clip(tmp_path / "a.mp4", 18)
     sections = encoded(given, cache)
@@ -251,7 +251,7 @@ def test_sections_are_encoded_one_at_a_time(tmp_path, cache, monkeypatch):
     assert set(model.shapes) == {(1, 3, 9, 48, 64)}
 
 
-def test_clips_of_one_size_are_cut_at_places_of_their_own_the_same_in_every_run(tmp_path, cache, monkeypatch):
+def test_each_clip_has_its_own_crops_which_are_the_same_in_every_run(tmp_path, cache, monkeypatch):
     seeds, samples = [], module.clip_samples
 
     def noting_samples(path, given, **options):
@@ -269,7 +269,7 @@ def test_clips_of_one_size_are_cut_at_places_of_their_own_the_same_in_every_run(
 # The cache
 
 
-def test_a_name_says_all_its_parts_apart(cache):
+def test_a_cache_path_distinguishes_all_its_parts(cache):
     paths = {
         cache.path("ab", "c"), cache.path("a", "bc"), cache.path("abc"), cache.path("abc", 1),
         cache.path("abc", "1"), cache.path("abc", True), cache.path(["abc"], 1),
@@ -279,7 +279,7 @@ def test_a_name_says_all_its_parts_apart(cache):
     assert cache.path("abc").parent == cache.folder
 
 
-def test_files_appear_whole_or_not_at_all(cache, monkeypatch):
+def test_files_are_written_in_one_step(cache, monkeypatch):
     path = cache.path("x")
     seen = []
     replace = os.replace
@@ -291,7 +291,7 @@ def test_files_appear_whole_or_not_at_all(cache, monkeypatch):
     assert [each.name for each in cache.folder.iterdir()] == [path.name]
 
 
-def test_a_writer_that_dies_leaves_no_file_under_the_name(cache, monkeypatch):
+def test_a_failed_write_leaves_no_file(cache, monkeypatch):
     def broken(*arguments, **options):
         Path(arguments[1]).write_bytes(b"half")
         raise RuntimeError("killed")
@@ -309,7 +309,7 @@ def aged(cache: LatentCache, number: int, *, age: float, size: int = 1000) -> Pa
     return path
 
 
-def test_what_was_not_used_for_longest_goes_first_and_what_is_needed_stays(cache):
+def test_trimming_removes_the_least_recently_used_files_and_keeps_those_in_use(cache):
     oldest, middle, newest, needed = (
         aged(cache, number, age=age) for number, age in enumerate((300, 200, 100, 400))
     )
@@ -325,7 +325,7 @@ def test_what_was_not_used_for_longest_goes_first_and_what_is_needed_stays(cache
     assert list(cache.folder.iterdir()) == [needed]
 
 
-def test_using_a_clip_keeps_it_from_being_the_oldest(tmp_path, cache):
+def test_a_clip_that_is_found_counts_as_used(tmp_path, cache):
     used, unused = clip(tmp_path / "a.mp4"), clip(tmp_path / "b.mp4", seed=1)
     first, second = encoded(used, cache), encoded(unused, cache)
     for path in cache.folder.iterdir():
@@ -339,7 +339,7 @@ def test_using_a_clip_keeps_it_from_being_the_oldest(tmp_path, cache):
     assert files(first)[0].exists() and not files(second)[0].exists()
 
 
-def test_what_killed_processes_left_half_written_goes_at_trimming_once_it_is_old(cache):
+def test_trimming_removes_old_partial_files(cache):
     half = cache.folder / "x.safetensors.0123abcd.partial"
     half.write_bytes(bytes(10))
     cache.trim(set())
@@ -349,28 +349,28 @@ def test_what_killed_processes_left_half_written_goes_at_trimming_once_it_is_old
     assert not half.exists()
 
 
-def test_what_is_read_again_and_again_is_not_the_oldest_for_another_run(tmp_path, cache):
+def test_reading_a_sample_counts_as_use(tmp_path, cache):
     (section,) = encoded(clip(tmp_path / "a.mp4"), cache)
     os.utime(section.files[0][0], (1e9, 1e9))
     Encodings(cache, text_key="t").sample(section, flipped=False, crop=0)
     assert section.files[0][0].stat().st_mtime > 1e9
 
 
-def test_a_file_that_went_away_while_training_is_told(tmp_path, cache):
+def test_a_file_removed_during_training_is_an_error(tmp_path, cache):
     (section,) = encoded(clip(tmp_path / "a.mp4"), cache)
     section.files[0][0].unlink()
     with pytest.raises(UserError, match=r"cannot be read any more: .*missing files are encoded again"):
         Encodings(cache, text_key="t").sample(section, flipped=False, crop=0)
 
 
-def test_the_bound_is_taken_from_the_environment(tmp_path, monkeypatch):
+def test_the_cache_limit_is_read_from_the_environment(tmp_path, monkeypatch):
     assert LatentCache(tmp_path / "a").max_bytes == 200e9
     monkeypatch.setenv("COGVIDEOX_LATENTS_GB", "1.5")
     assert LatentCache(tmp_path / "a").max_bytes == 1.5e9
 
 
 @pytest.mark.parametrize("value", ["much", "-1", "0", "nan", "inf"])
-def test_a_bound_that_is_no_size_is_refused(tmp_path, monkeypatch, value):
+def test_a_cache_limit_that_is_not_a_size_is_refused(tmp_path, monkeypatch, value):
     monkeypatch.setenv("COGVIDEOX_LATENTS_GB", value)
     with pytest.raises(UserError, match=f"COGVIDEOX_LATENTS_GB={value} is not a size in GB"):
         LatentCache(tmp_path / "a")
@@ -397,7 +397,7 @@ def test_a_models_digest_follows_its_files(tmp_path):
     assert model_digest(folder) != before
 
 
-def test_large_weights_are_told_apart_without_reading_them_all(tmp_path):
+def test_large_weights_are_distinguished_without_reading_them_completely(tmp_path):
     (tmp_path / "vae").mkdir()
     path = tmp_path / "vae" / "weights.safetensors"
     size = 3 * module.PIECES * module.PIECE_BYTES
@@ -437,7 +437,7 @@ def embed(prompts, encodings, text, *, lines=None, tokens=TOKENS, loads=None):
 
 @pytest.mark.parametrize("prompt", ["a red circle moves up", "", "red " * 40, "a\nsquare,  blue"])
 @pytest.mark.parametrize("tokens", [TOKENS, 12])
-def test_prompt_embeddings_are_the_pipelines(cache, text, prompt, tokens):
+def test_prompt_embeddings_equal_the_pipelines(cache, text, prompt, tokens):
     encodings = Encodings(cache, text_key="key")
     embed([prompt], encodings, text, tokens=tokens)
     pipe = CogVideoXPipeline(
@@ -473,13 +473,13 @@ def test_prompts_are_encoded_once_and_the_model_loaded_only_when_needed(cache, t
     assert len(loads) == 2 and lines[-1] == "progress: encoding captions 1/1"
 
 
-def test_another_text_encoder_or_length_has_embeddings_of_its_own(cache):
+def test_another_text_encoder_or_length_has_its_own_embeddings(cache):
     first, second = (Encodings(cache, text_key=key).prompt_path("a star") for key in ("t5 20", "t5 22"))
     assert first != second
     assert first != Encodings(cache, text_key="t5 20").prompt_path("a Star")
 
 
-def test_a_caption_that_is_cut_is_told(cache, text):
+def test_a_truncated_caption_is_reported(cache, text):
     lines = []
     embed(["red " * 40], Encodings(cache, text_key="key"), text, lines=lines)
     assert lines[0].startswith("a caption has 41 tokens, the base reads the first 20: 'red red ")
@@ -488,7 +488,7 @@ def test_a_caption_that_is_cut_is_told(cache, text):
     assert lines == ["progress: encoding captions 1/1"]
 
 
-def test_embeddings_that_were_cut_off_are_made_again(cache, text):
+def test_truncated_embeddings_are_encoded_again(cache, text):
     encodings = Encodings(cache, text_key="key")
     embed(["one"], encodings, text)
     path = encodings.prompt_path("one")
@@ -498,7 +498,7 @@ def test_embeddings_that_were_cut_off_are_made_again(cache, text):
     assert torch.equal(encodings.prompt("one"), before)
 
 
-def test_embeddings_in_use_are_not_the_oldest(cache, text):
+def test_embeddings_that_are_found_count_as_used(cache, text):
     encodings = Encodings(cache, text_key="key")
     embed(["one", "two"], encodings, text)
     for path in cache.folder.iterdir():

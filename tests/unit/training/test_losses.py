@@ -1,4 +1,4 @@
-"""The losses on disk, and the moment at which training has gone wrong: then, and not before."""
+"""The losses on disk, and stopping when training diverges, but not before."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from training.losses import DivergedError, LossWatch, loss_file, write_losses
 
 
 def feed(watch: LossWatch, losses, *, norm: float = 1.0, scaled: bool = False) -> int:
-    """How many were seen before it stopped."""
+    """Return how many losses were accepted."""
     for count, loss in enumerate(losses):
         try:
             watch.add(float(loss), norm=norm, scaled=scaled)
@@ -18,7 +18,7 @@ def feed(watch: LossWatch, losses, *, norm: float = 1.0, scaled: bool = False) -
 
 
 def ordinary(seed: int, steps: int = 600, *, batch: int = 1, scale: float = 1.0) -> np.ndarray:
-    """What a healthy run costs: 0.02 to 0.8 by the luck of the timestep, a little less with time."""
+    """Losses of a healthy run: 0.02 to 0.8 depending on the timestep, decreasing slowly."""
     rng = np.random.default_rng(seed)
     timesteps = rng.random((steps, batch))
     base = 0.02 + 0.75 * (1 - timesteps) ** 4 + 0.1 * rng.lognormal(0, 0.7, (steps, batch))
@@ -32,7 +32,7 @@ def test_an_ordinary_noisy_run_is_never_stopped(seed, batch, scale):
     assert feed(LossWatch([]), losses) == len(losses)
 
 
-def test_a_lucky_beginning_and_single_spikes_stop_nothing():
+def test_low_initial_losses_and_single_spikes_stop_nothing():
     easy = np.full(40, 0.002)
     losses = np.concatenate([easy, ordinary(0, 200)])
     losses[[100, 101, 102, 150, 151]] = 1e6
@@ -68,14 +68,14 @@ def test_the_message_says_what_happened_and_what_to_change():
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
-def test_a_loss_that_is_no_number_stops_at_once_and_is_not_recorded(loss):
+def test_a_loss_that_is_not_finite_stops_at_once_and_is_not_recorded(loss):
     watch = LossWatch([0.5, 0.4])
     with pytest.raises(DivergedError, match=rf"^the loss is {loss} at step 3\. Lower learning_rate"):
         watch.add(loss, norm=1.0, scaled=False)
     assert watch.losses == [0.5, 0.4]
 
 
-def test_gradients_that_are_no_numbers_stop_at_once_unless_fp16_skips_the_step():
+def test_gradients_that_are_not_finite_stop_at_once_unless_fp16_skips_the_step():
     for norm in (float("nan"), float("inf")):
         with pytest.raises(DivergedError, match=rf"^the gradients are {norm} at step 1\."):
             LossWatch([]).add(0.5, norm=norm, scaled=False)
@@ -96,7 +96,7 @@ def test_the_recent_loss_is_the_mean_of_the_last_steps():
     assert watch.recent() == 3.0
 
 
-def test_losses_of_the_state_grow_with_the_watch():
+def test_the_watch_appends_to_the_states_losses():
     losses: list[float] = []
     LossWatch(losses).add(0.25, norm=1.0, scaled=False)
     assert losses == [0.25]
@@ -109,7 +109,7 @@ def rows(path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def test_the_file_grows_a_line_a_step_that_can_be_read_at_once(tmp_path):
+def test_each_step_appends_a_line_that_can_be_read_at_once(tmp_path):
     path = tmp_path / "loss.csv"
     with loss_file(path, [], active=True) as add:
         assert rows(path) == ["step,loss"]
@@ -137,7 +137,7 @@ def test_other_processes_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_whole_curve_is_written_exactly(tmp_path):
+def test_the_complete_curve_is_written_exactly(tmp_path):
     losses = np.random.default_rng(0).random(50).tolist()
     write_losses(tmp_path / "loss.csv", losses)
     found = [line.split(",") for line in rows(tmp_path / "loss.csv")[1:]]
@@ -145,9 +145,9 @@ def test_the_whole_curve_is_written_exactly(tmp_path):
     assert [float(loss) for _, loss in found] == losses
 
 
-def test_no_checkpoint_is_made_of_the_beginning_of_an_explosion():
+def test_the_start_of_an_explosion_does_not_look_sound():
     watch = LossWatch([0.5] * 30)
     assert watch.looks_sound()
-    for loss, sound in ((30.0, True), (40.0, False), (50.0, False)):  # a single outlier is nobody's explosion
+    for loss, sound in ((30.0, True), (40.0, False), (50.0, False)):  # a single outlier is not an explosion
         watch.add(loss, norm=1.0, scaled=False)
         assert watch.looks_sound() is sound

@@ -1,4 +1,4 @@
-"""The transformer meets in training what diffusers' pipelines feed it, and the loss is the formula."""
+"""The transformer's inputs in training equal those of diffusers' pipelines, and the loss its formula."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ ALPHAS = CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.float()
 
 
 class Captured(Exception):
-    """The transformer's inputs are known; nothing need be computed with them."""
+    """Raised once the transformer's inputs are known."""
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -195,7 +195,7 @@ def test_a_sample_is_predicted_as_the_pipeline_predicts_it():
     assert torch.equal(mine, other) and mine.abs().mean() > 0.01
 
 
-def test_the_exact_sum_is_rounded_once_to_the_bases_type():
+def test_noisy_latents_are_rounded_once_to_the_bases_type():
     pipe, given = pipeline("5b-i2v"), batch("5b-i2v", 9, 48, 32, step=1)
     exact = fed_by_the_trainer(pipe, given)
     rounded = fed_by_the_trainer(pipe, given, dtype=torch.bfloat16)
@@ -215,7 +215,7 @@ def test_padding_repeats_the_first_frame_in_front_and_is_what_the_pipeline_drops
     assert objective.padded_in_front(latents, 4).shape[1] == 24
 
 
-def test_the_image_condition_stands_at_index_zero_after_the_noisy_channels():
+def test_the_image_condition_is_at_index_zero_after_the_noisy_channels():
     noisy, image = noise(2, 5, CHANNELS, 4, 6), noise(2, 1, CHANNELS, 4, 6, seed=1)
     made = objective.model_input(noisy, image)
     assert torch.equal(made[:, :, :CHANNELS], noisy)
@@ -256,7 +256,7 @@ def test_noise_is_added_to_the_image_and_does_not_replace_it():
 # The loss
 
 
-def test_the_loss_is_the_formula_in_float64():
+def test_the_loss_equals_the_formula_in_float64():
     latents, drawn, predicted = (noise(4, 5, CHANNELS, 6, 8, seed=seed) for seed in range(3))
     steps = torch.tensor([0, 1, 500, 999])
     exact = CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.double()[steps].view(-1, 1, 1, 1, 1)
@@ -299,7 +299,7 @@ def test_the_loss_is_float32_for_16_bit_predictions_and_float64_alphas(dtype):
 @pytest.mark.parametrize("step", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_timesteps_keep_their_noise(step, dtype):
-    """In bf16 alone nothing would be left of it."""
+    """In bf16 alone it would be rounded away."""
     latents, drawn = noise(1, 5, CHANNELS, 32, 32).to(dtype), noise(1, 5, CHANNELS, 32, 32, seed=1).to(dtype)
     alphas = ALPHAS[[step]]
     noisy = objective.noised(latents, drawn, alphas)
@@ -311,7 +311,7 @@ def test_the_first_timesteps_keep_their_noise(step, dtype):
     assert deviation > 0.02
 
 
-def test_the_last_timestep_is_noise_alone():
+def test_the_last_timestep_is_pure_noise():
     latents, drawn = noise(1, 3, CHANNELS, 4, 4), noise(1, 3, CHANNELS, 4, 4, seed=1)
     assert torch.equal(objective.noised(latents, drawn, ALPHAS[[999]]), drawn)
     assert torch.equal(objective.velocity(latents, drawn, ALPHAS[[999]]), -latents)
@@ -340,7 +340,7 @@ def test_the_trainers_loss_compares_with_the_velocity_of_padded_latents():
     assert losses_of(lambda inputs: exact + 0.5, pipe, given).tolist() == pytest.approx([0.25, 0.25])
 
 
-def test_prior_samples_are_held_to_the_bases_own_answer():
+def test_the_target_of_prior_samples_is_the_bases_answer():
     pipe, given = pipeline("1.5-5b-i2v"), batch("1.5-5b-i2v", 17, 48, 32, size=2, step=300)
     given.prior = True
     model = pipe.transformer
@@ -349,7 +349,7 @@ def test_prior_samples_are_held_to_the_bases_own_answer():
     def denoiser(inputs):
         return model(**inputs.arguments, return_dict=False)[0]
 
-    assert losses_of(denoiser, pipe, given, model).tolist() == [0, 0]  # the LoRA begins as the base
+    assert losses_of(denoiser, pipe, given, model).tolist() == [0, 0]  # the LoRA starts as the base
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.5)
     (inputs,) = feeder(pipe, given).micro_batch(0)
@@ -366,7 +366,7 @@ def test_prior_samples_are_held_to_the_bases_own_answer():
         assert torch.equal(denoiser(inputs), answer)
 
 
-def test_shapes_are_fed_one_after_the_other_each_with_its_own_tables():
+def test_each_shape_is_fed_separately_with_its_own_tables():
     pipe = pipeline("5b")
     first, second = batch("5b", 9, 48, 32), batch("5b", 17, 48, 32)
     made = feeder(pipe, first, second).micro_batch(0)
@@ -388,11 +388,11 @@ def test_processes_and_micro_batches_share_a_step_without_overlap(processes):
         for number in range(4):
             made.micro_batch(number)
     for step in (0, 1):
-        indices = [index for begun, *share in asked if begun == step for index in share]
+        indices = [index for at, *share in asked if at == step for index in share]
         assert sorted(indices) == list(range(4 * processes))
 
 
-def test_a_convolution_kept_in_float32_ignores_autocast():
+def test_a_projection_in_float32_ignores_autocast():
     model = transformer("5b-i2v", sample_height=4, sample_width=6)
     latents = noise(2, 2 * CHANNELS, 4, 6)
     with torch.no_grad():

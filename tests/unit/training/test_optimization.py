@@ -1,4 +1,4 @@
-"""A resumed run goes on from the states of optimizer and schedule, at the learning rate it is given."""
+"""A resumed run continues from the states of optimizer and schedule, with its own learning rate."""
 
 import copy
 
@@ -30,7 +30,7 @@ def take_steps(weights, optimizer, schedule, count):
     return rates
 
 
-def going_on(run, **settings):
+def resumed_from(run, **settings):
     """A new run with the states of `run`."""
     weights, optimizer, schedule = a_run(**settings)
     with torch.no_grad():
@@ -54,30 +54,30 @@ def states_of(run):
 def test_a_resumed_run_takes_the_same_steps_as_an_unbroken_one(lr_scheduler):
     run, unbroken = a_run(lr_scheduler=lr_scheduler), a_run(lr_scheduler=lr_scheduler)
     take_steps(*run, 7)
-    resumed = going_on(run, lr_scheduler=lr_scheduler)
+    resumed = resumed_from(run, lr_scheduler=lr_scheduler)
     assert take_steps(*resumed, 9) == take_steps(*unbroken, 16)[7:]
     assert torch.equal(resumed[0], unbroken[0])
 
 
-def test_a_resumed_run_goes_on_at_the_learning_rate_that_it_is_given():
+def test_a_resumed_run_uses_its_own_learning_rate():
     run = a_run(lr_scheduler="cosine", learning_rate=1e-3)
     take_steps(*run, 7)
-    resumed = going_on(run, lr_scheduler="cosine", learning_rate=1e-4)
+    resumed = resumed_from(run, lr_scheduler="cosine", learning_rate=1e-4)
     rates = take_steps(*resumed, 3)
     expected = take_steps(*a_run(lr_scheduler="cosine", learning_rate=1e-4), 10)[7:]
     assert rates == expected
     assert resumed[1].state[resumed[0]]["step"] == 10  # the running means were kept
 
 
-def test_the_numbers_of_the_optimizer_are_those_of_the_new_run():
+def test_a_resumed_run_uses_its_own_optimizer_settings():
     run = a_run(adam_weight_decay=0.5)
     take_steps(*run, 2)
-    resumed = going_on(run, adam_weight_decay=0.25, adam_beta1=0.5)
+    resumed = resumed_from(run, adam_weight_decay=0.25, adam_beta1=0.5)
     assert resumed[1].param_groups[0]["weight_decay"] == 0.25
     assert resumed[1].param_groups[0]["betas"] == (0.5, 0.95)
 
 
-def test_prodigy_goes_on_with_the_step_size_that_it_has_found():
+def test_a_resumed_prodigy_keeps_its_step_size():
     settings = {"optimizer": "prodigy", "learning_rate": 1.0}
     run, unbroken = a_prodigy_run(**settings), a_prodigy_run(**settings)
     take_steps(*run, 6)
@@ -127,7 +127,7 @@ def in_state(key, value):
         lambda states: states.update(random=torch.zeros(3, dtype=torch.uint8)),
     ],
 )
-def test_a_strangers_states_are_refused_before_they_are_used(spoil):
+def test_states_that_do_not_fit_are_refused_before_they_are_used(spoil):
     run = a_run()
     take_steps(*run, 2)
     states = states_of(run)

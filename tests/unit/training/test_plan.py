@@ -1,4 +1,4 @@
-"""What a run settles from base and machine, and refuses before anything is downloaded or computed."""
+"""Settings resolved from base and machine, and refusals before anything is downloaded or computed."""
 
 import importlib.util
 import json
@@ -94,7 +94,7 @@ def test_the_base_is_cogvideox_model_or_the_embedded_one(monkeypatch):
     assert base_name() == "tiny-i2v"
 
 
-def test_a_captioning_model_is_refused_with_the_bases_that_there_are():
+def test_a_captioning_model_is_refused_with_the_bases_that_exist():
     bases = [name for task in ("i2v", "t2v") for name in SPECS if SPECS[name].task == task]
     expected = (
         "COGVIDEOX_MODEL=cogvlm2-caption is a model for captioning; LoRAs are trained for image to video and "
@@ -106,7 +106,7 @@ def test_a_captioning_model_is_refused_with_the_bases_that_there_are():
 # The captioner
 
 
-def test_the_captioner_is_the_embedded_one_beside_embedded_bases_and_the_released_one_elsewhere():
+def test_embedded_bases_use_the_embedded_captioner_and_others_the_released_one():
     assert (
         captioner_name(config().data, "tiny-i2v")
         == captioner_name(config().data, "tiny-t2v")
@@ -120,7 +120,7 @@ def test_the_captioner_is_the_embedded_one_beside_embedded_bases_and_the_release
     assert captioner_name(config(autocaption=True, autocaption_model="me/own").data, "tiny-i2v") == "me/own"
 
 
-def test_a_captioner_that_is_none_is_refused():
+def test_a_model_of_another_kind_is_refused_as_captioner():
     assert rejection(autocaption=True, autocaption_model="cogvideox-5b") == (
         "autocaption_model=cogvideox-5b is a model for text-to-video; clips are captioned by tiny-caption, "
         "cogvlm2-caption and models of that kind."
@@ -128,7 +128,7 @@ def test_a_captioner_that_is_none_is_refused():
     validate(config(autocaption=True), "cogvideox-5b", "cpu")
 
 
-def test_a_captioners_folder_is_looked_into_where_local_sources_are_allowed(tmp_path, monkeypatch):
+def test_a_captioners_folder_is_checked_where_local_sources_are_allowed(tmp_path, monkeypatch):
     settings = {"autocaption": True, "autocaption_model": str(tmp_path / "captioner")}
     refused = (
         f"autocaption_model='{tmp_path}/captioner' is neither a captioning model's name (tiny-caption, "
@@ -140,7 +140,7 @@ def test_a_captioners_folder_is_looked_into_where_local_sources_are_allowed(tmp_
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     validate(config(**settings), "tiny-i2v", "cpu")
     (tmp_path / "captioner" / "config.json").write_text('{"architectures": ["CogVLMVideoForCausalLM"]}')
-    assert "has a config.json that is no CogVLM2-Caption's: 'vision_config' is missing" in rejection(
+    assert "config.json is not that of a CogVLM2-Caption: 'vision_config' is missing" in rejection(
         **settings
     )
     assert rejection(autocaption=True, autocaption_model=str(TINY)) == (
@@ -210,7 +210,7 @@ def test_a_transformer_of_the_other_kind_is_refused(tmp_path, task, in_channels,
         ("cogvideox-2b", {"height": 484}, "The nearest is width=720, height=480."),
     ],
 )
-def test_sizes_that_the_base_cannot_compute_are_refused_before_a_download(base, settings, nearest):
+def test_unsupported_sizes_are_refused_before_a_download(base, settings, nearest):
     assert rejection(base, **settings).endswith(nearest)
 
 
@@ -226,7 +226,7 @@ def test_sizes_that_the_base_cannot_compute_are_refused_before_a_download(base, 
         ("cogvideox-5b", {"max_num_frames": 20}),
     ],
 )
-def test_sizes_and_lengths_that_the_base_can_compute_pass(base, settings):
+def test_supported_sizes_and_lengths_are_accepted(base, settings):
     validate(config(**settings), base, "cpu")
 
 
@@ -250,7 +250,7 @@ def test_lengths_out_of_range_are_refused_before_a_download(base, frames, messag
     assert rejection(base, max_num_frames=frames) == f"max_num_frames={frames} {message}"
 
 
-def test_a_folders_own_sizes_hold(tmp_path):
+def test_a_folder_is_checked_against_its_own_sizes(tmp_path):
     folder = folder_of(tmp_path)
     message = refusal(resolve_plan, config(width=640, height=480), str(folder), folder, "cpu")
     assert message.endswith("The nearest is width=720, height=480.")
@@ -275,7 +275,7 @@ def test_8_bit_optimizers_need_a_gpu_and_their_package(installed, optimizer):
     validate(config(optimizer=optimizer), "tiny-i2v", "cuda")
 
 
-def test_packages_that_are_missing_are_named(installed, monkeypatch):
+def test_missing_packages_are_named(installed, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     needs = "needs the package {}, which is not installed: pip install {}"
     assert rejection(optimizer="prodigy") == "prodigy " + needs.format("prodigyopt", "prodigyopt")
@@ -286,7 +286,7 @@ def test_packages_that_are_missing_are_named(installed, monkeypatch):
     validate(config(report_to="tensorboard"), "tiny-i2v", "cpu")
 
 
-def test_wandb_needs_a_key_from_somewhere(installed, monkeypatch, tmp_path):
+def test_wandb_needs_a_key_or_its_own_setup(installed, monkeypatch, tmp_path):
     installed.add("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -309,7 +309,7 @@ def test_fp16_needs_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "supported", "settled"),
+    ("asked", "device", "supported", "expected"),
     [
         ("auto", "cpu", False, "no"),
         ("bf16", "cpu", False, "bf16"),
@@ -319,9 +319,9 @@ def test_fp16_needs_a_gpu():
         ("fp16", "cuda", True, "fp16"),
     ],
 )
-def test_precision_follows_from_the_device_unless_given(monkeypatch, asked, device, supported, settled):
+def test_precision_follows_from_the_device_unless_given(monkeypatch, asked, device, supported, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    assert resolve_precision(config(mixed_precision=asked).compute, device) == settled
+    assert resolve_precision(config(mixed_precision=asked).compute, device) == expected
 
 
 @pytest.mark.parametrize(
@@ -329,13 +329,13 @@ def test_precision_follows_from_the_device_unless_given(monkeypatch, asked, devi
     [("cpu", "bf16", "float32"), ("cpu", "no", "float32"), ("cuda", "no", "float32"),
      ("cuda", "fp16", "float16"), ("cuda", "bf16", "bfloat16")],
 )  # fmt: skip
-def test_the_frozen_base_is_kept_in_what_it_computes_in_but_on_a_cpu(device, asked, dtype):
+def test_the_frozen_base_has_its_compute_type_except_on_a_cpu(device, asked, dtype):
     assert resolve_plan(config(mixed_precision=asked), "tiny-i2v", TINY, device).dtype == getattr(
         torch, dtype
     )
 
 
-# What is settled
+# What is resolved
 
 
 def test_empty_settings_become_the_bases_own():
@@ -369,7 +369,7 @@ def test_given_settings_are_kept():
 
 
 @pytest.mark.parametrize("mode", ["center", "random"])
-def test_another_seed_finds_what_was_encoded(mode):
+def test_the_seed_does_not_change_what_is_encoded(mode):
     first, second = (
         resolve_plan(config(seed=seed, video_reshape_mode=mode), "tiny-i2v", TINY, "cpu").sampling
         for seed in (1, 2)
@@ -388,7 +388,7 @@ def test_an_empty_seed_is_a_random_one():
     assert len(seeds) > 1 and all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_a_folders_name_stands_for_it_and_its_path_stays_here(tmp_path, monkeypatch):
+def test_a_folder_is_recorded_by_name_without_its_path(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, layout="1.5-5b-i2v")
     plan = resolve_plan(config(), str(folder), folder, "cpu")
     assert plan.base == "my-base"
@@ -420,7 +420,7 @@ def test_trackers_by_name():
 # Validation clips
 
 
-def test_validation_clips_are_those_of_the_service_with_seeds_of_their_own(tmp_path):
+def test_validation_clips_are_requests_of_the_service_each_with_its_own_seed(tmp_path):
     paths = []
     for name, colour in (("a.png", (200, 0, 0)), ("b.png", (0, 200, 0))):
         paths.append(str(tmp_path / name))

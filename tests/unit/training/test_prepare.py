@@ -1,4 +1,4 @@
-"""A run's data set: unpacked for as long as it is needed, or kept; a stop is heard meanwhile."""
+"""A run's data set: unpacked while it is needed, or kept; both can be stopped."""
 
 import threading
 import time
@@ -63,14 +63,14 @@ def until(true: Callable[[], object]) -> None:
     assert true()
 
 
-def test_what_an_archive_holds_goes_after_its_use(tmp_path, kept):
+def test_an_unpacked_archive_is_removed_after_use(tmp_path, kept):
     archive = zip_with(tmp_path / "clips.zip", FILES)
     found = captions(tmp_path / "run" / "data", input_videos=str(archive))
     assert found == {"a.mp4": "a ball", "b.mp4": "a star"}
     assert not (tmp_path / "run" / "data").exists() and not kept.exists()
 
 
-def test_a_data_set_of_the_hub_stays_for_other_runs_and_for_going_on(tmp_path, kept, hub):
+def test_a_data_set_of_the_hub_is_kept_for_resumed_and_other_runs(tmp_path, kept, hub):
     assert from_hub(tmp_path / "one" / "data") == {"a.mp4": "a ball", "b.mp4": "a star"}
     assert downloads(hub) == sorted(FILES)
     assert [path.name for path in kept.iterdir()] == [FOLDER]
@@ -80,7 +80,7 @@ def test_a_data_set_of_the_hub_stays_for_other_runs_and_for_going_on(tmp_path, k
     assert downloads(hub) == []
 
 
-def test_a_download_that_failed_goes_on_in_the_next_run(tmp_path, kept, hub):
+def test_a_failed_download_continues_in_the_next_run(tmp_path, kept, hub):
     lost = f"/datasets/owner/clips/resolve/{COMMIT}/b.mp4"
     served = hub.files.pop(lost)
     with pytest.raises(UserError, match="nothing at this address"):
@@ -92,7 +92,7 @@ def test_a_download_that_failed_goes_on_in_the_next_run(tmp_path, kept, hub):
     assert downloads(hub) == ["b.mp4", "b.txt"]
 
 
-def test_a_cancelled_download_ends_while_the_hub_still_stalls_and_goes_on_in_the_next_run(tmp_path, hub):
+def test_a_stalled_download_can_be_cancelled_and_continues_in_the_next_run(tmp_path, hub):
     video = hub.files[f"/datasets/owner/clips/resolve/{COMMIT}/b.mp4"]
     video.stall_at = 0
     stop, ended = threading.Event(), []
@@ -115,22 +115,22 @@ def test_a_cancelled_download_ends_while_the_hub_still_stalls_and_goes_on_in_the
 
 
 def test_a_run_that_waits_for_anothers_download_can_be_cancelled(tmp_path, kept, hub):
-    stop, said = threading.Event(), []
+    stop, lines = threading.Event(), []
 
     def report(line: str) -> None:
-        said.append(line)
+        lines.append(line)
         stop.set()
 
     with lock(kept / FOLDER, print), pytest.raises(Stopped):
         from_hub(tmp_path / "data", stop=stop, report=report)
-    assert said == [f"{FOLDER}: another process is downloading it; waiting for that"]
+    assert lines == [f"{FOLDER}: another process is downloading it; waiting for that"]
     assert downloads(hub) == []
 
 
 def test_clips_without_a_caption_are_left_out_and_autocaption_is_named(tmp_path):
-    archive, said = zip_with(tmp_path / "clips.zip", FILES | {"b.txt": b" "}), []
-    assert captions(tmp_path / "data", input_videos=str(archive), report=said.append) == {"a.mp4": "a ball"}
-    assert said == [
+    archive, lines = zip_with(tmp_path / "clips.zip", FILES | {"b.txt": b" "}), []
+    assert captions(tmp_path / "data", input_videos=str(archive), report=lines.append) == {"a.mp4": "a ball"}
+    assert lines == [
         "left out: b.mp4: no caption: b.txt is empty; write what the clip shows into it",
         "With autocaption=true a model captions the clips that have no caption.",
     ]
@@ -139,11 +139,11 @@ def test_clips_without_a_caption_are_left_out_and_autocaption_is_named(tmp_path)
         captions(tmp_path / "data", input_videos=str(archive))
 
 
-def test_with_autocaption_clips_without_a_caption_are_clips(tmp_path):
-    archive, said = zip_with(tmp_path / "clips.zip", FILES | {"b.txt": b" "}), []
+def test_with_autocaption_clips_without_a_caption_are_kept(tmp_path):
+    archive, lines = zip_with(tmp_path / "clips.zip", FILES | {"b.txt": b" "}), []
     given = {"input_videos": str(archive), "autocaption": True, "trigger_word": "TOK"}
-    assert captions(tmp_path / "data", **given, report=said.append) == {"a.mp4": "a ball", "b.mp4": ""}
-    assert said == []
+    assert captions(tmp_path / "data", **given, report=lines.append) == {"a.mp4": "a ball", "b.mp4": ""}
+    assert lines == []
 
 
 def test_a_cancelled_run_does_not_unpack(tmp_path):
@@ -154,7 +154,7 @@ def test_a_cancelled_run_does_not_unpack(tmp_path):
     assert not (tmp_path / "run" / "data").exists()
 
 
-def test_a_cache_folder_that_cannot_be_written_is_told(tmp_path, hub):
+def test_a_cache_folder_that_cannot_be_written_is_an_error(tmp_path, hub):
     (tmp_path / "cache").write_bytes(b"no folder")
     with pytest.raises(UserError, match=f"cache/datasets/{FOLDER} could not be written"):
         from_hub(tmp_path / "data")

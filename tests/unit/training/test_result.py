@@ -1,4 +1,4 @@
-"""What a run leaves: one tar that its owner can read, use, publish and go on from."""
+"""A run's result: a tar that its owner can read, use, publish and resume from."""
 
 import ast
 import csv
@@ -88,7 +88,7 @@ def test_the_folder_holds_everything_about_the_run(tmp_path):
     assert (folder / "validation" / "step-000002-1.mp4").read_bytes() == b"clip"
 
 
-def test_captions_that_were_made_are_a_table_that_a_data_set_can_have(tmp_path):
+def test_generated_captions_can_be_used_as_a_data_sets_table(tmp_path):
     rows = [
         Row(file_name="a.mp4", status="kept", caption="a star"),
         Row(file_name="b.mp4", status="captioned", caption="a ball", fingerprint="0123"),
@@ -116,7 +116,7 @@ def test_the_lora_is_stored_in_the_type_that_it_serves_in(tmp_path):
     assert (folder / "lora.safetensors").read_bytes() == b"torch.bfloat16"
 
 
-def test_the_last_training_state_is_in_it_only_if_asked_for(tmp_path):
+def test_the_training_state_is_included_only_on_request(tmp_path):
     for step in (1, 2):
         saved = state([0.5] * step)
         tensors = {"optimizer": {}, "schedule": {}, "scaler": {}, "random": torch.get_rng_state()}
@@ -132,7 +132,7 @@ def test_the_last_training_state_is_in_it_only_if_asked_for(tmp_path):
     assert (kept / "lora.safetensors").read_bytes() == b"f32"
 
 
-def test_a_second_result_takes_the_firsts_place(tmp_path):
+def test_a_second_result_replaces_the_first(tmp_path):
     write(tmp_path, left_out=[LeftOut(name="d.mp4", reason="x")])
     folder = write(tmp_path, losses=[0.1])
     assert not (folder / "left_out.jsonl").exists()
@@ -140,7 +140,7 @@ def test_a_second_result_takes_the_firsts_place(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
-def test_a_failure_leaves_no_half_result(tmp_path):
+def test_a_failure_leaves_no_partial_result(tmp_path):
     def full(path: Path, dtype: torch.dtype) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -167,7 +167,7 @@ def test_the_tar_holds_the_folders_content_at_its_top(tmp_path):
     assert {"lora.safetensors", "README.md", "validation/a.mp4"} <= set(found)
 
 
-def test_the_file_in_the_tar_is_a_lora_for_its_base_and_says_what_it_is(tmp_path):
+def test_the_file_in_the_tar_is_a_lora_with_its_facts(tmp_path):
     settings = {"rank": 4, "lora_alpha": 2, "trigger_word": "STAR", "hub_token": "hf_secret"}
     made = config_and_plan("cogvideox-5b-i2v", input_videos="/home/me/clips", **settings)
     model = transformer("5b-i2v", sample_height=4, sample_width=6, sample_frames=9)
@@ -179,11 +179,21 @@ def test_the_file_in_the_tar_is_a_lora_for_its_base_and_says_what_it_is(tmp_path
     folder = write_result(tmp_path, *made, data([section()]), state(), save)
     with safe_open(folder / "lora.safetensors", "pt") as file:
         metadata = file.metadata()
-    told = recorded_facts(metadata)
-    assert (told["base"], told["task"], told["trigger_word"]) == ("cogvideox-5b-i2v", "i2v", "STAR")
-    assert (told["rank"], told["alpha"], told["steps"], told["of_steps"], told["seed"]) == (4, 2.0, 2, 2, 7)
-    assert (told["width"], told["height"], told["frames"], told["fps"]) == (64, 48, 9, 8)
-    assert told["settings"]["learning_rate"] == 1e-4
+    recorded = recorded_facts(metadata)
+    assert (recorded["base"], recorded["task"], recorded["trigger_word"]) == (
+        "cogvideox-5b-i2v",
+        "i2v",
+        "STAR",
+    )
+    assert (
+        recorded["rank"],
+        recorded["alpha"],
+        recorded["steps"],
+        recorded["of_steps"],
+        recorded["seed"],
+    ) == (4, 2.0, 2, 2, 7)
+    assert (recorded["width"], recorded["height"], recorded["frames"], recorded["fps"]) == (64, 48, 9, 8)
+    assert recorded["settings"]["learning_rate"] == 1e-4
     assert not any(secret in str(metadata) for secret in ("hf_secret", "/home/me", str(tmp_path)))
     assert read_header(folder / "lora.safetensors", name="lora").metadata == metadata
 
@@ -193,7 +203,7 @@ def test_the_file_in_the_tar_is_a_lora_for_its_base_and_says_what_it_is(tmp_path
 
 @pytest.mark.parametrize("base", ["cogvideox-5b-i2v", "cogvideox-2b", "cogvideox1.5-5b-i2v", "tiny-t2v"])
 @pytest.mark.parametrize("caption", [CAPTION, "two\nlines\\", "```\n# '''\"\"\" $(rm) `x` {0}", "größer 🌟"])
-def test_the_cards_python_is_valid_and_says_what_was_trained(base, caption):
+def test_the_cards_python_is_valid_and_uses_the_trained_values(base, caption):
     spec = SPECS[base]
     size = sampling(width=spec.width, height=spec.height, fps=spec.fps)
     card = model_card(
@@ -223,7 +233,7 @@ def test_the_cards_python_is_valid_and_says_what_was_trained(base, caption):
 
 
 @pytest.mark.parametrize("caption", [CAPTION, "two\nlines", "$(touch x) `y` \\ !z", "a=b"])
-def test_the_cards_command_says_in_a_shell_what_is_meant(caption):
+def test_the_cards_command_is_quoted_for_a_shell(caption):
     card = model_card(*config_and_plan("cogvideox-5b-i2v"), data([section(caption=caption)]), state())
     command = card.partition("```\n")[2].partition("\n```")[0]
     variable, script, task, *inputs = shlex.split(command.replace("COGVIDEOX_ANY_SIZE=1 ", ""))
@@ -240,7 +250,7 @@ def test_the_cards_command_says_in_a_shell_what_is_meant(caption):
         ((480, 720), ["width=480", "height=720"]),
     ],
 )
-def test_the_card_names_another_size_than_the_bases_own(size, expected):
+def test_the_card_names_a_size_that_is_not_the_bases(size, expected):
     made = config_and_plan("cogvideox-5b", sampling=sampling(width=size[0], height=size[1]))
     card = model_card(*made, data([section()]), state())
     assert all((f"-i {each}" in card) for each in expected)
@@ -257,7 +267,7 @@ def test_the_card_names_another_size_than_the_bases_own(size, expected):
         ("owner/star@v1", "owner/star", '"owner/star", revision="v1"'),
     ],
 )
-def test_the_cards_head_is_what_the_hub_takes(base, model, source):
+def test_the_cards_front_matter_is_valid_for_the_hub(base, model, source):
     spec = SPECS.get(base, SPECS["tiny-i2v"])
     card = model_card(*config_and_plan(base, spec=spec), data([section()]), state())
     _, head, text = card.split("---\n", 2)
@@ -318,7 +328,7 @@ def test_the_picture_shows_the_losses_fall(count):
     assert np.all(np.diff(rows) > -3)
 
 
-def test_a_noisy_curve_has_a_calmer_mean_above_zero():
+def test_a_noisy_curve_has_a_smoother_mean():
     rng = np.random.default_rng(0)
     columns, rows = heights(curve((0.4 + 0.1 * rng.standard_normal(900)).clip(0.05).tolist()))
     assert len(columns) > 500 and np.std(rows) < 30
