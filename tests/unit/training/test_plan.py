@@ -140,9 +140,7 @@ def test_a_captioners_folder_is_checked_where_local_sources_are_allowed(tmp_path
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     validate(config(**settings), "tiny-i2v", "cpu")
     (tmp_path / "captioner" / "config.json").write_text('{"architectures": ["CogVLMVideoForCausalLM"]}')
-    assert "config.json is not that of a CogVLM2-Caption: 'vision_config' is missing" in rejection(
-        **settings
-    )
+    assert "config.json is not that of a CogVLM2-Caption: 'vision_config' is missing" in rejection(**settings)
     assert rejection(autocaption=True, autocaption_model=str(TINY)) == (
         f"autocaption_model={TINY} is a model for image-to-video; clips are captioned by tiny-caption, "
         "cogvlm2-caption and models of that kind."
