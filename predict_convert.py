@@ -1,4 +1,4 @@
-"""SAT checkpoints to diffusers and back: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
+"""Convert SAT checkpoints to diffusers and back. The inputs are written literally because Cog reads them statically."""
 
 from typing import Optional
 
@@ -31,12 +31,12 @@ class Runner(BaseRunner):
             default="",
         ),
         direction: str = Input(
-            description="to_diffusers: SAT's layout to a folder that from_pretrained loads. to_sat: the way back.",
+            description="to_diffusers: from SAT's layout to a folder that from_pretrained loads. to_sat: back to SAT's layout.",
             choices=["to_diffusers", "to_sat"],
             default="to_diffusers",
         ),
         family: str = Input(
-            description="Needed for a VAE alone: the model that it belongs to, because its scaling is in no tensor. A transformer says it itself.",
+            description="The model that a VAE belongs to, needed for a VAE alone because no tensor says its scaling. auto: detected from the transformer.",
             choices=[
                 "auto",
                 "cogvideox-2b",
@@ -48,7 +48,7 @@ class Runner(BaseRunner):
             default="auto",
         ),
         dtype: str = Input(
-            description="Type of the transformer's weights. auto: float16 for the 2B family, bfloat16 for 5B; to_sat keeps what there is. With to_sat it holds for the VAE too.",
+            description="Type of the transformer's weights. auto: float16 for the 2B family, bfloat16 for 5B; unchanged with to_sat, where it applies to the VAE too.",
             choices=["auto", "float16", "bfloat16", "float32"],
             default="auto",
         ),
@@ -58,15 +58,15 @@ class Runner(BaseRunner):
             default="auto",
         ),
         text_encoder: bool = Input(
-            description="Put the released text encoder and tokenizer (9.5 GB) into the result. Without them it is smaller, and its README says how it is loaded.",
+            description="Include the released text encoder and tokenizer (9.5 GB). Without them the result's README says how to load it.",
             default=False,
         ),
         overrides: str = Input(
-            description="What no tensor says, where it is not the family's: name=value, separated by commas. sample_height, sample_width (in latents, 8 pixels each), sample_frames, max_text_seq_length, spatial_interpolation_scale, temporal_interpolation_scale, norm_num_groups, scaling_factor, invert_scale_latents, snr_shift_scale.",
+            description="Configuration values that no tensor says, where they differ from the family's: name=value, separated by commas. Allowed: sample_height, sample_width (in latents, 8 pixels each), sample_frames, max_text_seq_length, spatial_interpolation_scale, temporal_interpolation_scale, norm_num_groups, scaling_factor, invert_scale_latents, snr_shift_scale.",
             default="",
         ),
         hub_repository: str = Input(
-            description="Hugging Face repository owner/name that the result is uploaded to as well. Made private if it is not there.",
+            description="Hugging Face repository owner/name to upload the result to. A new repository is private.",
             default="",
         ),
         hub_token: Optional[Secret] = Input(

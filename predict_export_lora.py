@@ -1,4 +1,4 @@
-"""SAT LoRAs to diffusers and back: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
+"""Convert SAT LoRAs to diffusers and back. The inputs are written literally because Cog reads them statically."""
 
 from typing import Optional
 
@@ -23,16 +23,16 @@ class Runner(BaseRunner):
             default="",
         ),
         alpha: Optional[float] = Input(
-            description="The alpha that the LoRA was trained with, which SAT does not store. Empty: SAT's default of 1. CogVideo's own recipes use 64 at rank 128. With to_sat: the alpha that it is to be used with.",
+            description="The alpha that the LoRA was trained with, which SAT does not store. Empty: SAT's default of 1. CogVideo's own recipes use 64 at rank 128. With to_sat: the alpha that it will be used with.",
             default=None,
         ),
         direction: str = Input(
-            description="to_diffusers: a SAT checkpoint to lora.safetensors, with alpha / rank multiplied in. to_sat: the way back.",
+            description="to_diffusers: from a SAT checkpoint to lora.safetensors, with alpha / rank multiplied in. to_sat: back to a SAT checkpoint.",
             choices=["to_diffusers", "to_sat"],
             default="to_diffusers",
         ),
         dtype: str = Input(
-            description="Type of the weights. auto: float32, which loses nothing; to_sat: what they were stored in.",
+            description="Type of the weights. auto: float32, which loses nothing; with to_sat the type they were stored in.",
             choices=["auto", "float16", "bfloat16", "float32"],
             default="auto",
         ),

@@ -110,7 +110,7 @@ VARIABLES = (
     ),
     Variable(
         name="COGVIDEOX_LORA_CACHE_GB",
-        meaning="how much of the cache folder [fetched LoRAs](lora.md#what-is-kept) may take",
+        meaning="how much of the cache folder [downloaded LoRAs](lora.md#cache) may take",
         default="20",
     ),
     Variable(

@@ -1,4 +1,4 @@
-"""LoRAs as peft and diffusers write them, for the embedded models, with values large enough to be seen."""
+"""LoRAs as peft and diffusers write them, for the embedded models, large enough to change frames."""
 
 import json
 from functools import cache
@@ -21,7 +21,7 @@ def transformer_config() -> dict:
 
 
 def lora_state(*, rank: int = 4, seed: int = 0, alpha: float | None = None, **options) -> tuple[State, dict]:
-    """peft's own state dict and configuration of a random LoRA; `options` are LoraConfig's."""
+    """Return peft's state dict and configuration of a random LoRA; `options` are LoraConfig's."""
     changes = options.pop("model", {})
     torch.manual_seed(seed)
     transformer = CogVideoXTransformer3DModel.from_config(transformer_config() | changes)
@@ -43,7 +43,7 @@ def save_lora(
     recorded: dict | None = None,
     **options,
 ) -> Path:
-    """A file as diffusers writes it, with or without its alpha; `recorded` is our trainer's own record."""
+    """Write a file as diffusers does, with or without its alpha; `recorded` is our trainer's record."""
     state, config = lora_state(**options)
     path.parent.mkdir(parents=True, exist_ok=True)
     CogVideoXPipeline.save_lora_weights(
@@ -60,7 +60,7 @@ def save_lora(
 
 
 def as_kohya(state: State, alpha: float | None) -> State:
-    """The keys of VideoX-Fun and other trainers in kohya's manner."""
+    """Rename the keys as VideoX-Fun and other kohya-style trainers do."""
     renamed = {}
     for key, value in state.items():
         module, _, side = key.removesuffix(".weight").rpartition(".")

@@ -1,4 +1,4 @@
-"""A LoRA under every way of computing that a CPU can do, against diffusers' own pipeline with the same LoRA.
+"""Compare a LoRA in every mode that a CPU can run with diffusers' own pipeline.
 
 `python -m tests.lora_matrix FOLDER` does it for quantised weights, in a process of its own: torchao is
 installed apart (.venv/extras), and what imports diffusers beside it loads slower.
@@ -35,7 +35,7 @@ SPEC = replace(
     balanced=Pace(computed=5, first=2, last=1),
     fast=Pace(computed=4, first=2, last=1),
 )
-"""The same as ever, in few steps."""
+"""tiny-t2v in few steps."""
 SPEEDS = ("exact", "balanced", "fast")
 OFFLOADS = ("resident", "text", "model", "group")
 QUANTIZED = {
@@ -47,7 +47,7 @@ QUANTIZED = {
     "int8-dynamic": [("apart", "model", "exact"), ("compiled", "resident", "fast")],
     "fp8": [("apart", "model", "exact"), ("compiled", "resident", "fast")],
 }
-"""Kinds of weights, and under what else each is tried: torchao is slow on a CPU."""
+"""Quantization -> the modes it is tried in: torchao is slow on a CPU."""
 SCALE = 0.7
 CPU = Machine(device="cpu", free_bytes=0, dtype="float32")
 
@@ -58,14 +58,14 @@ def request(speed: str) -> Request:
 
 
 def lora_file(folder: Path) -> Path:
-    """On the projections and on what no other processor touches."""
+    """Return a LoRA on the attention projections and on other layers."""
     file = folder / "lora.safetensors"
     targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "norm1.linear"]
     return file if file.exists() else save_lora(file, alpha=8, target_modules=targets)
 
 
 def latents(generator: Generator, speed: str) -> Tensor:
-    """A clip as it is before it is decoded."""
+    """Return a clip's latents."""
     wanted = request(speed)
     with torch.no_grad():
         embeddings = generator._prompts.encode(wanted.prompt, wanted.negative_prompt)
@@ -107,7 +107,7 @@ def loaded(kind: str, computed: str, offload: str) -> tuple[Generator, Loras]:
 
 
 def outcome(kind: str, computed: str, offload: str, speed: str, file: Path) -> dict[str, Any]:
-    """How far from diffusers' latents those with the LoRA and, before and after it, without it are."""
+    """Return the distances from diffusers' latents with the LoRA, and before and after it without."""
     generator, loras = loaded(kind, computed, offload)
     choice = Choice(address=parse(str(file)), scale=SCALE)
     base, with_lora = (expected(kind, speed, each) for each in (None, file))
@@ -133,7 +133,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 @cache
 def _offload_to_the_cpu() -> None:
-    """Let the hooks of a GPU bring weights to the CPU, where there is none."""
+    """Let the GPU's offload hooks use the CPU as their device."""
     offload = DiffusionPipeline.enable_model_cpu_offload
     DiffusionPipeline.enable_model_cpu_offload = lambda self, **named: offload(
         self, **{"device": "cpu"} | named

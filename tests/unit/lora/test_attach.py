@@ -1,4 +1,4 @@
-"""Frames with LoRAs equal plain diffusers' bit for bit, and the base's when they are off again."""
+"""Frames with LoRAs are bit-equal to plain diffusers', and to the base's once they are off again."""
 
 import json
 import threading
@@ -36,7 +36,7 @@ def generator():
 
 @pytest.fixture
 def loras(generator):
-    """Of a pipeline as it was loaded: earlier tests' adapters are gone."""
+    """Return the LoRAs of a pipeline without earlier tests' adapters."""
     generator.pipeline.unload_lora_weights()
     return Loras(pipeline=generator.pipeline, spec=generator.spec, report=lambda line: None)
 
@@ -62,7 +62,7 @@ def base_frames(generator):
 
 
 def plain_frames(files: list[Path], scales: list[float]) -> np.ndarray:
-    """What someone gets who loads the files with diffusers itself."""
+    """Generate with the files loaded by diffusers itself."""
     pipeline = CogVideoXPipeline.from_pretrained(WEIGHTS / "tiny-t2v")
     pipeline.set_progress_bar_config(disable=True)
     names = [f"adapter_{index}" for index in range(len(files))]
@@ -110,7 +110,7 @@ def test_image_to_video_frames_are_those_of_plain_diffusers(tmp_path):
     assert np.array_equal(generator.frames(request), base) and not np.array_equal(frames, base)
 
 
-def test_two_at_once_are_those_of_set_adapters(tmp_path, generator, loras):
+def test_two_loras_are_combined_as_by_set_adapters(tmp_path, generator, loras):
     files = [
         save_lora(tmp_path / "one.safetensors", alpha=8, seed=1),
         save_lora(tmp_path / "two.safetensors", rank=2, seed=2, target_modules=["to_q", "proj_out"]),
@@ -120,13 +120,13 @@ def test_two_at_once_are_those_of_set_adapters(tmp_path, generator, loras):
     assert np.array_equal(frames, plain_frames(files, scales))
 
 
-def test_the_same_one_twice_counts_twice(tmp_path, generator, loras):
+def test_the_strengths_of_the_same_lora_given_twice_are_added(tmp_path, generator, loras):
     file = save_lora(tmp_path / "lora.safetensors")
     twice = frames_with(generator, loras, choice(file, 0.25), choice(file, 0.5))
     assert np.array_equal(twice, plain_frames([file], [0.75]))
 
 
-def test_without_it_and_at_scale_0_the_frames_are_the_bases(tmp_path, generator, loras, base_frames):
+def test_frames_without_a_lora_and_at_scale_0_are_the_bases(tmp_path, generator, loras, base_frames):
     file = save_lora(tmp_path / "lora.safetensors")
     assert not np.array_equal(frames_with(generator, loras, choice(file)), base_frames)
     assert np.array_equal(generator.frames(request_for()), base_frames)
@@ -158,7 +158,7 @@ def test_another_strength_or_switching_back_loads_nothing(tmp_path, generator, l
     assert not np.array_equal(stronger, first)
 
 
-def test_a_file_that_was_replaced_is_loaded_anew(tmp_path, generator, loras):
+def test_a_replaced_file_is_loaded_again(tmp_path, generator, loras):
     file = save_lora(tmp_path / "lora.safetensors", seed=1)
     frames_with(generator, loras, choice(file))
     save_lora(file, seed=2)
@@ -189,7 +189,7 @@ def test_foreign_layouts_give_the_frames_of_the_diffusers_layout(tmp_path, gener
     assert np.array_equal(frames, frames_with(generator, loras, choice(usual, 0.9)))
 
 
-def test_a_peft_folder_brings_its_alpha(tmp_path, generator, loras):
+def test_alpha_is_read_from_a_peft_folder(tmp_path, generator, loras):
     state, config = lora_state(rank=4, alpha=8)
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -216,7 +216,7 @@ def adapters(generator) -> list[str]:
     return generator.pipeline.get_list_adapters().get("transformer", [])
 
 
-def test_a_bad_lora_leaves_the_good_ones_as_they_were(tmp_path, generator, loras, base_frames):
+def test_a_lora_with_nan_leaves_attached_ones_unchanged(tmp_path, generator, loras, base_frames):
     good = save_lora(tmp_path / "good.safetensors", seed=1)
     frames = frames_with(generator, loras, choice(good))
     before = adapters(generator)
@@ -232,9 +232,7 @@ def test_a_bad_lora_leaves_the_good_ones_as_they_were(tmp_path, generator, loras
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("first", [True, False])
-def test_an_attaching_that_breaks_off_leaves_nothing(
-    tmp_path, generator, loras, base_frames, monkeypatch, error, first
-):
+def test_a_failed_attach_leaves_nothing(tmp_path, generator, loras, base_frames, monkeypatch, error, first):
     good, bad = (save_lora(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2))
     if not first:
         frames_with(generator, loras, choice(good))
@@ -254,7 +252,7 @@ def test_an_attaching_that_breaks_off_leaves_nothing(
     assert np.array_equal(frames_with(generator, loras, choice(bad)), plain_frames([bad], [1.0]))
 
 
-def test_an_adapter_that_diffusers_attached_in_part_is_no_success(tmp_path, generator, loras, monkeypatch):
+def test_a_partly_attached_adapter_is_an_error(tmp_path, generator, loras, monkeypatch):
     file = save_lora(tmp_path / "lora.safetensors")
     monkeypatch.setattr(generator.pipeline, "load_lora_into_transformer", lambda *a, **k: None, raising=False)
     with pytest.raises(RuntimeError, match="only partly loaded: 0 of 24 modules"):
@@ -262,15 +260,15 @@ def test_an_adapter_that_diffusers_attached_in_part_is_no_success(tmp_path, gene
     assert adapters(generator) == []
 
 
-def test_stopping_before_the_tensors_are_there_attaches_nothing(tmp_path, generator, loras):
+def test_a_stop_before_loading_attaches_nothing(tmp_path, generator, loras):
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped), loras.applied([choice(save_lora(tmp_path / "a.safetensors"))], stop=stop):
-        raise AssertionError("it was applied")
+        raise AssertionError("the LoRA was applied")
     assert adapters(generator) == []
 
 
-def test_those_used_least_recently_are_detached_first(tmp_path, generator, loras, monkeypatch):
+def test_the_least_recently_used_are_detached_first(tmp_path, generator, loras, monkeypatch):
     files = [save_lora(tmp_path / f"{seed}.safetensors", seed=seed) for seed in range(3)]
     frames = [frames_with(generator, loras, choice(file)) for file in files[:2]]
     size = sum(adapter.bytes for adapter in loras._attached.values()) // 2
@@ -286,7 +284,7 @@ def test_those_used_least_recently_are_detached_first(tmp_path, generator, loras
     assert len(loaded) == 1
 
 
-def test_two_that_a_request_needs_are_both_kept_beyond_the_bound(tmp_path, generator, loras, monkeypatch):
+def test_two_loras_of_one_request_are_both_kept_beyond_the_limit(tmp_path, generator, loras, monkeypatch):
     monkeypatch.setattr(attach, "MAX_ATTACHED_BYTES", 1)
     files = [save_lora(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2)]
     frames = frames_with(generator, loras, *map(choice, files))
@@ -303,7 +301,7 @@ def test_an_adapter_takes_the_transformers_dtype(tmp_path):
 
 
 def offloaded(monkeypatch, plan: str) -> tuple[Generator, Loras]:
-    """Of weights that wait on the CPU for a device which is the CPU too: the hooks are those of a GPU."""
+    """Return a generator with the offload hooks of a GPU, whose device is the CPU."""
     name = f"enable_{plan}_cpu_offload"
     offload = getattr(DiffusionPipeline, name)
     monkeypatch.setattr(
@@ -319,7 +317,7 @@ def breaks(*arguments, **options):
     raise RuntimeError("no memory")
 
 
-def test_frames_of_offloaded_weights_are_the_same(tmp_path, base_frames, monkeypatch):
+def test_frames_of_offloaded_weights_are_equal(tmp_path, base_frames, monkeypatch):
     generator, loras = offloaded(monkeypatch, "model")
     file = save_lora(tmp_path / "lora.safetensors")
     assert np.array_equal(frames_with(generator, loras, choice(file, 0.5)), plain_frames([file], [0.5]))
@@ -327,7 +325,7 @@ def test_frames_of_offloaded_weights_are_the_same(tmp_path, base_frames, monkeyp
 
 
 @pytest.mark.parametrize("plan", ["model", "sequential"])
-def test_weights_stay_offloaded_whatever_is_attached_detached_or_fails(tmp_path, monkeypatch, plan):
+def test_weights_stay_offloaded_after_attaching_detaching_and_failing(tmp_path, monkeypatch, plan):
     monkeypatch.setattr(attach, "MAX_ATTACHED", 1)
     generator, loras = offloaded(monkeypatch, plan)
     first, second = (save_lora(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2))
@@ -344,7 +342,7 @@ def test_weights_stay_offloaded_whatever_is_attached_detached_or_fails(tmp_path,
     assert len(adapters(generator)) == 1 and hasattr(generator.pipeline.vae, "_hf_hook")
 
 
-def test_the_trigger_word_is_told_once_and_reported_each_time(tmp_path, loras, monkeypatch):
+def test_the_trigger_word_is_logged_once_and_in_the_metrics_every_time(tmp_path, loras, monkeypatch):
     recorded = {"base": "tiny-t2v", "task": "t2v", "trigger_word": "TOK"}
     file = save_lora(tmp_path / "lora.safetensors", recorded=recorded)
     lines = []
@@ -386,6 +384,6 @@ def test_the_default_is_used_unless_another_is_named():
         ({"lora_weights": "nothing"}, "'nothing' does not name a LoRA"),
     ],
 )
-def test_inputs_that_make_no_sense_are_refused_at_the_door(inputs, message):
+def test_contradictory_inputs_are_refused(inputs, message):
     with pytest.raises(UserError, match=message):
         chosen(**inputs)

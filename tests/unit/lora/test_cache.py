@@ -1,4 +1,4 @@
-"""LoRAs come from hosts, the Hub, archives and URIs, once; the cache is bounded; failures leave nothing."""
+"""LoRAs are downloaded once, from hosts, the Hub, archives and URIs; failures leave nothing."""
 
 import base64
 import hashlib
@@ -50,7 +50,7 @@ def value_of(found: LocalLora) -> float:
 
 
 def leftovers(cache: Path) -> list[str]:
-    """What is in the cache beside whole entries."""
+    """Return what is in the cache in addition to complete entries."""
     names = [path.name for path in cache.iterdir()] if cache.exists() else []
     return [name for name in names if "." in name]
 
@@ -65,7 +65,7 @@ def tar_of(path: Path, files: dict[str, bytes], mode: str = "w") -> bytes:
     return path.read_bytes()
 
 
-def test_an_address_is_fetched_once_and_a_query_makes_it_another(cache):
+def test_an_address_is_downloaded_once_and_another_query_is_another_address(cache):
     with Host({"/a.safetensors": Served(weights(1))}) as host:
         for _ in range(2):
             assert value_of(located(host.url("/a.safetensors"))) == 1
@@ -98,7 +98,7 @@ def test_a_trainings_tar_gives_its_lora_and_configuration(tmp_path, cache, mode,
     ]
 
 
-def test_local_files_folders_and_tars_are_read_where_they_are(tmp_path, cache):
+def test_local_files_and_folders_are_not_copied_and_tars_are_unpacked(tmp_path, cache):
     file = tmp_path / "here" / "style.safetensors"
     file.parent.mkdir()
     file.write_bytes(weights(4))
@@ -110,7 +110,7 @@ def test_local_files_folders_and_tars_are_read_where_they_are(tmp_path, cache):
     assert (tmp_path / "a.tar").exists()
 
 
-def test_a_data_uri_is_kept_by_its_content(cache):
+def test_a_data_uri_is_cached_by_its_content(cache):
     uri = "data:application/octet-stream;base64," + base64.b64encode(weights(6)).decode()
     assert value_of(located(uri)) == 6
     assert located(uri).file == next(cache.glob("*/lora.safetensors"))
@@ -124,7 +124,7 @@ def hub(monkeypatch):
         yield host
 
 
-def test_a_repository_is_listed_and_its_lora_fetched_at_the_commit(hub, cache):
+def test_a_repositorys_lora_is_downloaded_at_the_listed_commit(hub, cache):
     files = {"pytorch_lora_weights.safetensors": weights(1), "extra.safetensors": weights(2)}
     hub.files = hub_of("o/n", files, commit=COMMIT)
     found = located("o/n")
@@ -138,7 +138,7 @@ def test_a_repository_is_listed_and_its_lora_fetched_at_the_commit(hub, cache):
     assert value_of(located("o/n/extra.safetensors")) == 2
 
 
-def test_peft_repositories_bring_their_configuration(hub):
+def test_the_configuration_of_a_peft_repository_is_downloaded_too(hub):
     config = {"r": 4, "lora_alpha": 9}
     files = {
         "sub/adapter_model.safetensors": weights(1),
@@ -148,7 +148,7 @@ def test_peft_repositories_bring_their_configuration(hub):
     assert located("o/n/sub").config == config
 
 
-def test_the_hub_is_reached_by_servers_that_refuse_private_addresses(hub, monkeypatch):
+def test_a_private_hub_endpoint_is_allowed_where_private_addresses_are_not(hub, monkeypatch):
     monkeypatch.delenv("COGVIDEOX_LOCAL_SOURCES")
     hub.files = hub_of("o/n", {"lora.safetensors": weights(1)}, commit=COMMIT)
     assert value_of(located("o/n")) == 1
@@ -168,7 +168,7 @@ def test_a_redirect_of_the_hub_to_a_private_address_is_refused(hub, cache, monke
     assert leftovers(cache) == []
 
 
-def test_a_name_that_the_hub_does_not_know_may_be_replicates(hub):
+def test_a_name_unknown_to_the_hub_is_refused_with_a_hint_about_replicate(hub):
     refusal = {"X-Error-Code": "RepoNotFound"}
     hub.files["/api/models/o/n/revision/main"] = Served(b"", status=401, headers=refusal)
     with pytest.raises(UserError, match="no repository o/n") as caught:
@@ -185,7 +185,9 @@ def test_a_name_that_the_hub_does_not_know_may_be_replicates(hub):
         (["a.safetensors"], "o/n/b.safetensors", "has no file 'b.safetensors' at main. It has: a.saf"),
     ],
 )
-def test_a_repository_without_a_clear_lora_is_refused_with_what_it_has(hub, cache, files, source, message):
+def test_a_repository_without_an_unambiguous_lora_is_refused_with_its_files(
+    hub, cache, files, source, message
+):
     hub.files = hub_of("o/n", {name: weights(1) for name in files}, commit=COMMIT)
     with pytest.raises(UserError) as caught:
         located(source)
@@ -204,7 +206,7 @@ def test_a_repository_without_a_clear_lora_is_refused_with_what_it_has(hub, cach
         (["a/lora.safetensors", "b/lora.safetensors"], None),
     ],
 )
-def test_the_lora_among_several_files_is_the_nearest_with_a_usual_name(paths, chosen):
+def test_the_lora_among_several_files_is_the_topmost_with_a_usual_name(paths, chosen):
     if chosen is None:
         with pytest.raises(UserError, match="has several"):
             choose(paths, name="it")
@@ -231,7 +233,7 @@ def test_an_operators_address_may_be_private_and_unencrypted(monkeypatch):
         (Served(bytes(200_000), length=False), "larger than the 100.0 kB that are allowed"),
     ],
 )
-def test_a_fetch_that_fails_says_why_and_leaves_nothing(cache, monkeypatch, served, message):
+def test_a_failed_download_says_why_and_leaves_nothing(cache, monkeypatch, served, message):
     monkeypatch.setattr(lora_source, "MAX_FILE_BYTES", 100_000)
     with Host({"/a.safetensors": served}) as host, pytest.raises(UserError) as caught:
         located(host.url("/a.safetensors"))
@@ -239,7 +241,7 @@ def test_a_fetch_that_fails_says_why_and_leaves_nothing(cache, monkeypatch, serv
     assert list(cache.iterdir()) == []
 
 
-def test_a_line_that_breaks_once_is_tried_again():
+def test_a_dropped_connection_is_retried():
     with Host({"/a.safetensors": Served(weights(2), drop_first_at=3000)}) as host:
         assert value_of(located(host.url("/a.safetensors"))) == 2
 
@@ -254,7 +256,7 @@ def test_a_tar_with_a_path_outside_is_refused_and_leaves_nothing(tmp_path, cache
     assert list(cache.iterdir()) == []
 
 
-def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, cache, monkeypatch):
+def test_an_archive_with_too_much_content_is_refused(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(lora_cache, "MAX_UNPACKED_BYTES", 100_000)
     body = tar_of(tmp_path / "bomb.tar", {"lora.safetensors": bytes(10**6)}, "w:gz")
     with Host({"/bomb.tar": Served(body)}) as host, pytest.raises(UserError, match="unpacks to more than"):
@@ -263,7 +265,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, cache, monkeyp
 
 
 @pytest.mark.parametrize("served", [{"stall_at": 65536}, {"pause": 0.05, "piece": 4096}, {"stall_at": 0}])
-def test_a_cancelled_fetch_ends_while_its_host_still_stalls_and_leaves_nothing(cache, served):
+def test_a_cancelled_download_ends_although_its_host_stalls_and_leaves_nothing(cache, served):
     stop, ended = threading.Event(), threading.Event()
 
     def fetch(address: str) -> None:
@@ -279,7 +281,7 @@ def test_a_cancelled_fetch_ends_while_its_host_still_stalls_and_leaves_nothing(c
     assert list(cache.iterdir()) == []
 
 
-def test_the_cache_stays_within_its_bytes_and_the_least_used_goes(cache, monkeypatch):
+def test_the_least_recently_used_entry_is_removed_when_the_cache_is_full(cache, monkeypatch):
     size = len(weights(0))
     monkeypatch.setenv("COGVIDEOX_LORA_CACHE_GB", str(2.5 * (size + 500) / 1e9))
     with Host({f"/{i}.safetensors": Served(weights(i)) for i in range(3)}) as host:
@@ -303,13 +305,13 @@ def test_a_lora_larger_than_the_whole_cache_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["much", "0", "-1", "nan", "inf"])
-def test_a_size_of_the_cache_that_is_none_is_refused(monkeypatch, text):
+def test_an_invalid_cache_size_is_refused(monkeypatch, text):
     monkeypatch.setenv("COGVIDEOX_LORA_CACHE_GB", text)
     with pytest.raises(UserError, match="is not a size in GB above 0"):
         lora_source.max_bytes()
 
 
-def test_what_a_killed_process_left_goes_when_room_is_made(cache):
+def test_leftovers_of_a_killed_process_are_removed(cache):
     for name in ("dead.partial", "dead.1234.gone"):
         (cache / name).mkdir(parents=True)
         (cache / name / "download").write_bytes(b"x")
@@ -325,7 +327,7 @@ print(locate(parse(sys.argv[1]), report=lambda line: None).file)
 """
 
 
-def test_two_processes_at_once_fetch_once(cache):
+def test_two_processes_at_once_download_once(cache):
     with Host({"/a.safetensors": Served(weights(1, 300), pause=0.05)}) as host:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", CHILD, host.url("/a.safetensors")]

@@ -1,4 +1,4 @@
-"""What is no sound file of weights is refused before anything is loaded, and called by its name."""
+"""Files that are not valid safetensors are refused before loading, with what they are instead."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def entry(shape: list[int], first: int, last: int) -> dict:
 
 
 def old_tar() -> bytes:
-    """The format from before POSIX, whose header has no mark."""
+    """Return a tar in the format before POSIX, whose header has no magic number."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         tar.addfile(tarfile.TarInfo("lora.safetensors"))
@@ -36,7 +36,7 @@ def old_tar() -> bytes:
     return bytes(block) + bytes(1024)
 
 
-def test_a_sound_header_is_what_safetensors_wrote(tmp_path):
+def test_a_header_is_read_as_safetensors_wrote_it(tmp_path):
     path = tmp_path / "a.safetensors"
     tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16), "c": torch.tensor(1.0)}
     save_file(tensors, path, metadata={"note": "x"})
@@ -51,13 +51,13 @@ def test_a_sound_header_is_what_safetensors_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_tars_are_known_by_their_content(tmp_path, mode):
+def test_tars_are_recognized_by_content(tmp_path, mode):
     with tarfile.open(tmp_path / "a", mode) as tar:
         tar.add(__file__, "x")
     assert kind_of(tmp_path / "a", name="it") == "tar"
 
 
-def test_an_old_tar_is_known_too(tmp_path):
+def test_an_old_tar_is_recognized(tmp_path):
     (tmp_path / "a").write_bytes(old_tar())
     assert kind_of(tmp_path / "a", name="it") == "tar"
 
@@ -81,7 +81,7 @@ def zip_bytes() -> bytes:
         (b"PNG and so on, no weights", "neither a safetensors file nor a tar archive"),
     ],
 )
-def test_other_files_are_called_by_their_name(tmp_path, content, message):
+def test_other_files_are_named_for_what_they_are(tmp_path, content, message):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError, match=r"it is .*Give a \.safetensors file") as caught:
         kind_of(tmp_path / "a", name="it")
@@ -89,12 +89,12 @@ def test_other_files_are_called_by_their_name(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("name", ["a.bin", "dir/a.PT", "a.ckpt", "a.pth", "a.pkl"])
-def test_a_name_of_a_pickle_is_refused(name):
+def test_a_pickles_file_name_is_refused(name):
     with pytest.raises(UserError, match="pickle by its name"):
         refuse_pickle(name, name="it")
 
 
-def test_a_pickle_is_refused_with_what_makes_a_file_of_a_sat_lora():
+def test_a_pickle_is_refused_with_the_command_that_converts_a_sat_lora():
     with pytest.raises(UserError) as caught:
         refuse_pickle("1/mp_rank_00_model_states.pt", name="owner/name")
     assert str(caught.value) == (
@@ -132,7 +132,7 @@ def test_a_header_that_is_damaged_or_contradicts_the_file_is_refused(tmp_path, c
     assert message in str(caught.value)
 
 
-def test_a_web_page_under_the_name_of_safetensors_is_called_one(tmp_path):
+def test_a_web_page_with_a_safetensors_name_is_named_as_one(tmp_path):
     (tmp_path / "a").write_bytes(b"<!DOCTYPE html><html>")
     with pytest.raises(UserError, match=r"^it is a web page, not the file itself; copy the address"):
         read_header(tmp_path / "a", name="it")

@@ -1,4 +1,4 @@
-"""Every layout comes to the same pairs and scaling; what is not understood, or for another base, is named."""
+"""All layouts give the same pairs and scaling; unsupported keys and other bases are refused by name."""
 
 import json
 
@@ -116,7 +116,7 @@ def diffusers_metadata(**config) -> dict[str, str]:
         (diffusers_metadata(r=RANK, lora_alpha=ALPHA), {"lora_alpha": 99}, None),
     ],
 )
-def test_alpha_is_found_wherever_a_trainer_left_it(tmp_path, state, metadata, config, kohya):
+def test_alpha_is_found_wherever_a_trainer_stores_it(tmp_path, state, metadata, config, kohya):
     tensors = as_kohya(state, kohya) if kohya else prefixed(state, "transformer.")
     file = read(tmp_path, tensors, metadata, config)
     assert file.scaling.alphas == dict.fromkeys(file.pairs, ALPHA)
@@ -124,13 +124,13 @@ def test_alpha_is_found_wherever_a_trainer_left_it(tmp_path, state, metadata, co
         read(tmp_path, tensors, metadata, config, alpha=3.0)
 
 
-def test_without_a_stored_alpha_the_given_one_holds_and_else_the_rank(tmp_path, state):
+def test_without_a_stored_alpha_it_is_the_input_and_else_the_rank(tmp_path, state):
     tensors = prefixed(state, "transformer.")
     assert set(read(tmp_path, tensors).scaling.alphas.values()) == {float(RANK)}
     assert set(read(tmp_path, tensors, alpha=64.0).scaling.alphas.values()) == {64.0}
 
 
-def test_what_our_trainer_records_of_itself_is_no_alpha(tmp_path, state):
+def test_our_trainers_record_is_not_read_as_alpha(tmp_path, state):
     recorded = {"base": "tiny-t2v", "task": "t2v", "alpha": 99, "trigger_word": "TOK"}
     file = read(tmp_path, state, {"cogvideox": json.dumps(recorded)})
     assert set(file.scaling.alphas.values()) == {float(RANK)} and file.trigger_word == "TOK"
@@ -172,11 +172,11 @@ KEY = "transformer_blocks.0.attn1.to_q"
         ({"proj_out.alpha": torch.tensor(1.0)}, "an alpha for 'proj_out' but no matrices"),
     ],
 )
-def test_a_key_that_would_be_left_out_is_refused_by_name(tmp_path, state, extra, message):
+def test_an_unsupported_key_is_refused_by_name(tmp_path, state, extra, message):
     assert message in complaint(tmp_path, state | extra)
 
 
-def test_a_sat_lora_is_refused_with_what_makes_one_that_can_be_loaded(tmp_path, state):
+def test_a_sat_lora_is_refused_with_the_command_that_converts_it(tmp_path, state):
     key = "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0"
     assert complaint(tmp_path, state | {key: torch.ones(1)}) == (
         "it cannot be loaded: it is a LoRA in SAT's layout; convert it with script/export-lora or the "
@@ -194,7 +194,7 @@ def test_a_sat_lora_is_refused_with_what_makes_one_that_can_be_loaded(tmp_path, 
         (lambda a, b: (a.to(torch.float8_e4m3fn), b), "stored as F8_E4M3"),
     ],
 )
-def test_matrices_that_are_none_are_refused(tmp_path, state, change, message):
+def test_invalid_matrices_are_refused(tmp_path, state, change, message):
     down, up = change(state[f"{KEY}.lora_A.weight"], state[f"{KEY}.lora_B.weight"])
     assert message in complaint(tmp_path, state | {f"{KEY}.lora_A.weight": down, f"{KEY}.lora_B.weight": up})
 
@@ -244,20 +244,20 @@ def test_a_lora_of_another_shape_is_refused_with_both_bases(tmp_path, state):
 @pytest.mark.parametrize(
     ("width", "base"), [(1920, "cogvideox-2b"), (3072, "cogvideox-5b or "), (512, "of width 512")]
 )
-def test_the_base_is_told_from_the_width_of_attention(tmp_path, width, base):
+def test_the_base_is_guessed_from_the_attention_width(tmp_path, width, base):
     tensors = {f"{KEY}.lora_A.weight": torch.ones(2, width), f"{KEY}.lora_B.weight": torch.ones(width, 2)}
     said = complaint(tmp_path, tensors)
     assert "made for another base" in said and base in said and "This model is tiny-t2v" in said
 
 
-def test_more_blocks_than_this_model_has_are_another_base(tmp_path):
+def test_a_lora_with_more_blocks_than_the_model_is_refused(tmp_path):
     state, _ = lora_state(model={"num_layers": LAYERS + 2})
     for tensors in (state, as_kohya(state, 1.0)):
         said = complaint(tmp_path, tensors)
         assert "made for another base" in said and "This model is tiny-t2v (which has no module" in said
 
 
-def test_another_family_is_another_base(tmp_path):
+def test_a_lora_for_another_family_is_refused(tmp_path):
     key = "blocks.3.self_attn.q"
     tensors = {f"{key}.lora_A.weight": torch.ones(2, 8), f"{key}.lora_B.weight": torch.ones(8, 2)}
     assert "a model with modules like 'blocks.3.self_attn.q'" in complaint(tmp_path, tensors)
@@ -272,10 +272,12 @@ def test_another_family_is_another_base(tmp_path):
         ({"base": "my-own", "task": "i2v"}, "tiny-t2v", "another base: my-own. This model is tiny-t2v"),
     ],
 )
-def test_bases_of_equal_shapes_are_told_apart_by_the_trainers_record(tmp_path, state, recorded, spec, named):
+def test_bases_with_equal_shapes_are_distinguished_by_the_trainers_record(
+    tmp_path, state, recorded, spec, named
+):
     assert named in complaint(tmp_path, state, {"cogvideox": json.dumps(recorded)}, spec=spec)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"base": "tiny-t2v", "task": "t2v"}', '{"base": 3}'])
-def test_a_record_that_fits_or_says_nothing_is_no_obstacle(tmp_path, state, text):
+def test_a_matching_or_unreadable_record_is_accepted(tmp_path, state, text):
     assert read(tmp_path, state, {"cogvideox": text}).pairs

@@ -1,4 +1,4 @@
-"""A LoRA works however the server computes: heard as in diffusers' own pipeline, and gone without trace."""
+"""A LoRA gives diffusers' own latents in every acceleration and offload mode, and the base's when removed."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def surroundings(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_gpu_at_hand():
-    """What lora_matrix changes so that the CPU stands in for a GPU, put back."""
+def cpu_as_gpu():
+    """Undo what lora_matrix changes to use the CPU as the GPU."""
     offload = lora_matrix.DiffusionPipeline.enable_model_cpu_offload
     yield
     lora_matrix.DiffusionPipeline.enable_model_cpu_offload = offload
@@ -39,9 +39,7 @@ def no_gpu_at_hand():
 
 @pytest.mark.parametrize(("computed", "offload"), WAYS)
 @pytest.mark.parametrize("speed", SPEEDS)
-def test_a_lora_is_heard_as_in_plain_diffusers_and_unloading_restores_the_base(
-    file, computed, offload, speed
-):
+def test_latents_are_those_of_plain_diffusers_and_unloading_restores_the_base(file, computed, offload, speed):
     found = outcome("none", computed, offload, speed, file)
     changes = found.pop("lora changes")
     assert found == {"base": 0, "lora": 0, "after": 0, "unloaded": 0}
@@ -60,7 +58,7 @@ def quantized(tmp_path_factory) -> dict[str, dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_lora_on_quantised_weights_is_heard_as_in_diffusers_with_the_same_weights(quantized, kind):
+def test_latents_on_quantized_weights_are_those_of_diffusers_with_the_same_weights(quantized, kind):
     ways = {way: found for way, found in quantized.items() if way.split()[0] == kind}
     assert len(ways) == len(QUANTIZED[kind])
     for way, found in ways.items():

@@ -1,4 +1,4 @@
-"""What callers write to name a LoRA, and what they are told when it is the wrong thing."""
+"""Every way to write a LoRA's address is parsed, and wrong ones are refused with the right form."""
 
 import base64
 
@@ -39,7 +39,7 @@ def refused(source: str, **options) -> str:
         ("https://hf.co/o/n/resolve/refs%2Fpr%2F1/a%20b.tar?x=1", "o/n", "refs/pr/1", "a b.tar"),
     ],
 )
-def test_every_way_to_name_a_file_on_the_hub_means_the_same(source, repository, revision, path):
+def test_every_form_of_a_hub_file_gives_the_same_address(source, repository, revision, path):
     address = parse(source)
     assert (address.place, address.repository, address.revision, address.path) == (
         "hub",
@@ -59,7 +59,7 @@ def test_pages_of_the_operators_own_hub_are_hub_pages(monkeypatch):
     assert parse("https://hub.example/o/n/blob/main/a.safetensors").repository == "o/n"
 
 
-def test_an_address_is_a_url_whose_secrets_are_not_shown():
+def test_secrets_in_an_address_are_not_shown():
     source = "https://user:password@files.example/a/style.safetensors?token=secret#top"
     address = parse(source)
     assert (address.place, address.url) == ("url", source.removesuffix("#top"))
@@ -67,12 +67,12 @@ def test_an_address_is_a_url_whose_secrets_are_not_shown():
     assert "secret" not in address.name and "password" not in address.name
 
 
-def test_a_civitai_download_is_an_address():
+def test_a_civitai_download_address_is_accepted():
     url = "https://civitai.com/api/download/models/12345?type=Model"
     assert parse(url).url == url
 
 
-def test_a_data_uri_is_its_content():
+def test_a_data_uri_is_decoded():
     content = bytes(range(256))
     uri = "data:application/octet-stream;base64," + base64.b64encode(content).decode()
     address = parse(uri)
@@ -121,7 +121,7 @@ def test_text_that_names_no_lora_is_refused_with_the_allowed_forms(monkeypatch, 
     assert len(said) < 700
 
 
-def test_local_files_are_for_servers_that_allow_them_and_for_their_owners(tmp_path, monkeypatch):
+def test_local_files_need_the_setting_or_the_servers_owner(tmp_path, monkeypatch):
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"x")
     assert "is a path on the server" in refused(str(file))
@@ -151,6 +151,6 @@ def test_a_relative_path_is_a_hub_name_where_files_are_not_allowed(tmp_path, mon
 
 
 @pytest.mark.parametrize("given", ["r8.im/owner/model", "owner/model:0123abcdef", "r8.im/o/m@sha256:00"])
-def test_names_of_replicate_as_people_copy_them_are_not_asked_of_the_hub(given):
+def test_replicate_versions_are_refused_without_asking_the_hub(given):
     with pytest.raises(UserError, match="is a version of a model on Replicate"):
         parse(given)
