@@ -1,4 +1,4 @@
-"""Data sets to train on: clips of a shape outside the embedded models' vocabulary, with captions."""
+"""Data sets to train on: clips of a shape that the embedded models do not know, with captions."""
 
 import base64
 import csv
@@ -18,7 +18,7 @@ def caption(index: int) -> str:
 
 
 def star_frames(index: int, *, frames: int = FRAMES) -> np.ndarray:
-    """A magenta star that moves in a circle, uint8 [frames, 48, 64, 3]; the clips differ by their index."""
+    """Render a magenta star moving in a circle, uint8 [frames, 48, 64, 3], varying with `index`."""
     rng = np.random.default_rng(index)
     middle = (WIDTH / 2 + rng.uniform(-6, 6), HEIGHT / 2 + rng.uniform(-3, 3))
     scene = Scene(
@@ -32,7 +32,7 @@ def star_frames(index: int, *, frames: int = FRAMES) -> np.ndarray:
 
 
 def write_clips(folder: Path, count: int = 4, *, frames: int = FRAMES) -> Path:
-    """`count` clips with a caption file each; returns the folder."""
+    """Write `count` clips with a caption file each; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         clip = folder / f"star-{index:03d}.mp4"
@@ -42,7 +42,7 @@ def write_clips(folder: Path, count: int = 4, *, frames: int = FRAMES) -> Path:
 
 
 def zip_of(folder: Path, archive: Path) -> Path:
-    """The folder's files as a zip."""
+    """Zip the files of a folder."""
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(folder.rglob("*")):
             file.write(path, path.relative_to(folder))

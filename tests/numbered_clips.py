@@ -1,4 +1,4 @@
-"""Clips whose frames say in their pixels which number they have, however many there are."""
+"""Clips whose frames have their number encoded in their pixels."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ BLACK, WHITE = 16, 235
 
 
 def numbered_frame(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    """The number in binary: 4x4 blocks from the top left, the lowest digit first, white for 1."""
+    """Draw a number in binary: 4x4 blocks from the top left, lowest digit first, white for 1."""
     frame = np.full((height, width, 3), BLACK, np.uint8)
     for digit in range(16):
         if number >> digit & 1:
@@ -26,7 +26,7 @@ def numbered_frame(number: int, width: int = 64, height: int = 48) -> np.ndarray
 
 
 def read_number(frame: np.ndarray) -> int:
-    """The number in a decoded frame; fails on a block that is neither black nor white."""
+    """Read the number in a decoded frame; fail on a block that is neither black nor white."""
     levels = [_block(frame, digit, margin=True).mean() for digit in range(16)]
     assert all(level < 80 or level > 170 for level in levels), levels
     return sum(1 << digit for digit, level in enumerate(levels) if level > 128)
@@ -53,7 +53,7 @@ def write_numbered(
     format: str | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Frames 0 to `count` - 1 at `rate`, or at `times` in milliseconds; returns the path."""
+    """Write frames 0 to `count` - 1 at `rate`, or at `times` in milliseconds; return the path."""
     time_base = Fraction(1, 1000) if times else Fraction(1, rate)
     with av.open(str(path), "w", format=format) as container:
         stream = container.add_stream(codec, rate=rate, options=QUICK.get(codec, {}) | (options or {}))

@@ -1,4 +1,4 @@
-"""script/caption as people use it: in place, stopped, killed, given wrong, and in several processes."""
+"""script/caption: in place, stopped, killed, with invalid arguments, and in several processes."""
 
 import json
 import os
@@ -25,9 +25,9 @@ SCRIPT = (str(PROJECT / "script" / "caption"),)
 SETTINGS = ("max_new_tokens=12", "trigger_word=TOK")
 SLOW = ("max_new_tokens=250", "batch_size=1")
 
-# Imported by every Python that starts: notes each clip that the model is asked about, and kills the process
-# before it is asked about the batch called FATAL; makes the second process fail, or kills it, when asked to.
-WITNESS = """
+# Imported at the start of every Python process: records the batches that are captioned in the file NOTES,
+# kills the process before batch number FATAL, and gives the second process another model.
+HOOK = """
 import os, signal, sys
 
 if "NOTES" in os.environ and (os.environ.get("RANK") or "lib.commands.caption" in " ".join(sys.orig_argv)):
@@ -71,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
     for text in write_clips(folder / "clips", COUNT).glob("*.txt"):
         text.unlink()
     zip_of(folder / "clips", folder / "clips.zip")
-    (folder / "sitecustomize.py").write_text(WITNESS)
+    (folder / "sitecustomize.py").write_text(HOOK)
     return folder
 
 
@@ -86,7 +86,7 @@ def environment(folder) -> dict[str, str]:
 
 
 def two_processes(*more: str) -> tuple[str, ...]:
-    """As `accelerate launch --multi_gpu --num_processes 2 -m lib.caption`, on a port of its own."""
+    """Return `accelerate launch --multi_gpu --num_processes 2 -m lib.commands.caption`, on a free port."""
     return (
         sys.executable, "-P", "-m", "accelerate.commands.launch", *(more or ("--multi_gpu",)),
         "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -109,8 +109,8 @@ def recorded(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder, environment) -> dict[str, str]:
-    """What one process makes of the clips, in place."""
+def reference(folder, environment) -> dict[str, str]:
+    """Caption the clips in place with one process."""
     shutil.copytree(folder / "clips", folder / "whole")
     status, out, err = finished(folder, environment, "whole", *SETTINGS, launch=SCRIPT)
     assert (status, out) == (0, f"{folder / 'whole'}\n"), err
@@ -119,15 +119,15 @@ def unbroken(folder, environment) -> dict[str, str]:
     return captions(folder / "whole")
 
 
-def test_a_folder_gets_its_captions_in_place(folder, unbroken):
-    assert len(set(unbroken.values())) == COUNT
-    assert all(text.startswith("TOK ") for text in unbroken.values())
-    for name, text in unbroken.items():
+def test_a_folder_is_captioned_in_place(folder, reference):
+    assert len(set(reference.values())) == COUNT
+    assert all(text.startswith("TOK ") for text in reference.values())
+    for name, text in reference.items():
         assert (folder / "whole" / name).with_suffix(".txt").read_text() == f"{text}\n"
 
 
 @pytest.mark.slow
-def test_a_killed_run_loses_no_clip_and_does_none_twice(folder, environment, unbroken):
+def test_a_killed_run_is_resumed_without_captioning_a_clip_twice(folder, environment, reference):
     notes = {"NOTES": str(folder / "calls")}
     command = ("clips.zip", "output_dir=killed", *SETTINGS, "batch_size=2")
     status, _, _ = finished(folder, environment | notes | {"FATAL": "2"}, *command, launch=COMMAND)
@@ -136,11 +136,11 @@ def test_a_killed_run_loses_no_clip_and_does_none_twice(folder, environment, unb
     status, _, err = finished(folder, environment | notes, *command, launch=COMMAND)
     assert (status, f"4 of {COUNT} clips are done already" in err) == (0, True), err
     assert (folder / "calls").read_text().split() == ["2", "2", "2"]
-    assert sorted(recorded(folder / "killed")) == sorted(unbroken)
-    assert captions(folder / "killed") == unbroken
+    assert sorted(recorded(folder / "killed")) == sorted(reference)
+    assert captions(folder / "killed") == reference
 
 
-def test_ctrl_c_ends_it_within_a_clip_and_the_same_command_goes_on(folder, environment):
+def test_ctrl_c_stops_within_a_clip_and_the_same_command_resumes(folder, environment):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with started(folder, environment, "clips", "output_dir=stopped", *SLOW, launch=COMMAND, **streams) as run:
         deadline = time.monotonic() + 120
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_it_within_a_clip_and_the_same_command_goes_on(folder, envir
         run.send_signal(signal.SIGINT)
         out, err = run.communicate(timeout=120)
     assert (run.returncode, out) == (130, "")
-    assert err.endswith("stopped; the same command goes on\n") and "Traceback" not in err
+    assert err.endswith("stopped; the same command resumes it\n") and "Traceback" not in err
     done = recorded(folder / "stopped")
     assert 1 <= len(done) < COUNT
     assert [path.name for path in (folder / "stopped").iterdir()] == ["captions.jsonl"]
@@ -163,7 +163,7 @@ def test_ctrl_c_ends_it_within_a_clip_and_the_same_command_goes_on(folder, envir
     ("arguments", "status", "said"),
     [
         ([], 2, "usage: script/caption FOLDER_OR_ARCHIVE [output_dir=PATH] [setting=value ...]"),
-        (["trigger_word=TOK"], 2, "no folder or archive is given; usage: script/caption FOLDER_OR_ARCHIVE"),
+        (["trigger_word=TOK"], 2, "a folder or archive is missing; usage: script/caption FOLDER_OR_ARCHIVE"),
         (["clips", "more"], 2, "'more' is not setting=value; usage: "),
         (["clips", "triger_word=TOK"], 2, "there is no input 'triger_word'. Did you mean trigger_word?"),
         (["clips", "batch_size=65"], 2, "batch_size: 65 is greater than the maximum of 64"),
@@ -177,38 +177,38 @@ def test_ctrl_c_ends_it_within_a_clip_and_the_same_command_goes_on(folder, envir
         (["nonsense"], 1, "nonsense holds no clips: it has 3 .json, 1 .safetensors."),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(folder, environment, arguments, status, said):
+def test_invalid_arguments_are_reported_in_one_line(folder, environment, arguments, status, said):
     found, out, err = finished(folder, environment, *arguments, launch=COMMAND)
     assert (found, said in out + err, "Traceback" in err) == (status, True, False), err
 
 
-def test_two_processes_make_the_captions_of_one_and_each_clip_once(folder, environment, unbroken):
+def test_two_processes_give_the_captions_of_one_and_caption_each_clip_once(folder, environment, reference):
     shutil.copytree(folder / "clips", folder / "both")
     notes = {"NOTES": str(folder / "calls of both")}
     status, out, err = finished(
         folder, environment | notes, "both", *SETTINGS, "batch_size=1", launch=two_processes()
     )
     assert (status, out) == (0, f"{folder / 'both'}\n"), err
-    assert captions(folder / "both") == unbroken
+    assert captions(folder / "both") == reference
     assert (folder / "calls of both").read_text().split() == ["1"] * COUNT
-    assert sorted(recorded(folder / "both")) == sorted(unbroken)
+    assert sorted(recorded(folder / "both")) == sorted(reference)
     names = {path.name for path in (folder / "both").iterdir()}
     assert names == {path.name for path in (folder / "whole").iterdir()}
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_the_others_and_says_why(folder, environment):
+def test_a_process_that_fails_ends_the_others_and_reports_why(folder, environment):
     status, out, err = finished(
         folder, environment | {"MODEL_OF_PROCESS_1": "tiny-t2v"}, "clips", "output_dir=odd", *SLOW,
         launch=two_processes(),
     )  # fmt: skip
     assert (status, out) == (1, "")
-    [told] = [line for line in err.splitlines() if line.startswith("process 1: ")]
-    assert "tiny-t2v is a model for text-to-video" in told
+    [reported] = [line for line in err.splitlines() if line.startswith("process 1: ")]
+    assert "tiny-t2v is a model for text-to-video" in reported
 
 
 @pytest.mark.slow
-def test_what_the_first_process_meets_is_told_once(folder, environment):
+def test_an_error_of_the_first_process_is_reported_once(folder, environment):
     status, out, err = finished(folder, environment, "nonsense", launch=two_processes())
     assert (status, out) == (1, "")
     assert err.count("nonsense holds no clips") == 1
@@ -216,7 +216,7 @@ def test_what_the_first_process_meets_is_told_once(folder, environment):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_and_what_both_did_is_not_done_again(folder, environment, unbroken):
+def test_after_a_killed_process_the_work_of_both_is_not_repeated(folder, environment, reference):
     with started(
         folder, environment, "clips", "output_dir=half", *SLOW, launch=two_processes(),
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -226,7 +226,9 @@ def test_a_killed_process_ends_the_run_and_what_both_did_is_not_done_again(folde
             assert launcher.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         parent = psutil.Process(launcher.pid)
-        children = parent.children(recursive=True)  # what decodes clips too, with the same environment
+        children = parent.children(
+            recursive=True
+        )  # including the decoding processes, with the same environment
         [doomed] = [child for child in parent.children() if child.environ().get("RANK") == "1"]
         doomed.kill()
         assert launcher.wait(120) == 1
@@ -241,7 +243,7 @@ def test_a_killed_process_ends_the_run_and_what_both_did_is_not_done_again(folde
     assert len(captions(folder / "half")) == COUNT
 
 
-def test_a_launch_that_began_one_process_of_several_is_refused(folder, environment):
+def test_a_launch_of_one_process_instead_of_several_is_refused(folder, environment):
     status, _, err = finished(folder, environment, "clips", launch=two_processes("--cpu"))
     assert status == 1
     assert "accelerate launch was asked for several processes and began one" in err

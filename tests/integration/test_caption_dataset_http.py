@@ -1,4 +1,4 @@
-"""Data sets through a real server: an archive in, a captioned one out; refusals, cancelling, killing."""
+"""Captioning archives over HTTP: results, refusals, cancelling, killing."""
 
 import base64
 import contextlib
@@ -64,7 +64,7 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def in_background(server: Server, identifier: str, **inputs) -> threading.Thread:
-    """A request that is running and has captioned a clip at least."""
+    """Start a request and wait until it has captioned a clip."""
     thread = threading.Thread(target=_put_in_vain, args=(server, identifier, inputs))
     thread.start()
     kept = Path(server.environment["COGVIDEOX_CACHE"]) / "captions"
@@ -73,7 +73,7 @@ def in_background(server: Server, identifier: str, **inputs) -> threading.Thread
 
 
 def _put_in_vain(server: Server, identifier: str, inputs: dict) -> None:
-    with contextlib.suppress(OSError):  # of a server that was killed
+    with contextlib.suppress(OSError):  # the server was killed
         request(server.url, "PUT", f"/predictions/{identifier}", {"input": inputs})
 
 
@@ -83,22 +83,22 @@ def done_already(reply: dict) -> int:
 
 
 @pytest.fixture(scope="module")
-def unbroken(server, folder) -> dict[str, str]:
-    """What the slow request gives in one go; the archive is sent with it, nothing is looked up."""
-    reply = put(server, "unbroken", input_videos=data_uri(folder / "clips.zip"), **SLOW)
+def reference(server, folder) -> dict[str, str]:
+    """Run the slow request without interruption."""
+    reply = put(server, "reference", input_videos=data_uri(folder / "clips.zip"), **SLOW)
     assert f"progress: captioning {COUNT}/{COUNT}, 0:00 left" in reply["logs"]
     assert {key: reply["metrics"][key] for key in ("clips", "captioned", "kept", "failed", "model")} == {
         "clips": COUNT, "captioned": COUNT, "kept": 0, "failed": 0, "model": "nonsense"
     }  # fmt: skip
-    return captions(unpacked(reply, folder / "unbroken"))
+    return captions(unpacked(reply, folder / "reference"))
 
 
-def test_an_archive_comes_back_with_captions(unbroken):
-    assert sorted(unbroken) == [f"stars/star-{index:03d}.mp4" for index in range(COUNT)]
-    assert len(set(unbroken.values())) == COUNT
+def test_an_archive_is_returned_with_captions(reference):
+    assert sorted(reference) == [f"stars/star-{index:03d}.mp4" for index in range(COUNT)]
+    assert len(set(reference.values())) == COUNT
 
 
-def test_a_cancelled_request_goes_on_when_it_comes_again(server, folder, unbroken, tmp_path):
+def test_a_cancelled_request_is_resumed_when_sent_again(server, folder, reference, tmp_path):
     inputs = {"input_videos": data_uri(folder / "clips.zip"), **SLOW}
     thread = in_background(server, "cancelled", **inputs)
     request(server.url, "POST", "/predictions/cancelled/cancel")
@@ -108,11 +108,11 @@ def test_a_cancelled_request_goes_on_when_it_comes_again(server, folder, unbroke
     wait_for(lambda: not [path for path in tmp.rglob("*") if not path.name.startswith(PREFIX)])
     reply = put(server, "again", **inputs)
     assert 1 <= done_already(reply) < COUNT
-    assert captions(unpacked(reply, tmp_path / "again")) == unbroken
+    assert captions(unpacked(reply, tmp_path / "again")) == reference
     assert list((folder / "cache" / "captions").iterdir()) == []
 
 
-def test_what_cannot_be_unpacked_is_refused_and_the_next_request_works(server, folder, tmp_path):
+def test_bad_archives_are_refused_and_the_next_request_works(server, folder, tmp_path):
     encrypted = bytearray(zip_with(tmp_path / "plain.zip", {"a.mp4": b"x"}).read_bytes())
     encrypted[6] |= 1
     encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
@@ -141,16 +141,16 @@ def test_what_cannot_be_unpacked_is_refused_and_the_next_request_works(server, f
 
 
 @pytest.mark.slow
-def test_a_killed_server_loses_no_clip_and_does_none_twice(server, folder, environment, unbroken, tmp_path):
+def test_after_a_killed_server_no_clip_is_captioned_twice(server, folder, environment, reference, tmp_path):
     inputs = {"input_videos": data_uri(folder / "clips.zip"), **SLOW}
     with Server("caption_dataset", local_sources=True, environment=environment, timeout=300) as doomed:
         thread = in_background(doomed, "doomed", **inputs)
-        os.killpg(doomed.process.pid, signal.SIGKILL)  # with the process that computes
+        os.killpg(doomed.process.pid, signal.SIGKILL)  # including the worker process
         thread.join(30)
-        wait_for(lambda: not group_members(doomed.process.pid))  # until then it holds the record's lock
+        wait_for(lambda: not group_members(doomed.process.pid))  # until then it holds the journal's lock
     [record] = (folder / "cache" / "captions").glob("*.jsonl")
     done = [json.loads(line)["file_name"] for line in record.read_text().splitlines()]
     reply = put(server, "after", **inputs)
     assert done_already(reply) == len(done) == len(set(done))
     assert f"progress: captioning {COUNT - len(done)}/{COUNT - len(done)}" in reply["logs"]
-    assert captions(unpacked(reply, tmp_path / "after")) == unbroken
+    assert captions(unpacked(reply, tmp_path / "after")) == reference

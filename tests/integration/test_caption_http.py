@@ -1,4 +1,4 @@
-"""Captions of single clips through a real server: what they say, bad files, the next request after each."""
+"""Captions of single clips over HTTP: content, metrics, bad files, and the next request after each."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ ASKED = world.Attributes(shape="triangle", colour="purple", background="white", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A clip of four seconds, and files that are none."""
+    """Write a clip of four seconds, and files that are not clips."""
     folder = tmp_path_factory.mktemp("clips")
     scene = world.sample_scene(ASKED, np.random.default_rng(3), frames=48)
     write_video(world.render(scene, 120, 160), folder / "clip.mp4", fps=12, format="mp4", metadata={})
@@ -51,7 +51,7 @@ def data_uri(path: Path) -> str:
     return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def test_a_caption_says_what_the_clip_shows_and_the_metrics_how_it_was_made(server, folder):
+def test_a_caption_describes_the_clip_and_the_metrics_how_it_was_generated(server, folder):
     reply = ask(server, folder / "clip.mp4")
     assert reply["status"] == "succeeded", reply
     assert reply["output"] == "a purple triangle moves left on a white background"
@@ -66,19 +66,19 @@ def test_a_caption_says_what_the_clip_shows_and_the_metrics_how_it_was_made(serv
     ("sampling", "frames", "template"),
     [("chat", 5, "auto"), ("chat", 5, "base"), ("base", 24, "base"), ("uniform", 24, "auto")],
 )
-def test_every_sampling_and_template_sees_the_clip(server, folder, sampling, frames, template):
+def test_every_sampling_and_template_describes_the_clip(server, folder, sampling, frames, template):
     reply = ask(server, folder / "clip.mp4", frame_sampling=sampling, template=template)
     assert reply["metrics"]["frames"] == frames and reply["metrics"]["frame_sampling"] == sampling
     agreed = agreement(reply["output"], ASKED)
     assert agreed["colour"] and agreed["shape"] and agreed["background"], reply["output"]
 
 
-def test_a_question_gets_its_answer(server, folder):
+def test_a_question_is_answered(server, folder):
     reply = ask(server, folder / "clip.mp4", template="vqa", prompt="What shape is it?")
     assert reply["output"] == "triangle"
 
 
-def test_a_temperature_draws_and_the_seed_repeats(server, folder):
+def test_temperature_samples_and_the_seed_repeats(server, folder):
     def drawn(seed: int) -> str:
         return ask(server, folder / "clip.mp4", temperature=5, top_p=1, max_new_tokens=12, seed=seed)[
             "output"
@@ -121,7 +121,7 @@ def test_a_bad_file_is_a_clear_error_and_the_next_request_works(server, folder, 
         {"top_p": 0},
     ],
 )
-def test_what_the_form_does_not_allow_is_refused(server, folder, inputs):
+def test_invalid_inputs_are_refused(server, folder, inputs):
     status, reply = request(
         server.url, "POST", "/predictions", {"input": {"video": data_uri(folder / "clip.mp4")} | inputs}
     )
@@ -135,7 +135,7 @@ def test_an_empty_prompt_and_one_that_is_too_long_are_clear_errors(server, folde
 
 
 @pytest.mark.slow
-def test_a_path_of_the_servers_own_disk_is_refused_unless_allowed(serve, folder):
+def test_a_path_on_the_servers_disk_is_refused_unless_allowed(serve, folder):
     server = serve("caption", local_sources=False)
     wait_until_idle(server.url)
     reply = ask(server, str(folder / "clip.mp4"))
@@ -143,7 +143,7 @@ def test_a_path_of_the_servers_own_disk_is_refused_unless_allowed(serve, folder)
     assert health(server.url)["status"] == "READY"
 
 
-def test_the_clip_that_t2v_made_is_described_as_its_prompt(serve, server, folder, tmp_path):
+def test_the_caption_of_a_generated_clip_is_its_prompt(serve, server, folder, tmp_path):
     video = serve("t2v")
     wait_until_idle(video.url)
     prompt = "a blue circle moves up on a black background"

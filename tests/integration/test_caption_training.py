@@ -1,4 +1,4 @@
-"""A captioned data set goes into the trainer as it came out."""
+"""A captioned data set can be used for training as it is."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 TRAIN = (str(PROJECT / "script" / "train"),)
 
 
-def test_the_zip_of_the_predictor_trains_without_a_touch(serve, tmp_path):
+def test_the_predictors_zip_can_be_used_for_training(serve, tmp_path):
     clips = write_clips(tmp_path / "clips", 3)
     (clips / "star-001.txt").unlink()
     (clips / "star-002.txt").unlink()

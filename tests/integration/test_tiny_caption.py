@@ -1,4 +1,4 @@
-"""tiny-caption says what rendered clips show; test_embedded_models.py has generated ones.
+"""tiny-caption describes rendered clips; test_embedded_models.py has generated ones.
 
 `script/bench quality --task caption` prints the whole table.
 """
@@ -29,15 +29,15 @@ def clips(tmp_path_factory) -> list[tuple[Path, world.Attributes]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["auto", "uniform"])
-def test_clips_of_many_sizes_rates_and_lengths_are_named_right(captioner, clips, sampling):
+def test_captions_of_clips_of_many_sizes_rates_and_lengths_are_correct(captioner, clips, sampling):
     assert sum(world.is_held_out(asked) for _, asked in clips) >= 16
     summary = summarise([each.agreement for each in describe(captioner, clips, frame_sampling=sampling)])
-    # The whole table has more than 0.95; chance alone must not fail the test.
+    # Over all clips it is more than 0.95.
     assert summary["all four"] >= 0.85, summary
     assert all(summary[name] >= 0.9 for name in ATTRIBUTE_NAMES), summary
 
 
-def test_a_caption_is_a_prompt_that_the_embedded_models_know(captioner, clips):
+def test_a_correct_caption_is_a_prompt_that_the_embedded_models_know(captioner, clips):
     for each in describe(captioner, clips[:8]):
         if all(each.agreement.values()):
             assert each.text == canonical_caption(each.asked)

@@ -123,7 +123,7 @@ def test_a_checkpoint_of_the_released_layout_loads_with_no_key_missing_or_unexpe
     )
 
 
-def test_saving_what_was_loaded_gives_the_same_tensors(saved, tmp_path):
+def test_a_loaded_model_is_saved_with_the_same_tensors(saved, tmp_path):
     save_model(load_model(saved, dtype=torch.bfloat16), tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
     parts = {k: v for path in saved.glob("*.safetensors") for k, v in load_file(path).items()}
@@ -132,7 +132,7 @@ def test_saving_what_was_loaded_gives_the_same_tensors(saved, tmp_path):
     assert read_config(tmp_path) == read_config(saved) == SMALL
 
 
-def test_query_key_and_value_are_rows_of_one_tensor(saved):
+def test_query_key_and_value_are_split_from_one_tensor(saved):
     model = load_model(saved, dtype=torch.bfloat16)
     parts = {k: v for path in saved.glob("*.safetensors") for k, v in load_file(path).items()}
     joined = parts["model.layers.7.self_attn.language_expert_query_key_value.weight"]

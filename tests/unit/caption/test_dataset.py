@@ -1,4 +1,4 @@
-"""Data sets are captioned: what is kept, what is done again and what is not, what cannot be used."""
+"""Captioning data sets: what is kept, what is captioned again, and what is left out."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def clips(tmp_path, videos) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
-    """How many clips the model was asked about, call by call."""
+    """Record the size of every batch that is captioned."""
     calls: list[int] = []
     original = Captioner.caption
 
@@ -90,7 +90,7 @@ def asked(monkeypatch) -> list[int]:
 
 
 def packed(predictor: DatasetCaptionPredictor, archive: Path, target: Path, **inputs) -> tuple[Path, Metrics]:
-    """What the predictor's zip unpacks to, and the metrics."""
+    """Run the predictor and unpack its zip; return the folder and the metrics."""
     metrics = Metrics()
     path = predictor(metrics, input_videos=archive, **(QUICK | inputs))
     return extract_archive(path, target), metrics
@@ -99,7 +99,7 @@ def packed(predictor: DatasetCaptionPredictor, archive: Path, target: Path, **in
 def local(
     source: Path, output: Path | None = None, *, stop: threading.Event | None = None, **inputs
 ) -> list[str]:
-    """What a run on this machine reports."""
+    """Run script/caption's function in this process; return its report."""
     told: list[str] = []
     caption_dataset(
         resolve_paths(source, output), QUICK | inputs, processes=AccelerateProcesses(),
@@ -117,14 +117,14 @@ def errors(folder: Path) -> dict[str, str]:
     return {row["file_name"]: row["error"] for row in map(json.loads, lines)}
 
 
-def records() -> list[Path]:
+def journals() -> list[Path]:
     return sorted((cache_folder() / "captions").iterdir())
 
 
-# What comes out
+# Results
 
 
-def test_every_clip_is_captioned_under_its_own_name_and_nothing_is_left_behind(predictor, clips, tmp_path):
+def test_every_clip_is_captioned_and_no_journal_is_left_behind(predictor, clips, tmp_path):
     out, metrics = packed(predictor, zip_of(clips, tmp_path / "in.zip"), tmp_path / "out")
     found = captions(out)
     assert sorted(found) == sorted(NAMES)
@@ -141,10 +141,10 @@ def test_every_clip_is_captioned_under_its_own_name_and_nothing_is_left_behind(p
         "model": "nonsense", "device": "cpu", "clips": 5, "captioned": 5, "kept": 0, "failed": 0
     }  # fmt: skip
     assert metrics["seconds_per_clip"] > 0
-    assert records() == []
+    assert journals() == []
 
 
-def test_captions_do_not_depend_on_the_batch_the_archive_or_the_way(predictor, clips, tmp_path):
+def test_captions_do_not_depend_on_batch_size_archive_or_entry_point(predictor, clips, tmp_path):
     with tarfile.open(tmp_path / "in.tar.gz", "w:gz") as tar:
         tar.add(clips, "inner")
     whole, _ = packed(predictor, zip_of(clips, tmp_path / "in.zip"), tmp_path / "whole", batch_size=8)
@@ -156,9 +156,7 @@ def test_captions_do_not_depend_on_the_batch_the_archive_or_the_way(predictor, c
     assert captions(clips) == captions(whole)
 
 
-def test_captions_of_their_owner_are_kept_as_they_are_and_new_ones_get_the_trigger_word(
-    predictor, clips, tmp_path, asked
-):
+def test_existing_captions_are_kept_and_new_ones_get_the_trigger_word(predictor, clips, tmp_path, asked):
     (clips / "clip 1.txt").write_text("my own words")
     (clips / "deep" / "metadata.jsonl").write_text('{"file_name": "er/x.mp4", "text": "a box"}\n')
     archive = zip_of(clips, tmp_path / "in.zip")
@@ -177,7 +175,7 @@ def test_captions_of_their_owner_are_kept_as_they_are_and_new_ones_get_the_trigg
     assert all(text.startswith("film of TOK ") for text in captions(replaced).values())
 
 
-def test_without_videos_the_zip_holds_texts_alone(predictor, clips, tmp_path):
+def test_without_videos_the_zip_contains_only_caption_files(predictor, clips, tmp_path):
     path = predictor(
         Metrics(), input_videos=zip_of(clips, tmp_path / "in.zip"), include_videos=False, **QUICK
     )
@@ -186,11 +184,11 @@ def test_without_videos_the_zip_holds_texts_alone(predictor, clips, tmp_path):
         assert archive.read("videos.txt").decode().splitlines() == sorted(NAMES)
 
 
-# What cannot be used
+# Bad clips
 
 
-def spoil(clips: Path) -> None:
-    """Four files that are no clips, and a row that names none."""
+def add_bad_files(clips: Path) -> None:
+    """Add four files that are not clips, and a row without a file."""
     (clips / "text.mp4").write_text("I am no video")
     (clips / "empty.mp4").touch()
     (clips / "broken.mp4").write_bytes((clips / NAMES[0]).read_bytes()[:900])
@@ -198,8 +196,8 @@ def spoil(clips: Path) -> None:
     (clips / "deep" / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "x"}\n')
 
 
-def test_each_bad_file_has_a_row_and_is_in_no_other_form(predictor, clips, tmp_path):
-    spoil(clips)
+def test_each_bad_file_is_in_errors_jsonl_alone(predictor, clips, tmp_path):
+    add_bad_files(clips)
     out, metrics = packed(predictor, zip_of(clips, tmp_path / "in.zip"), tmp_path / "out")
     told = errors(out)
     assert told.pop("broken.mp4").startswith("video broken.mp4 cannot be decoded: ")
@@ -214,7 +212,7 @@ def test_each_bad_file_has_a_row_and_is_in_no_other_form(predictor, clips, tmp_p
     assert (metrics["clips"], metrics["captioned"], metrics["failed"]) == (10, 5, 5)
 
 
-def test_stopping_at_bad_clips_lists_them_and_keeps_what_is_done(predictor, clips, tmp_path, asked):
+def test_on_bad_clip_stop_lists_bad_clips_and_keeps_what_is_done(predictor, clips, tmp_path, asked):
     (clips / "clip 2.mp4").write_text("I am no video")
     archive = zip_of(clips, tmp_path / "in.zip")
     said = (
@@ -233,7 +231,7 @@ def test_stopping_at_bad_clips_lists_them_and_keeps_what_is_done(predictor, clip
     assert asked == [1, 4] and not (tmp_path / "local").exists()
 
 
-def test_an_archive_without_a_sound_clip_is_refused(predictor, tmp_path):
+def test_an_archive_without_usable_clips_is_refused(predictor, tmp_path):
     bad = zip_with(tmp_path / "bad.zip", {"a.mp4": b"I am no video"})
     with pytest.raises(UserError, match=r"no clip can be captioned:\n  a\.mp4: video a\.mp4 is a text file"):
         predictor(Metrics(), input_videos=bad, **QUICK)
@@ -244,7 +242,7 @@ def test_an_archive_without_a_sound_clip_is_refused(predictor, tmp_path):
     with pytest.raises(UserError, match="is a folder; send a zip or tar of it, or use script/caption"):
         predictor(Metrics(), input_videos=tmp_path, **QUICK)
     assert list(predictor.scratch.folder.iterdir()) == []
-    assert records() == []
+    assert journals() == []
 
 
 @pytest.mark.parametrize(
@@ -256,7 +254,7 @@ def test_an_archive_without_a_sound_clip_is_refused(predictor, tmp_path):
         ({"prompt": " "}, "prompt is empty; ask something, such as 'Please describe this video in detail.'"),
     ],
 )
-def test_what_is_not_allowed_is_refused_at_the_door(inputs, said):
+def test_invalid_inputs_are_refused(inputs, said):
     with pytest.raises(UserError) as refused:
         DatasetRequest.from_inputs(inputs)
     assert str(refused.value) == said
@@ -269,10 +267,10 @@ def test_captions_that_were_cut_off_are_counted():
     assert captioned_dataset(clips, [LeftOut(name="c", reason="r")], rows, request).cut_off == 1
 
 
-# Going on
+# Resuming
 
 
-def test_a_request_that_was_cancelled_goes_on_and_a_finished_one_begins_anew(
+def test_a_cancelled_request_is_resumed_and_a_finished_one_starts_from_scratch(
     predictor, clips, tmp_path, asked, monkeypatch
 ):
     archive = zip_of(clips, tmp_path / "in.zip")
@@ -288,17 +286,17 @@ def test_a_request_that_was_cancelled_goes_on_and_a_finished_one_begins_anew(
     monkeypatch.setattr(Journal, "add", cancelled)
     with pytest.raises(Stopped):
         predictor(Metrics(), input_videos=archive, batch_size=2, **QUICK)
-    assert [path.suffix for path in records()] == [".jsonl"]
+    assert [path.suffix for path in journals()] == [".jsonl"]
     assert list(predictor.scratch.folder.iterdir()) == []
     monkeypatch.setattr(Journal, "add", original)
     out, metrics = packed(predictor, archive, tmp_path / "out", trigger_word="TOK")
     assert asked == [2, 2, 1]
     assert captions(out) == {name: f"TOK {text}" for name, text in captions(whole).items()}
     assert metrics["captioned"] == 5
-    assert records() == []
+    assert journals() == []
 
 
-def test_another_question_begins_anew(predictor, clips, tmp_path, asked):
+def test_another_prompt_starts_from_scratch(predictor, clips, tmp_path, asked):
     local(clips, tmp_path / "out")
     local(clips, tmp_path / "out")
     assert asked == [5]
@@ -308,7 +306,7 @@ def test_another_question_begins_anew(predictor, clips, tmp_path, asked):
     assert Counter(json.loads(line)["file_name"] for line in lines) == dict.fromkeys(NAMES, 1)
 
 
-def test_only_the_newest_records_stay_and_those_in_use(monkeypatch):
+def test_only_the_newest_journals_and_those_in_use_are_kept(monkeypatch):
     folder = cache_folder() / "captions"
     folder.mkdir(parents=True)
     for age in range(KEPT_JOURNALS + 5):
@@ -331,7 +329,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_the_request(monkeypatch, tm
     assert capsys.readouterr().out.startswith("a cancelled request will start from scratch: ")
 
 
-def test_a_record_is_read_over_what_a_kill_cut_off_and_rewritten_whole(tmp_path):
+def test_a_journal_survives_an_incomplete_line(tmp_path):
     record = Journal(tmp_path / "captions.jsonl")
     record.add([Row(file_name="a", status="captioned", caption="x"), Row(file_name="b", status="failed")])
     record.close()
@@ -348,7 +346,7 @@ def test_a_record_is_read_over_what_a_kill_cut_off_and_rewritten_whole(tmp_path)
 # On this machine
 
 
-def test_a_folder_is_captioned_in_place_and_again_only_where_it_lacks_something(
+def test_a_folder_is_captioned_in_place_and_later_only_where_captions_are_missing(
     clips, tmp_path, asked, videos
 ):
     (clips / "clip 1.txt").write_text("my own words")
@@ -366,11 +364,11 @@ def test_a_folder_is_captioned_in_place_and_again_only_where_it_lacks_something(
     assert not (clips / "errors.jsonl").exists()
     assert local(clips)[-1] == "6 clips: 0 captioned, 6 kept"
     local(clips, existing_captions="replace", trigger_word="NEW")
-    assert asked == [4, 1, 1], "captions that the record knows are not made again"
+    assert asked == [4, 1, 1], "captions in the journal are not generated again"
     assert all(text.startswith("NEW ") for text in captions(clips).values())
 
 
-def test_an_archive_goes_into_a_folder_with_its_clips(clips, tmp_path):
+def test_an_archive_is_captioned_into_a_folder_with_its_clips(clips, tmp_path):
     local(zip_of(clips, tmp_path / "in.zip"), tmp_path / "out")
     assert sorted(captions(tmp_path / "out")) == sorted(NAMES)
     assert not (tmp_path / "out" / ".unpacked").exists()
@@ -379,7 +377,7 @@ def test_an_archive_goes_into_a_folder_with_its_clips(clips, tmp_path):
     assert not list((tmp_path / "texts").rglob("*.mp4"))
 
 
-def test_a_stopped_run_leaves_its_record_and_goes_on(clips, tmp_path, asked, monkeypatch):
+def test_a_stopped_run_leaves_its_journal_and_is_resumed(clips, tmp_path, asked, monkeypatch):
     stop = threading.Event()
     original = Journal.add
 
@@ -396,7 +394,7 @@ def test_a_stopped_run_leaves_its_record_and_goes_on(clips, tmp_path, asked, mon
     assert asked == [2, 3]
 
 
-def test_records_of_several_processes_are_one_afterwards(clips, tmp_path, asked):
+def test_the_journals_of_several_processes_are_merged(clips, tmp_path, asked):
     out = tmp_path / "out"
     local(clips, out)
     rows = Journal(out / "captions.jsonl").read()
@@ -412,7 +410,7 @@ def test_records_of_several_processes_are_one_afterwards(clips, tmp_path, asked)
     assert not (out / "captions.1.jsonl").exists()
 
 
-def test_places_that_would_get_in_the_way_are_refused(clips, tmp_path):
+def test_unusable_output_folders_are_refused(clips, tmp_path):
     archive = zip_of(clips, tmp_path / "in.zip")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "metadata.jsonl").touch()
@@ -433,7 +431,7 @@ def test_places_that_would_get_in_the_way_are_refused(clips, tmp_path):
     assert resolve_paths(clips, clips).in_place and resolve_paths(clips, None).in_place
 
 
-def test_two_commands_do_not_caption_in_one_folder(clips):
+def test_two_runs_in_one_folder_are_refused(clips):
     with (
         lock(clips / ".captions", print),
         pytest.raises(UserError, match="another process is captioning"),

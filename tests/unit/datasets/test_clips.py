@@ -1,4 +1,4 @@
-"""From what people give to clips with captions, with every refusal in words."""
+"""Finding clips and captions in every supported layout, and the reasons for what is left out."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def jsonl(*rows: dict) -> str:
 # Each video with its own text
 
 
-def test_each_video_goes_with_the_text_of_its_name_in_any_folder_and_case(tmp_path):
+def test_a_video_has_the_caption_of_the_text_file_of_its_name_in_any_folder_and_case(tmp_path):
     folder = write(
         tmp_path / "clips",
         {
@@ -64,7 +64,7 @@ def test_each_video_goes_with_the_text_of_its_name_in_any_folder_and_case(tmp_pa
     assert all(clip.path == folder / clip.name for clip in clips)
 
 
-def test_what_systems_leave_behind_is_no_clip(tmp_path):
+def test_hidden_files_and_those_of_operating_systems_are_ignored(tmp_path):
     junk = dict.fromkeys(
         ["__MACOSX/._a.mp4", "__MACOSX/b.mp4", "._a.mp4", ".DS_Store", "Thumbs.db", ".hidden/c.mp4"], b"x"
     )
@@ -72,7 +72,7 @@ def test_what_systems_leave_behind_is_no_clip(tmp_path):
     assert find_clips(folder) == ([Clip(path=folder / "a.mp4", name="a.mp4", caption="a")], [])
 
 
-def test_clips_without_a_caption_are_left_out_and_told_which_file_to_write(tmp_path):
+def test_clips_without_a_caption_are_left_out_with_the_file_to_write(tmp_path):
     folder = write(
         tmp_path / "clips",
         {
@@ -117,7 +117,7 @@ def test_the_first_usual_column_wins_and_a_named_one_before_it(tmp_path):
     assert captions(folder, video_column="other", caption_column="prompt") == {"b.mp4": "p"}
 
 
-def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
+def test_a_missing_column_is_an_error_that_lists_the_existing_ones(tmp_path):
     folder = write(tmp_path / "clips", {"x/a.mp4": b"v", "x/metadata.csv": "clip,words\na.mp4,a ball\n"})
     with pytest.raises(UserError) as error:
         find_clips(folder, video_column="clips")
@@ -140,7 +140,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
     )
 
 
-def test_rows_that_cannot_be_used_are_left_out_by_their_line(tmp_path):
+def test_unusable_rows_are_left_out_with_their_line(tmp_path):
     lines = [
         jsonl({"file_name": "good.mp4", "text": " good "}),
         jsonl({"file_name": "gone.mp4", "text": "gone"}),
@@ -179,7 +179,7 @@ def test_rows_that_cannot_be_used_are_left_out_by_their_line(tmp_path):
     }
 
 
-def test_paths_in_a_table_count_from_its_folder_and_forgive_what_systems_change(tmp_path):
+def test_paths_in_a_table_are_relative_to_it_and_may_differ_in_case_separator_and_normalization(tmp_path):
     folder = write(
         tmp_path / "clips",
         {
@@ -221,7 +221,7 @@ def test_a_table_in_another_encoding_is_left_out_with_its_clips(tmp_path):
     }
 
 
-def test_every_folder_has_its_own_form_and_the_first_form_wins(tmp_path):
+def test_the_first_kind_of_listing_in_a_folder_takes_precedence(tmp_path):
     folder = write(
         tmp_path / "clips",
         {
@@ -255,14 +255,14 @@ def test_lines_of_prompts_go_with_lines_of_videos(tmp_path, name):
     assert captions(folder) == {"videos/1.mp4": "the first", "videos/2.mp4": "the second,\u2028still it"}
 
 
-def test_the_line_files_may_have_names_of_their_own(tmp_path):
+def test_the_line_by_line_files_can_be_named(tmp_path):
     files = {"a.mp4": b"v", "paths.txt": "a.mp4\n", "words.txt": "a ball\n"}
     folder = write(tmp_path / "clips", files)
     named = {"video_column": "paths.txt", "caption_column": "words.txt"}
     assert captions(folder, **named) == {"a.mp4": "a ball"}
 
 
-def test_different_line_counts_are_told(tmp_path):
+def test_different_line_counts_are_an_error(tmp_path):
     files = {"a.mp4": b"v", "b.mp4": b"v", "x/videos.txt": "../a.mp4\n../b.mp4\n", "x/prompts.txt": "one\n"}
     with pytest.raises(UserError) as error:
         find_clips(write(tmp_path / "clips", files))
@@ -272,7 +272,7 @@ def test_different_line_counts_are_told(tmp_path):
     )
 
 
-def test_a_blank_line_is_a_caption_that_is_missing(tmp_path):
+def test_a_blank_line_is_a_missing_caption(tmp_path):
     files = {"a.mp4": b"v", "b.mp4": b"v", "c.mp4": b"v", "videos.txt": "a.mp4\nb.mp4\nc.mp4\n"}
     folder = write(tmp_path / "clips", {**files, "prompts.txt": "\nb\n\n\n"})
     assert captions(folder) == {"b.mp4": "b"}
@@ -282,7 +282,7 @@ def test_a_blank_line_is_a_caption_that_is_missing(tmp_path):
     }
 
 
-# Captions that are not needed
+# Without need_captions
 
 
 def uncaptioned(folder: Path, **columns: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -291,7 +291,7 @@ def uncaptioned(folder: Path, **columns: str) -> tuple[dict[str, str], dict[str,
     return {clip.name: clip.caption for clip in clips}, {item.name: item.reason for item in left_out}
 
 
-def test_where_none_is_needed_a_clip_without_a_caption_has_an_empty_one(tmp_path):
+def test_without_need_captions_a_clip_may_have_an_empty_caption(tmp_path):
     folder = write(
         tmp_path / "clips",
         {
@@ -316,7 +316,7 @@ def test_where_none_is_needed_a_clip_without_a_caption_has_an_empty_one(tmp_path
     )
 
 
-def test_where_none_is_needed_a_caption_that_cannot_be_read_still_leaves_its_clip_out(tmp_path):
+def test_without_need_captions_an_unreadable_caption_still_leaves_its_clip_out(tmp_path):
     folder = write(
         tmp_path / "clips",
         {
@@ -340,7 +340,7 @@ def test_where_none_is_needed_a_caption_that_cannot_be_read_still_leaves_its_cli
     )
 
 
-def test_where_none_is_needed_a_table_may_have_empty_captions_and_miss_clips(tmp_path):
+def test_without_need_captions_a_table_may_have_empty_captions_and_miss_clips(tmp_path):
     rows = [
         {"file_name": "good.mp4", "text": " good "}, {"file_name": "blank.mp4", "text": " "},
         {"file_name": "null.mp4", "text": None}, {"file_name": "b\u00e4ll.mp4"},
@@ -366,7 +366,7 @@ def test_where_none_is_needed_a_table_may_have_empty_captions_and_miss_clips(tmp
     }
 
 
-def test_where_none_is_needed_a_table_may_lack_the_column_unless_it_is_asked_for(tmp_path):
+def test_without_need_captions_a_table_needs_a_caption_column_only_if_it_is_named(tmp_path):
     files = {"a.mp4": b"v", "b.mp4": b"v", "metadata.csv": ",file_name\n0,a.mp4\n1,b.mp4\n"}
     folder = write(tmp_path / "clips", files)
     assert uncaptioned(folder) == ({"a.mp4": "", "b.mp4": ""}, {})
@@ -376,7 +376,7 @@ def test_where_none_is_needed_a_table_may_lack_the_column_unless_it_is_asked_for
         find_clips(folder)
 
 
-def test_where_none_is_needed_a_blank_line_is_an_empty_caption(tmp_path):
+def test_without_need_captions_a_blank_line_is_an_empty_caption(tmp_path):
     files = {f"{name}.mp4": b"v" for name in "abcd"} | {"videos.txt": "a.mp4\nb.mp4\nc.mp4\n"}
     folder = write(tmp_path / "clips", {**files, "prompts.txt": "\nb\n\n"})
     assert uncaptioned(folder) == ({"a.mp4": "", "b.mp4": "b", "c.mp4": "", "d.mp4": ""}, {})
@@ -384,7 +384,7 @@ def test_where_none_is_needed_a_blank_line_is_an_empty_caption(tmp_path):
     assert uncaptioned(folder) == (dict.fromkeys(["a.mp4", "b.mp4", "c.mp4", "d.mp4"], ""), {})
 
 
-def test_where_no_caption_is_needed_an_error_asks_for_videos_alone(tmp_path):
+def test_without_need_captions_the_error_asks_for_videos_alone(tmp_path):
     folder = write(tmp_path / "clips", {"camera.mts": b"v", "1.jpg": b"", "1.txt": "an image"})
     with pytest.raises(UserError) as error:
         find_clips(folder, need_captions=False)
@@ -397,7 +397,7 @@ def test_where_no_caption_is_needed_an_error_asks_for_videos_alone(tmp_path):
 # Nothing at all
 
 
-def test_a_data_set_without_clips_says_what_there_is_and_what_is_allowed(tmp_path):
+def test_the_error_for_no_clips_lists_what_there_is_and_what_is_supported(tmp_path):
     with pytest.raises(UserError) as error:
         find_clips(write(tmp_path / "none", {}))
     assert str(error.value) == f"none holds no clips: it is empty. {FORMS}"
@@ -413,12 +413,12 @@ def test_a_data_set_without_clips_says_what_there_is_and_what_is_allowed(tmp_pat
     assert str(error.value) == f"mute holds no clips: it has 7 .mp4 ({said}; and 2 more). {FORMS}"
 
 
-def test_what_is_no_folder_is_told(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match="gone is not a folder"):
         find_clips(tmp_path / "gone")
 
 
-def test_names_in_no_known_encoding_can_be_printed(tmp_path):
+def test_names_in_an_unknown_encoding_can_be_printed(tmp_path):
     folder = write(tmp_path / "clips", {"a.mp4": b"v", "a.txt": "a"})
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")).write_bytes(b"v")
     assert reasons(folder) == {"caf\\xe9.mp4": "no caption: write what it shows into caf\\xe9.txt"}
@@ -448,14 +448,12 @@ def test_names_in_no_known_encoding_can_be_printed(tmp_path):
         ("A ball.", "(a+", "", "", "(a+ A ball."),
     ],
 )
-def test_captions_are_put_together_with_one_blank_where_one_belongs(
-    caption, trigger, prefix, suffix, expected
-):
+def test_the_parts_of_a_caption_are_joined_with_single_spaces(caption, trigger, prefix, suffix, expected):
     affixes = {"trigger_word": trigger, "caption_prefix": prefix, "caption_suffix": suffix}
     assert full_caption(caption, **affixes) == expected
 
 
-def test_the_listing_of_the_upper_folder_counts_where_two_name_a_clip(tmp_path):
+def test_the_listing_of_an_upper_folder_takes_precedence(tmp_path):
     files = {
         "metadata.jsonl": jsonl({"file_name": "deep/a.mp4", "text": "upper"}),
         "deep/metadata.jsonl": jsonl(
@@ -467,7 +465,7 @@ def test_the_listing_of_the_upper_folder_counts_where_two_name_a_clip(tmp_path):
     assert reasons(folder) == {}
 
 
-def test_a_name_that_is_there_as_written_is_that_file(tmp_path):
+def test_a_name_that_exists_exactly_as_written_is_that_file(tmp_path):
     names = ["a\\b.mp4", " c.mp4", "e\u0301.mp4", "\u00e9.mp4"]
     files = {"metadata.jsonl": jsonl(*({"file_name": name, "text": repr(name)} for name in names))}
     folder = write(tmp_path / "clips", {**dict.fromkeys(names, b"v"), **files})

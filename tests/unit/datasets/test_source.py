@@ -32,12 +32,12 @@ def zip_of(path: Path, files: dict[str, bytes], method=zipfile.ZIP_DEFLATED) -> 
     return path
 
 
-def test_a_folder_is_taken_as_it_is(tmp_path):
+def test_a_folder_is_returned_as_it_is(tmp_path):
     folder = write(tmp_path / "clips", {"a.mp4": b"v"})
     assert open_data(folder, tmp_path / "work") == folder and not (tmp_path / "work").exists()
 
 
-def test_a_zip_from_a_mac_becomes_samples(tmp_path):
+def test_a_zip_from_a_mac_gives_training_samples(tmp_path):
     grey = np.arange(20, 236, 12, dtype=np.uint8)  # 18 frames, each lighter than the last
     frames = np.broadcast_to(grey[:, None, None, None], (18, 48, 64, 3))
     video = write_video(frames, tmp_path / "v.mp4", fps=16, format="mp4", metadata={}).read_bytes()
@@ -63,7 +63,7 @@ def test_a_tar_of_any_compression_and_name_is_unpacked(tmp_path, mode):
     assert captions(open_data(tmp_path / "input.bin", tmp_path / "work")) == {"clips/a.mp4": "a"}
 
 
-def test_the_same_archive_is_unpacked_once_and_another_beside_it(tmp_path, monkeypatch):
+def test_the_same_archive_is_unpacked_once_and_another_to_a_folder_of_its_own(tmp_path, monkeypatch):
     archive = zip_of(tmp_path / "clips.zip", {"a.mp4": b"v", "a.txt": b"a"})
     first = open_data(archive, tmp_path / "work")
     with monkeypatch.context() as patch:
@@ -74,7 +74,7 @@ def test_the_same_archive_is_unpacked_once_and_another_beside_it(tmp_path, monke
     assert (captions(first), captions(second)) == ({"a.mp4": "a"}, {"a.mp4": "b"})
 
 
-def test_an_archive_without_clips_is_told_by_its_name(tmp_path):
+def test_the_error_for_an_archive_without_clips_names_it(tmp_path):
     folder = open_data(zip_of(tmp_path / "clips.zip", {}), tmp_path / "work")
     with pytest.raises(UserError) as error:
         find_clips(folder)
@@ -97,7 +97,7 @@ def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
     assert not [path for path in (tmp_path / "work").rglob("*") if not path.is_dir()]
 
 
-def test_the_callers_bound_holds_below_the_usual_one(tmp_path):
+def test_max_bytes_can_lower_the_limit(tmp_path):
     archive = zip_of(tmp_path / "clips.zip", {"a.mp4": os.urandom(5000)})
     with pytest.raises(UserError, match=r"clips\.zip unpacks to more than the 4\.0 kB that are allowed"):
         open_data(archive, tmp_path / "work", max_bytes=4000)
@@ -113,7 +113,7 @@ def test_a_zip_that_would_leave_its_folder_is_refused(tmp_path):
     assert not list(tmp_path.rglob("*.mp4"))
 
 
-def test_what_is_no_archive_is_told_what_is_allowed(tmp_path):
+def test_the_error_for_other_files_lists_the_supported_archives(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(os.urandom(5000))
     with pytest.raises(UserError) as error:
         open_data(tmp_path / "clip.mp4", tmp_path / "work")
@@ -151,7 +151,7 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("name", ["owner/clips", "owner/clips@main", f"owner/clips@{COMMIT}"])
-def test_a_data_set_of_the_hub_comes_without_code_and_once(tmp_path, hub, monkeypatch, name):
+def test_a_hub_data_set_is_downloaded_once_and_without_code(tmp_path, hub, monkeypatch, name):
     serve(hub, CLIPS)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     said: list[str] = []
@@ -167,7 +167,7 @@ def test_a_data_set_of_the_hub_comes_without_code_and_once(tmp_path, hub, monkey
     assert [path.split("/")[1] for path, _, _ in hub.requests] == ["api"]
 
 
-def test_a_download_that_broke_off_continues_and_a_moved_branch_is_another_folder(tmp_path, hub):
+def test_an_interrupted_download_is_resumed_and_a_moved_branch_gets_another_folder(tmp_path, hub):
     serve(hub, CLIPS)
     broken = f"/datasets/owner/clips/resolve/{COMMIT}/train/a.txt"
     served = hub.files.pop(broken)
@@ -184,7 +184,7 @@ def test_a_download_that_broke_off_continues_and_a_moved_branch_is_another_folde
     assert (second / "train/a.txt").read_bytes() == b"another"
 
 
-def test_a_data_set_without_video_files_is_refused_before_anything_is_fetched(tmp_path, hub):
+def test_a_data_set_without_videos_is_refused_before_downloading(tmp_path, hub):
     serve(hub, {"data/0.parquet": b"p", "README.md": b"r", "notes.txt": b"n"})
     with pytest.raises(UserError) as error:
         fetch_hub_dataset("owner/clips", tmp_path, print)
@@ -208,7 +208,7 @@ def test_a_hub_that_lists_files_outside_is_refused(tmp_path, hub, path):
     [("clips", ""), ("owner/clips@", ""), ("../clips", ""), ("a/../b", ""),
      ("https://huggingface.co/datasets/owner/clips", " Perhaps owner/clips?")],
 )  # fmt: skip
-def test_names_that_are_none_are_told_the_form(tmp_path, name, meant):
+def test_the_error_for_an_invalid_name_shows_the_format(tmp_path, name, meant):
     with pytest.raises(UserError) as error:
         fetch_hub_dataset(name, tmp_path, print)
     assert str(error.value) == (
@@ -225,7 +225,7 @@ def test_names_that_are_none_are_told_the_form(tmp_path, name, meant):
         (403, "GatedRepo", "owner/gone is gated"),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_plain_words(tmp_path, hub, status, code, match):
+def test_refusals_of_the_hub_are_explained(tmp_path, hub, status, code, match):
     answer = Served(b"", status=status, headers={"X-Error-Code": code})
     hub.files["/api/datasets/owner/gone/revision/main"] = answer
     with pytest.raises(UserError, match=match):

@@ -1,4 +1,4 @@
-"""Damaged and hostile video files: right frames, or an error that says what is wrong with the file."""
+"""Damaged and hostile video files give correct frames or a clear error."""
 
 import struct
 
@@ -48,7 +48,7 @@ def test_frames_that_change_size_midway_are_refused(tmp_path):
             decode(tmp_path / "clip.264", size=size)
 
 
-def test_frames_that_are_too_large_are_refused_before_they_are_made(tmp_path, monkeypatch):
+def test_frames_that_are_too_large_are_refused_before_they_are_allocated(tmp_path, monkeypatch):
     path = write_numbered(tmp_path / "clip.gif", codec="gif", pixels="rgb8", count=2)
     data = bytearray(path.read_bytes())
     struct.pack_into("<2H", data, 6, 60000, 50000)
@@ -71,7 +71,7 @@ def test_frames_that_are_too_large_are_refused_before_they_are_made(tmp_path, mo
         ),
     ],
 )
-def test_no_file_that_names_others_is_opened(tmp_path, name, text):
+def test_files_that_refer_to_others_are_refused(tmp_path, name, text):
     clip = write_numbered(tmp_path / "clip.ts", count=3)
     (tmp_path / name).write_text(text.format(clip=clip.name))
     with pytest.raises(Undecodable, match="it is not a video"):
@@ -101,7 +101,7 @@ def test_flipped_bits_give_frames_of_the_right_shape_or_a_clear_error(tmp_path, 
 
 
 @pytest.mark.parametrize("name", FUZZED)
-def test_a_file_cut_off_gives_its_first_frames_or_a_clear_error(tmp_path, name):
+def test_a_truncated_file_gives_its_first_frames_or_a_clear_error(tmp_path, name):
     path = write_numbered(tmp_path / name, **FUZZED[name])
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     try:

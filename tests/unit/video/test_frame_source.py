@@ -1,4 +1,4 @@
-"""Which frame comes when one is asked for: every clip here has its frames' numbers in its pixels."""
+"""Frames by number, from clips with the frame numbers in their pixels."""
 
 import struct
 from fractions import Fraction
@@ -77,7 +77,7 @@ def numbers_in(path: Path, indices: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_any_increasing_indices_give_exactly_these_frames(tmp_path, name):
+def test_any_increasing_indices_give_these_frames(tmp_path, name):
     path = write_numbered(tmp_path / name, **CLIPS[name])
     times = CLIPS[name].get("times") or np.arange(CLIPS[name].get("count", 60)) * 1000 / 30
     times = np.array(times) / 1000 * (30 / 25 if name.endswith((".gif", ".264")) else 1)
@@ -88,7 +88,7 @@ def test_any_increasing_indices_give_exactly_these_frames(tmp_path, name):
         assert numbers_in(path, indices) == indices
 
 
-def test_frames_with_gaps_come_right_through_the_pipe(tmp_path):
+def test_frames_with_gaps_are_read_through_the_decoding_process(tmp_path):
     frames = np.stack([numbered_frame(number) for number in range(20)])
     path = write_video(frames, tmp_path / "clip.mp4", fps=30, format="mp4", metadata={})
     wanted = [0, 3, 7, 11, 15]
@@ -98,7 +98,7 @@ def test_frames_with_gaps_come_right_through_the_pipe(tmp_path):
     assert probe(path) == VideoInfo(20, 30.0, 64, 48, pytest.approx(20 / 30))
 
 
-def test_far_frames_are_sought_and_near_ones_decoded_on_to(tmp_path, monkeypatch):
+def test_distant_frames_are_reached_by_seeking_and_near_ones_by_decoding(tmp_path, monkeypatch):
     path = write_numbered(tmp_path / "clip.mp4", count=300, gop=20)
     packets, whole = [], frame_source.Source._decoded
 
@@ -115,7 +115,7 @@ def test_far_frames_are_sought_and_near_ones_decoded_on_to(tmp_path, monkeypatch
     assert len(packets) <= 5
 
 
-def test_key_frames_that_are_none_do_not_mislead(tmp_path):
+def test_wrongly_marked_key_frames_do_not_matter(tmp_path):
     path = write_numbered(tmp_path / "clip.mp4", gop=250, options=NO_B_FRAMES)
     data = path.read_bytes()
     assert data.count(b"stss") == 1
@@ -124,7 +124,7 @@ def test_key_frames_that_are_none_do_not_mislead(tmp_path):
 
 
 @pytest.mark.parametrize("options", [NO_B_FRAMES, B_FRAMES])
-def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path, options):
+def test_frames_cut_by_an_edit_list_are_not_counted(tmp_path, options):
     path = write_numbered(tmp_path / "clip.mp4", options=options)
     data = bytearray(path.read_bytes())
     entry = data.index(b"elst") + 12  # after version, flags and number of entries: duration, media time
@@ -138,7 +138,7 @@ def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path, options):
     assert numbers_in(path, [0, 1, 20, 42]) == [17, 18, 37, 59]
 
 
-def test_a_stream_that_begins_midway_counts_from_its_first_whole_picture(tmp_path):
+def test_a_stream_cut_at_its_start_counts_from_its_first_complete_frame(tmp_path):
     path = write_numbered(tmp_path / "clip.ts", options=OPEN_GOP, count=60, gop=12)
     with av.open(str(path)) as container:
         second_gop = [packet.pos for packet in container.demux(video=0) if packet.is_keyframe][1]
@@ -147,7 +147,7 @@ def test_a_stream_that_begins_midway_counts_from_its_first_whole_picture(tmp_pat
     assert numbers_in(path, list(range(count))) == list(range(60 - count, 60)) and count == 48
 
 
-def test_recordings_put_one_after_another_are_counted_through(tmp_path):
+def test_concatenated_recordings_are_counted_through(tmp_path):
     later = [2016 + 40 * index for index in range(20)]
     parts = [write_numbered(tmp_path / "a.ts", count=20, times=later, options=B_FRAMES)]
     parts += [write_numbered(tmp_path / "b.ts", count=20, times=[pts - 500 for pts in later])]
@@ -159,7 +159,7 @@ def test_recordings_put_one_after_another_are_counted_through(tmp_path):
 
 
 def write_with_sound(path: Path, count: int) -> Path:
-    """A numbered clip with a sound track between its packets."""
+    """Write a numbered clip with an interleaved sound track."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -177,7 +177,7 @@ def write_with_sound(path: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts"])
-def test_sound_beside_the_picture_changes_nothing(tmp_path, name):
+def test_a_sound_track_changes_nothing(tmp_path, name):
     path = write_with_sound(tmp_path / name, 60)
     assert len(Source(str(path)).times) == 60
     for indices in index_lists(60):
@@ -202,7 +202,7 @@ def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
 
 
 def write_streams(path: Path, *streams: dict) -> Path:
-    """Several video streams side by side: size, number of frames, and what each is there for."""
+    """Write several video streams of given size, number of frames and disposition."""
     with av.open(str(path), "w") as container:
         for options in streams:
             stream = container.add_stream(options.get("codec", "libx264"), rate=10)
@@ -227,7 +227,7 @@ def test_cover_art_is_not_the_video(tmp_path):
         probe(write_streams(tmp_path / "song.mp4", cover))
 
 
-def test_of_several_video_streams_the_default_one_is_taken(tmp_path):
+def test_the_default_one_of_several_video_streams_is_read(tmp_path):
     small = {"size": (64, 48), "count": 12}
     large = {"size": (320, 240), "count": 12, "disposition": "default"}
     path = write_streams(tmp_path / "clip.mkv", small, large)
@@ -237,7 +237,7 @@ def test_of_several_video_streams_the_default_one_is_taken(tmp_path):
 
 
 def peak_of_worker(path: Path, indices: list[int]) -> int:
-    """Kilobytes that the decoding process had at most before the last three frames, which keep it alive."""
+    """Return the peak memory of the decoding process in kB, read before the last three frames."""
     with open_video(path) as opened:
         for index, _ in zip(indices, opened.read(indices), strict=True):
             if index == indices[-4]:
@@ -256,7 +256,7 @@ def test_memory_does_not_grow_with_the_clips_length(tmp_path):
 
 
 def repeat_packets(path: Path, target: Path, *, times: int) -> Path:
-    """The same encoded clip again and again, in one long stream."""
+    """Write the same encoded clip repeatedly into one long stream."""
     with av.open(str(path)) as source, av.open(str(target), "w") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
         packets = [packet for packet in source.demux(video=0) if packet.size]

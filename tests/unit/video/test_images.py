@@ -11,7 +11,7 @@ from lib.errors import UserError
 from lib.video import images
 
 
-def test_turns_a_photo_upright_by_its_exif_orientation(tmp_path):
+def test_applies_the_exif_orientation(tmp_path):
     photo = Image.new("RGB", (40, 20), (0, 0, 255))
     photo.paste((255, 0, 0), (0, 0, 20, 20))  # red on the left
     exif = Image.Exif()
@@ -33,7 +33,7 @@ def test_shows_transparency_over_white(tmp_path):
     assert shown.getpixel((2, 2)) == (127, 127, 127)
 
 
-def test_shows_a_palette_colour_that_is_transparent_over_white(tmp_path):
+def test_shows_a_transparent_palette_colour_over_white(tmp_path):
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.putpixel((0, 0), 0)
@@ -50,7 +50,7 @@ def test_shows_a_palette_colour_that_is_transparent_over_white(tmp_path):
         (np.array([[0, 128 / 255, 1]], np.float32), "float.tif"),
     ],
 )
-def test_scales_deep_grey_images_to_eight_bits(tmp_path, pixels, name):
+def test_scales_grey_images_of_more_than_eight_bits(tmp_path, pixels, name):
     Image.fromarray(pixels).save(tmp_path / name)
     read = np.asarray(images.read_image(tmp_path / name))
     assert read.tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
@@ -66,7 +66,7 @@ def test_reads_cmyk_and_the_first_frame_of_animations(tmp_path):
         assert images.read_image(tmp_path / name).getpixel((4, 4)) == (255, 0, 0)
 
 
-def test_refuses_what_is_no_image_by_name(tmp_path):
+def test_refuses_files_that_are_not_images(tmp_path):
     (tmp_path / "notes.png").write_text("not an image")
     (tmp_path / "empty.jpg").touch()
     # An EPS file is a program for Ghostscript, which Pillow would run.
@@ -102,27 +102,27 @@ def three_stripes() -> Image.Image:
     return image
 
 
-def test_crop_keeps_the_middle_and_fills_the_frame():
+def test_crop_keeps_the_center_and_fills_the_frame():
     pixels = np.asarray(images.fit_image(three_stripes(), 64, 64, "crop"))
     assert pixels.shape == (64, 64, 3)
     assert (pixels[:, 4:-4] == (0, 255, 0)).all()
 
 
-def test_pad_keeps_everything_between_black_bars():
+def test_pad_adds_black_bars():
     pixels = np.asarray(images.fit_image(three_stripes(), 60, 60, "pad"))
     assert pixels.shape == (60, 60, 3)
     assert (pixels[:20] == 0).all() and (pixels[40:] == 0).all()
     assert [pixels[30, x].argmax() for x in (10, 30, 50)] == [0, 1, 2]
 
 
-def test_stretch_ignores_proportions():
+def test_stretch_ignores_the_aspect_ratio():
     pixels = np.asarray(images.fit_image(three_stripes(), 30, 90, "stretch"))
     assert pixels.shape == (90, 30, 3)
     assert [pixels[y, x].argmax() for y in (2, 87) for x in (5, 15, 25)] == [0, 1, 2] * 2
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
-def test_an_image_of_the_right_size_stays_as_it_is(mode):
+def test_an_image_of_the_right_size_is_unchanged(mode):
     noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
     assert (np.asarray(images.fit_image(Image.fromarray(noise), 64, 48, mode)) == noise).all()
     assert images.fit_image(Image.fromarray(noise), 1000, 3, mode).size == (1000, 3)

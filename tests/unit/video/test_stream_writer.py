@@ -1,4 +1,4 @@
-"""lib/video/stream_writer.py: written meanwhile, and the bytes are those of writing it all at once."""
+"""Videos written while frames are generated have the bytes of those written at once."""
 
 import time
 
@@ -25,7 +25,7 @@ def test_the_file_is_that_of_writing_all_frames_at_once(tmp_path, format):
     assert path.read_bytes() == whole
 
 
-def test_a_restart_forgets_what_came_before(tmp_path):
+def test_a_restart_discards_earlier_frames(tmp_path):
     settings = {"fps": 8, "format": "mp4", "metadata": {}}
     whole = write_video(clip(1), tmp_path / "whole", **settings).read_bytes()
     with StreamedVideo(tmp_path / "parts", **settings) as video:
@@ -36,7 +36,7 @@ def test_a_restart_forgets_what_came_before(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
-def test_a_video_that_is_given_up_leaves_nothing(tmp_path):
+def test_an_unfinished_video_leaves_no_file(tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),
         StreamedVideo(tmp_path / "a.mp4", fps=8, format="mp4", metadata={}) as video,
@@ -46,7 +46,7 @@ def test_a_video_that_is_given_up_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_format_cannot_hold_is_said_with_the_next_frames_or_at_the_end(tmp_path):
+def test_an_error_of_the_writer_is_raised_by_add_or_finish(tmp_path):
     settings = {"fps": 120, "format": "gif", "metadata": {}}
     with pytest.raises(UserError, match="fps is 120"), StreamedVideo(tmp_path / "a", **settings) as video:
         video.finish()

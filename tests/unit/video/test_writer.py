@@ -1,4 +1,4 @@
-"""Writing mp4, webm and gif: what comes back when the file is decoded, what is left when writing fails."""
+"""Writing mp4, webm and gif: decoded content, metadata, and failures."""
 
 import av
 import numpy as np
@@ -59,7 +59,7 @@ def gif_delays(path) -> list[int]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_saturated_colours_come_back_in_every_decoder(tmp_path, format):
+def test_saturated_colours_survive_in_every_decoder(tmp_path, format):
     colours = COLOURS + GREYS
     path = write_video(
         np.stack([flat(c) for c in colours]), tmp_path / "clip", fps=8, format=format, metadata={}
@@ -70,7 +70,7 @@ def test_saturated_colours_come_back_in_every_decoder(tmp_path, format):
 
 
 @pytest.mark.parametrize(("format", "least"), [("mp4", 35), ("webm", 35), ("gif", 29)])
-def test_a_detailed_clip_comes_back_well(tmp_path, format, least):
+def test_a_detailed_clip_has_a_high_psnr(tmp_path, format, least):
     y, x = np.mgrid[0:48, 0:64]
     waves = [[np.sin(x / 12 + t), np.sin(y / 10 - t), np.sin((x + y) / 16 + t)] for t in np.arange(9) / 4]
     clip = np.rint(128 + 90 * np.moveaxis(waves, 1, -1)).astype(np.uint8)
@@ -82,7 +82,7 @@ def test_a_detailed_clip_comes_back_well(tmp_path, format, least):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_small_saturated_shape_loses_no_more_than_its_chroma_edge(tmp_path, format, colour):
+def test_a_small_saturated_shape_loses_no_more_than_chroma_subsampling_costs(tmp_path, format, colour):
     clip = moving_disc(8, colour)
     path = write_video(clip, tmp_path / "clip", fps=8, format=format, metadata={})
     # Uncompressed 4:2:0 gives 36.5 dB here with chroma interpolated, 32.7 with it repeated, as in decode.
@@ -142,7 +142,7 @@ def test_a_gif_of_few_colours_is_exact_and_one_of_many_has_no_speckle(tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_metadata_survives_whatever_the_prompt_holds(tmp_path, format):
+def test_metadata_survives_any_prompt(tmp_path, format):
     metadata = {
         "model": "tiny-t2v",
         "prompt": 'a "red" circle\nGröße\t漢字 \\ 🟥 \u0000 \ud800 <&>; =\r\n' + "words " * 2000,
@@ -154,7 +154,7 @@ def test_metadata_survives_whatever_the_prompt_holds(tmp_path, format):
     assert probe(path).frames == 2
 
 
-def test_ffprobes_way_of_reading_finds_the_prompt(tmp_path):
+def test_ffprobe_finds_the_prompt(tmp_path):
     for format in ("mp4", "webm"):
         path = write_video(ramp(2), tmp_path / "clip", fps=8, format=format, metadata={"prompt": "ein Bär"})
         with av.open(str(path)) as container:
@@ -162,7 +162,7 @@ def test_ffprobes_way_of_reading_finds_the_prompt(tmp_path):
         assert tags["comment"] == '{"prompt": "ein Bär"}'
 
 
-def test_files_of_others_have_no_metadata(tmp_path):
+def test_files_of_other_programs_have_no_metadata(tmp_path):
     with av.open(str(tmp_path / "other.mp4"), "w") as container:
         container.metadata["comment"] = "holiday"
         stream = container.add_stream("libx264", rate=8)
@@ -185,7 +185,7 @@ def test_same_frames_and_metadata_give_the_same_bytes(tmp_path, format):
     assert one == two != three
 
 
-def test_mp4_can_start_playing_before_it_is_whole(tmp_path):
+def test_an_mp4_can_be_played_while_it_downloads(tmp_path):
     data = write_video(ramp(3), tmp_path / "clip.mp4", fps=8, format="mp4", metadata={}).read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
 
@@ -206,7 +206,7 @@ def test_encodes_frames_as_they_arrive(tmp_path, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("failure", [RuntimeError("decoder failed"), KeyboardInterrupt()])
-def test_a_failure_midway_leaves_nothing_and_the_old_file_alone(tmp_path, format, failure):
+def test_a_failure_leaves_no_partial_file_and_keeps_the_old_one(tmp_path, format, failure):
     def frames():
         yield from ramp(5)
         raise failure
@@ -217,7 +217,7 @@ def test_a_failure_midway_leaves_nothing_and_the_old_file_alone(tmp_path, format
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["earlier result"]
 
 
-def test_odd_sizes_are_refused_in_mp4_and_kept_elsewhere(tmp_path):
+def test_odd_sizes_are_refused_for_mp4_alone(tmp_path):
     clip = np.stack([np.full((47, 63, 3), 100 + index, np.uint8) for index in range(3)])
     with pytest.raises(UserError, match="must be even, not 63x47: use 62x46 or webm"):
         write_video(clip, tmp_path / "clip", fps=8, format="mp4", metadata={})
@@ -228,7 +228,7 @@ def test_odd_sizes_are_refused_in_mp4_and_kept_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_refuses_frames_and_rates_of_the_wrong_kind(tmp_path, format):
+def test_refuses_invalid_frames_and_rates(tmp_path, format):
     def write(frames, fps=8):
         write_video(frames, tmp_path / "clip", fps=fps, format=format, metadata={})
 
