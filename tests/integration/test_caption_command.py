@@ -140,6 +140,7 @@ def test_a_killed_run_is_resumed_without_captioning_a_clip_twice(folder, environ
     assert captions(folder / "killed") == reference
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_within_a_clip_and_the_same_command_resumes(folder, environment):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with started(folder, environment, "clips", "output_dir=stopped", *SLOW, launch=COMMAND, **streams) as run:

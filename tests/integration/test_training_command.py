@@ -150,6 +150,7 @@ def controlling_terminal() -> None:
     fcntl.ioctl(2, termios.TIOCSCTTY, 0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes_exactly(folder, environment, trained):
     run = folder / "runs" / "stopped"
     command = ["input_videos=clips", "output_dir=runs/stopped", *LONG]
