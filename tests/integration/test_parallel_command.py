@@ -68,6 +68,7 @@ def alone(tmp_path_factory, environment) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_clip_by_two_processes_is_the_clip_of_one(tmp_path, environment, alone):
     prompt = f"prompt={PROMPTS[0]}"
     status, out, err = finished(tmp_path, environment, "t2v", "--processes=2", prompt, *QUICK, "clip.mp4")
@@ -161,6 +162,7 @@ def test_a_wrong_command_line_is_status_2_before_anything_starts(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_the_model_cannot_do_is_status_1_and_one_line(tmp_path, environment):
     status, _, err = finished(
         tmp_path, environment, "t2v", "--processes", "2", PROMPT, "num_frames=10", "clip.mp4"
