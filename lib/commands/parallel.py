@@ -34,7 +34,7 @@ from lib.serving.schema import input_document
 USAGE = "script/parallel t2v|i2v [--processes N] [prompts=LIST] [input=value ...] OUTPUT"
 TASKS = get_args(VideoTask)
 MAX_PROCESSES = 1024
-SHUTDOWN_SECONDS = 10
+SHUTDOWN_SECONDS = 30
 """How long after Ctrl-C a clip may take to stop by itself."""
 
 
@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return FAILED
     except (Stopped, KeyboardInterrupt):
+        signal.alarm(0)
         view.line("stopped; run the same command again to go on" if command.is_list else "stopped")
         return INTERRUPTED
     finally:
@@ -137,7 +138,11 @@ def _interrupt_once() -> None:
         signal.alarm(SHUTDOWN_SECONDS)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGALRM, lambda _number, _frame: os._exit(INTERRUPTED))
+    def give_up(_number: int, _frame: FrameType | None) -> None:
+        os.write(2, b"stopped\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGALRM, give_up)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
