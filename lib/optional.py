@@ -1,4 +1,4 @@
-"""Packages that only some settings need: asked for by name, never imported to find out."""
+"""Optional packages, which only some settings need."""
 
 from importlib.util import find_spec
 
@@ -6,12 +6,12 @@ from lib.errors import UserError
 
 
 def available(package: str) -> bool:
-    """Whether it is installed."""
+    """Return whether a package is installed, without importing it."""
     return find_spec(package) is not None
 
 
 def require(package: str, *, for_setting: str, install: str | None = None) -> None:
-    """Raise UserError, with what to install, unless it is there; `install` where PyPI calls it otherwise."""
+    """Raise UserError unless a package is installed; `install` is its name on PyPI if it differs."""
     if not available(package):
         name = install or package
         raise UserError(

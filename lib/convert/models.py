@@ -42,7 +42,7 @@ from lib.convert.writing import Progress, new_folder, require_room
 from lib.errors import UserError
 from lib.models.layout import INDEX
 from lib.progress import Report
-from lib.weights.shared_components import BORROWED
+from lib.weights.shared_components import SHARED_COMPONENTS
 
 STEM = "diffusion_pytorch_model"
 
@@ -268,6 +268,6 @@ def _finish_pipeline(
     scheduler = configs.scheduler_config(family, options)
     write_config(folder / "scheduler" / "scheduler_config.json", "CogVideoXDDIMScheduler", scheduler)
     result.settings["snr_shift_scale"] = scheduler["snr_shift_scale"]
-    result.missing = [part for part in BORROWED if not (folder / part).is_dir()]
+    result.missing = [part for part in SHARED_COMPONENTS if not (folder / part).is_dir()]
     write_report(result, folder, pipeline_usage(result, family, transformer.part().dtype))
     write_config(folder / INDEX, family.pipeline_class, configs.model_index())

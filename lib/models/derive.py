@@ -2,30 +2,34 @@
 
 import json
 import struct
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from lib.errors import UserError
 from lib.models.specs import MODEL_CLASSES, SPECS, ModelSpec, SizeRule, Task
+from lib.settings import Dtype
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-FIRST, SECOND, CAPTION = "cogvideox-5b", "cogvideox1.5-5b", "cogvlm2-caption"
-"""The models of the table whose values hold where a folder's configs are silent."""
+COGVIDEOX, COGVIDEOX_15, CAPTION = "cogvideox-5b", "cogvideox1.5-5b", "cogvlm2-caption"
+"""The known models whose values are used where a folder's configs say nothing."""
 
 
 def task_of(index: dict, place: object) -> Task:
-    """What the model of a model_index.json or config.json does. Raises UserError when it is none of these."""
+    """Return the task of the model with this model_index.json or config.json.
+
+    `place` names the model. Raises UserError for a model of another kind.
+    """
     names = [index.get("_class_name"), *(index.get("architectures") or [])]
-    task = next((MODEL_CLASSES[name] for name in names if name in MODEL_CLASSES), None)
-    if task is None:
-        found = ", ".join(repr(name) for name in names if name) or "model of unknown kind"
-        raise UserError(f"{place} holds a {found}; allowed are {', '.join(MODEL_CLASSES)}.")
-    return task
+    for name in names:
+        if name in MODEL_CLASSES:
+            return MODEL_CLASSES[name]
+    found = ", ".join(repr(name) for name in names if name) or "model of unknown kind"
+    raise UserError(f"{place} holds a {found}; allowed are {', '.join(MODEL_CLASSES)}.")
 
 
 def spec_for(name: str, folder: Path) -> ModelSpec:
-    """The spec of a known name, else one derived from the configs in a model's folder.
+    """Return the spec of a known name, else one derived from the configs in a model's folder.
 
     Raises UserError when the folder holds neither a CogVideoX pipeline nor a captioning model.
     """
@@ -33,10 +37,10 @@ def spec_for(name: str, folder: Path) -> ModelSpec:
 
 
 def derive_spec(folder: Path) -> ModelSpec:
-    """Read a ModelSpec from model_index.json, transformer/config.json and vae/config.json.
+    """Derive a ModelSpec from model_index.json, transformer/config.json and vae/config.json.
 
-    Where the configs are silent (frame rate, longest clip) the family's values hold: a transformer with
-    patch_size_t is of the 1.5 family. Of a captioning model config.json alone is read. Raises UserError for
+    What the configs do not say (frame rate, longest clip) is taken from the family: a transformer with
+    patch_size_t belongs to 1.5. For a captioning model only config.json is read. Raises UserError for
     anything else.
     """
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
@@ -49,15 +53,15 @@ def derive_spec(folder: Path) -> ModelSpec:
     vae = read_config(folder / "vae" / "config.json", "block_out_channels temporal_compression_ratio")
     temporal_patch = transformer.get("patch_size_t")
     ratio = 2 ** (len(vae["block_out_channels"]) - 1)
-    second = temporal_patch is not None
-    family = SPECS[SECOND if second else FIRST]
+    is_15 = temporal_patch is not None
+    family = SPECS[COGVIDEOX_15 if is_15 else COGVIDEOX]
     height, width = transformer["sample_height"] * ratio, transformer["sample_width"] * ratio
-    if second and height == width:  # some copies of 1.5 carry a nominal square of 300x300 latents
+    if is_15 and height == width:  # some copies of 1.5 have a nominal 300x300 latents
         height, width = family.height, family.width
     size_rule: SizeRule = "trained"
     if transformer.get("use_learned_positional_embeddings"):
         size_rule = "fixed"
-    elif second and task == "i2v":
+    elif is_15 and task == "i2v":
         size_rule = "short side"
     step = vae["temporal_compression_ratio"] * 2 * (temporal_patch or 1)
     steps = max(1, (transformer["sample_frames"] - 1) // step)
@@ -66,9 +70,9 @@ def derive_spec(folder: Path) -> ModelSpec:
         task=task,
         height=height,
         width=width,
-        frames=steps * step + 1,  # a length that the rule allows, also where the trained one is none
+        frames=steps * step + 1,  # valid even if the trained length is not
         frame_step=step,
-        max_frames=family.max_frames if second else max(family.max_frames, transformer["sample_frames"]),
+        max_frames=family.max_frames if is_15 else max(family.max_frames, transformer["sample_frames"]),
         fps=family.fps,
         text_tokens=transformer["max_text_seq_length"],
         dtype=weights_dtype(folder / "transformer"),
@@ -78,16 +82,16 @@ def derive_spec(folder: Path) -> ModelSpec:
 
 
 def family_of(folder: Path) -> ModelSpec:
-    """The released model of whose kind a folder's transformer is: it tells which VAE the transformer needs.
+    """Return the spec of the released model that a transformer is a variant of, which decides its VAE.
 
     Raises UserError when model_index.json or the transformer's config is missing, or of another model.
     """
     task = task_of(read_config(folder / "model_index.json"), folder)
     transformer = read_config(folder / "transformer" / "config.json")
-    second = transformer.get("patch_size_t") is not None
-    if not second and not transformer.get("use_rotary_positional_embeddings"):
+    is_15 = transformer.get("patch_size_t") is not None
+    if not is_15 and not transformer.get("use_rotary_positional_embeddings"):
         return SPECS["cogvideox-2b"]
-    return SPECS[(SECOND if second else FIRST) + ("-i2v" if task == "i2v" else "")]
+    return SPECS[(COGVIDEOX_15 if is_15 else COGVIDEOX) + ("-i2v" if task == "i2v" else "")]
 
 
 def _derive_caption_spec(folder: Path) -> ModelSpec:
@@ -101,29 +105,31 @@ def _derive_caption_spec(folder: Path) -> ModelSpec:
 
 
 def read_config(path: Path, required: str = "") -> dict:
+    """Read a JSON configuration; `required` lists keys, separated by blanks. Raises UserError."""
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not a whole diffusers folder.") from None
+        raise UserError(f"{path} is missing: {path.parent} is not a complete diffusers folder.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
     missing = [key for key in required.split() if key not in config]
     if missing:
-        raise UserError(f"{path} is no CogVideoX configuration: it lacks {', '.join(missing)}.")
+        raise UserError(f"{path} is not a CogVideoX configuration; missing: {', '.join(missing)}.")
     return config
 
 
-def weights_dtype(folder: Path) -> Literal["float16", "bfloat16", "float32"]:
-    """The floating point type that most tensors of a safetensors folder are stored in."""
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+def weights_dtype(folder: Path) -> Dtype:
+    """Return the floating point type in which most tensors of a safetensors folder are stored."""
+    names: dict[str, Dtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
         except (struct.error, ValueError):
-            raise UserError(f"{path} is no whole safetensors file.") from None
-        kinds = [names[t["dtype"]] for k, t in header.items() if k != "__metadata__" and t["dtype"] in names]
-        if kinds:
-            return max(set(kinds), key=kinds.count)
+            raise UserError(f"{path} is not a complete safetensors file.") from None
+        dtypes = [tensor["dtype"] for key, tensor in header.items() if key != "__metadata__"]
+        known: Counter[Dtype] = Counter(names[dtype] for dtype in dtypes if dtype in names)
+        if known:
+            return known.most_common(1)[0][0]
     return "float32"

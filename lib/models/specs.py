@@ -1,19 +1,20 @@
-"""What exists: one ModelSpec per checkpoint. lib/models/derive.py makes one for any other folder."""
+"""The known checkpoints: one ModelSpec each. lib/models/derive.py makes one for any other folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lib.errors import UserError
+from lib.settings import Dtype
 
 VideoTask = Literal["t2v", "i2v"]
 Task = VideoTask | Literal["caption"]
-TASK_NAMES = {"t2v": "text-to-video", "i2v": "image-to-video", "caption": "captioning"}
-MODEL_CLASSES = {
+TASK_NAMES: dict[Task, str] = {"t2v": "text-to-video", "i2v": "image-to-video", "caption": "captioning"}
+MODEL_CLASSES: dict[str, Task] = {
     "CogVideoXPipeline": "t2v",
     "CogVideoXImageToVideoPipeline": "i2v",
     "CogVLMVideoForCausalLM": "caption",
 }
-"""What model_index.json and config.json call them."""
+"""The class that model_index.json or config.json names -> task."""
 
 SizeRule = Literal["fixed", "trained", "short side"]
 
@@ -46,64 +47,63 @@ class ModelSpec:
     fps: int
     text_tokens: int
     """Prompt tokens the model was trained with; longer prompts are cut."""
-    dtype: Literal["float16", "bfloat16", "float32"]
-    """What the weights are meant to run in on a GPU."""
+    dtype: Dtype
+    """The type that the weights are meant to be used in on a GPU."""
     size_rule: SizeRule = "trained"
-    """fixed: the positions are learned, nothing else runs. trained: other sizes run, but only this one was
-    trained. short side: the shorter side is fixed, the longer one free up to this size's."""
+    """fixed: positions are learned, no other size works. trained: other sizes work, but only this one was
+    trained. short side: the shorter side is fixed, the longer one may have any length up to this size's."""
     size_step: int = 16
     """Width and height are multiples of this: VAE compression times patch size."""
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     recommended_scheduler: Literal["default", "ddim", "dpm"] = "default"
     use_dynamic_cfg: bool = False
-    """Whether the authors advise dynamic guidance, beside the scheduler above."""
+    """Whether the authors advise dynamic guidance with the scheduler above."""
     balanced: Pace = Pace(computed=32, first=6, last=1)
-    """What speed=balanced computes. For released checkpoints chosen from published figures, not measured:
-    between the 1.4 and 2.4 times of TeaCache's two settings on these very models."""
+    """Steps computed with speed=balanced. For released checkpoints not measured, but chosen from published
+    figures: TeaCache's two settings make these models 1.4 and 2.4 times as fast."""
     fast: Pace = Pace(computed=22, first=5, last=1)
-    """What speed=fast computes."""
+    """Steps computed with speed=fast."""
     attention_width: int | None = None
-    """Heads times head size. LoRAs tell by it what they were made for; None where no LoRA is loaded."""
+    """Heads times head size, by which a LoRA's base model is recognized; None where no LoRA can be loaded."""
     layers: int | None = None
-    """Blocks of a released transformer."""
+    """Transformer blocks of a released model."""
     scaling_factor: float | None = None
-    """What the VAE's latents are multiplied by. No tensor says this or the next three: conversion asks here.
-    None for models that nothing is converted to."""
+    """Factor of the VAE's latents. Conversion takes this and the next three values from here, since no tensor
+    tells them. None for models that nothing is converted to."""
     invert_scale_latents: bool = False
-    """Whether an image's latents are divided by it instead."""
+    """Whether an image's latents are divided by the factor instead of multiplied."""
     snr_shift_scale: float = 1.0
-    """Of the schedule of the noise."""
+    """Parameter of the noise schedule."""
     rotary_positions: bool = True
-    """Otherwise positions are sines and cosines, added once."""
+    """Rotary position embeddings; otherwise sinusoidal ones, added once."""
     nominal_sample: int | None = None
     """sample_height and sample_width of its transformer config where they are not the clip's, in latents."""
     temporal_patch: int | None = None
-    """Latent frames that a token of a released transformer spans; None for 1, without a dimension for it."""
+    """Latent frames per token (patch_size_t) of a released transformer; None where it has no such setting."""
     repository: str | None = None
-    """Home on the Hugging Face Hub; weights/manifest.toml has the licence and where the files come from."""
+    """Repository on the Hugging Face Hub; weights/manifest.toml has the licence and the download."""
 
     @property
     def pipeline_class(self) -> str:
-        """What its model_index.json or config.json calls it."""
+        """Return the class that its model_index.json or config.json names."""
         return next(name for name, task in MODEL_CLASSES.items() if task == self.task)
 
     def check_frames(self, frames: int) -> None:
-        """Raise UserError unless this model can make a clip of that many frames."""
+        """Raise UserError unless this model supports clips of that many frames."""
         if self.frame_step < frames <= self.max_frames and (frames - 1) % self.frame_step == 0:
             return
         nearest = max(1, round((frames - 1) / self.frame_step))
         nearest = min(nearest, (self.max_frames - 1) // self.frame_step) * self.frame_step + 1
         raise UserError(
-            f"num_frames={frames} is not possible with {self.name}: it makes {self.frame_step}N+1 frames, "
-            f"from {self.frame_step + 1} to {self.max_frames}. The nearest is {nearest}; "
-            f"empty means {self.frames}."
+            f"num_frames={frames} is not supported by {self.name}: use {self.frame_step}N+1 frames, from "
+            f"{self.frame_step + 1} to {self.max_frames} (nearest: {nearest}); empty means {self.frames}."
         )
 
     def check_size(self, width: int, height: int, *, any_size: bool = False) -> None:
-        """Raise UserError unless this model makes videos of that size.
+        """Raise UserError unless this model supports that size.
 
-        any_size (COGVIDEOX_ANY_SIZE=1) also lets through untrained sizes that the model can compute.
+        `any_size` (COGVIDEOX_ANY_SIZE=1) also allows untrained sizes that the model can compute.
         """
         nearest = self.nearest_size(width, height, any_size=any_size)
         if nearest == (width, height):
@@ -111,20 +111,20 @@ class ModelSpec:
         allowed = f"{self.width}x{self.height} only"
         if self.size_rule == "short side":
             allowed = (
-                f"a shorter side of {self.height} and a longer side of {self.height} to {self.width} "
+                f"a shorter side of {self.height} and a longer side from {self.height} to {self.width} "
                 f"in steps of {self.size_step}"
             )
         elif self.size_rule == "trained" and any_size:
             allowed = f"multiples of {self.size_step}"
         elif self.size_rule == "trained":
-            allowed += ", the size it was trained at (COGVIDEOX_ANY_SIZE=1 at setup lifts this)"
+            allowed += ", the size it was trained at, or set COGVIDEOX_ANY_SIZE=1 at setup"
         raise UserError(
-            f"width={width}, height={height} is not possible with {self.name}: it takes {allowed}. "
-            f"The nearest is width={nearest[0]}, height={nearest[1]}."
+            f"width={width}, height={height} is not supported by {self.name}: use {allowed} "
+            f"(nearest: width={nearest[0]}, height={nearest[1]})."
         )
 
     def nearest_size(self, width: int, height: int, *, any_size: bool = False) -> tuple[int, int]:
-        """The valid (width, height) nearest to the given one; itself when valid."""
+        """Return the valid (width, height) nearest to the given one, which is itself if valid."""
         if self.size_rule == "short side":
             short = self.height
             wide = width >= height
@@ -145,147 +145,139 @@ def _round_to(value: float, step: int) -> int:
     return int(value / step + 0.5) * step
 
 
-_FIRST = {
-    "height": 480, "width": 720, "frames": 49, "frame_step": 8, "max_frames": 49, "fps": 8,
-    "scaling_factor": 0.7,
-}  # fmt: skip
-_SECOND = {
-    "height": 768, "width": 1360, "frames": 81, "frame_step": 16, "max_frames": 161, "fps": 16,
-    "scaling_factor": 0.7, "temporal_patch": 2, "nominal_sample": 300,
-}  # fmt: skip
-_TINY = {"height": 48, "width": 64, "frames": 9, "frame_step": 8, "max_frames": 49, "fps": 8}
-_TINY |= {"balanced": Pace(computed=26, first=4, last=1), "fast": Pace(computed=12, first=4, last=1)}
-_CAPTION = {
-    "frames": 24, "frame_step": 1, "max_frames": 24, "fps": 1, "text_tokens": 2048, "size_rule": "fixed"
-}  # fmt: skip
-
 RELEASED_TEXT_ENCODER = {
     "d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10240, "vocab_size": 32128,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-"""Sizes of the encoder of T5 v1.1 XXL, which all released video models have."""
+"""Sizes of T5 v1.1 XXL's encoder, which all released video models have."""
 RELEASED_VAE = {
     "block_out_channels": (128, 256, 256, 512), "latent_channels": 16, "layers_per_block": 3,
     "temporal_compression_ratio": 4, "sample_height": 480, "sample_width": 720,
 }  # fmt: skip
-"""The same of the VAE."""
+"""Sizes of the VAE, which all released video models have."""
+
+_TINY = ModelSpec(
+    name="tiny-t2v",
+    task="t2v",
+    height=48,
+    width=64,
+    frames=9,
+    frame_step=8,
+    max_frames=49,
+    fps=8,
+    text_tokens=20,
+    dtype="float16",
+    size_rule="fixed",
+    balanced=Pace(computed=26, first=4, last=1),
+    fast=Pace(computed=12, first=4, last=1),
+    attention_width=192,
+)
+_COGVIDEOX = ModelSpec(
+    name="cogvideox-5b",
+    task="t2v",
+    height=480,
+    width=720,
+    frames=49,
+    frame_step=8,
+    max_frames=49,
+    fps=8,
+    text_tokens=226,
+    dtype="bfloat16",
+    recommended_scheduler="dpm",
+    use_dynamic_cfg=True,
+    attention_width=3072,
+    layers=42,
+    scaling_factor=0.7,
+    repository="zai-org/CogVideoX-5b",
+)
+_COGVIDEOX_15 = replace(
+    _COGVIDEOX,
+    name="cogvideox1.5-5b",
+    height=768,
+    width=1360,
+    frames=81,
+    frame_step=16,
+    max_frames=161,
+    fps=16,
+    text_tokens=224,
+    temporal_patch=2,
+    nominal_sample=300,
+    repository="zai-org/CogVideoX1.5-5B",
+)
+_CAPTION = ModelSpec(
+    name="cogvlm2-caption",
+    task="caption",
+    height=224,
+    width=224,
+    frames=24,
+    frame_step=1,
+    max_frames=24,
+    fps=1,
+    text_tokens=2048,
+    dtype="bfloat16",
+    size_rule="fixed",
+    size_step=14,
+    repository="zai-org/cogvlm2-llama3-caption",
+)
 
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec(
-            name="tiny-t2v",
-            task="t2v",
-            **_TINY,
-            text_tokens=20,
-            dtype="float16",
-            attention_width=192,
-            size_rule="fixed",
-        ),
-        ModelSpec(
-            name="tiny-i2v",
-            task="i2v",
-            **_TINY,
-            text_tokens=20,
-            dtype="float16",
-            attention_width=192,
-            size_rule="fixed",
-        ),
-        ModelSpec(
+        _TINY,
+        replace(_TINY, name="tiny-i2v", task="i2v"),
+        replace(
+            _CAPTION,
             name="tiny-caption",
-            task="caption",
             height=48,
             width=48,
-            **_CAPTION,
             dtype="float32",
             size_step=8,
+            repository=None,
         ),
-        ModelSpec(
+        replace(
+            _COGVIDEOX,
             name="cogvideox-2b",
-            task="t2v",
-            **_FIRST | {"scaling_factor": 1.15258426},
-            snr_shift_scale=3.0,
-            rotary_positions=False,
-            text_tokens=226,
             dtype="float16",
+            recommended_scheduler="ddim",
+            use_dynamic_cfg=False,
             attention_width=1920,
             layers=30,
-            recommended_scheduler="ddim",
+            scaling_factor=1.15258426,
+            snr_shift_scale=3.0,
+            rotary_positions=False,
             repository="zai-org/CogVideoX-2b",
         ),
-        ModelSpec(
-            name="cogvideox-5b",
-            task="t2v",
-            **_FIRST,
-            text_tokens=226,
-            dtype="bfloat16",
-            attention_width=3072,
-            layers=42,
-            recommended_scheduler="dpm",
-            use_dynamic_cfg=True,
-            repository="zai-org/CogVideoX-5b",
-        ),
-        ModelSpec(
+        _COGVIDEOX,
+        replace(
+            _COGVIDEOX,
             name="cogvideox-5b-i2v",
             task="i2v",
-            **_FIRST,
-            text_tokens=226,
-            dtype="bfloat16",
-            attention_width=3072,
-            layers=42,
             size_rule="fixed",
-            recommended_scheduler="dpm",
-            use_dynamic_cfg=True,
             repository="zai-org/CogVideoX-5b-I2V",
         ),
-        ModelSpec(
-            name="cogvideox1.5-5b",
-            task="t2v",
-            **_SECOND,
-            text_tokens=224,
-            dtype="bfloat16",
-            attention_width=3072,
-            layers=42,
-            recommended_scheduler="dpm",
-            use_dynamic_cfg=True,
-            repository="zai-org/CogVideoX1.5-5B",
-        ),
-        ModelSpec(
+        _COGVIDEOX_15,
+        replace(
+            _COGVIDEOX_15,
             name="cogvideox1.5-5b-i2v",
             task="i2v",
-            **_SECOND,
-            text_tokens=224,
-            dtype="bfloat16",
-            attention_width=3072,
-            layers=42,
             size_rule="short side",
             invert_scale_latents=True,
-            recommended_scheduler="dpm",
-            use_dynamic_cfg=True,
             repository="zai-org/CogVideoX1.5-5B-I2V",
         ),
-        ModelSpec(
-            name="cogvlm2-caption",
-            task="caption",
-            height=224,
-            width=224,
-            **_CAPTION,
-            dtype="bfloat16",
-            size_step=14,
-            repository="zai-org/cogvlm2-llama3-caption",
-        ),
+        _CAPTION,
     )
 }
 DEFAULT_MODELS: dict[Task, str] = {"t2v": "tiny-t2v", "i2v": "tiny-i2v", "caption": "tiny-caption"}
+"""The embedded model of each task."""
 
 
 def names_for(task: Task) -> list[str]:
-    """Names of the known checkpoints that do this task."""
+    """Return the names of the known checkpoints for a task."""
     return [name for name, spec in SPECS.items() if spec.task == task]
 
 
 def check_task(name: str, found: Task, task: Task) -> None:
-    """Raise UserError when a checkpoint is asked to do another's task."""
+    """Raise UserError when a checkpoint is for another task."""
     if found != task:
         raise UserError(
             f"COGVIDEOX_MODEL={name} is a model for {TASK_NAMES[found]}; this predictor does "

@@ -1,9 +1,10 @@
-"""The cache, and whether a folder in it is whole: by the record of its download and its components' files."""
+"""The cache folder, and whether a folder in it is complete, by the record of its download."""
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
+from lib import settings
 from lib.models.layout import missing_files
 
 RECORD = "download.json"
@@ -11,37 +12,37 @@ RECORD = "download.json"
 
 def cache_folder() -> Path:
     """Return where downloaded models are kept: `COGVIDEOX_CACHE`, by default ~/.cache/cogvideox."""
-    return Path(os.environ.get("COGVIDEOX_CACHE") or "~/.cache/cogvideox").expanduser()
+    return settings.current().cache
 
 
-def is_whole(folder: Path) -> bool:
-    """Return whether a folder holds a whole model: recorded files at their sizes, every component's files."""
-    return folder.is_dir() and not lacks(folder)
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder has a model with all its files, those of its record at their sizes."""
+    return folder.is_dir() and not missing_or_damaged(folder)
 
 
-def lacks(folder: Path) -> list[str]:
-    """Return the files that keep a folder from being whole, as paths; an empty list when it is."""
+def missing_or_damaged(folder: Path) -> list[str]:
+    """Return the files that a model folder needs but lacks, or has at another size than its record says."""
     record = _record(folder)
     if record is None:
         return missing_files(folder)
-    lost = [path for path, size in record["files"].items() if _size(folder / path) != size]
-    return lost or missing_files(folder / record["model"])
+    damaged = [path for path, size in record["files"].items() if _size(folder / path) != size]
+    return damaged or missing_files(folder / record["model"])
 
 
 def model_folder(final: Path) -> Path:
-    """Return where in a whole folder of the cache the model is: archives wrap folders around it."""
+    """Return where in a complete folder of the cache the model is: archives wrap folders around it."""
     record = _record(final)
     return final / record["model"] if record else final
 
 
-def _record(folder: Path) -> dict | None:
+def _record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return {**record, "model": str(record["model"]), "files": dict(record["files"])}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        return {"model": ".", "files": {RECORD: -1}}  # damaged: nothing vouches for the other files
+        return {"model": ".", "files": {RECORD: -1}}  # damaged, so the other files cannot be checked
 
 
 def _size(path: Path) -> int | None:

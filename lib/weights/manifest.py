@@ -1,4 +1,4 @@
-"""Where the known checkpoints come from: weights/manifest.toml, read and checked."""
+"""The sources of the known checkpoints, read from weights/manifest.toml."""
 
 import hashlib
 import tomllib
@@ -11,7 +11,7 @@ MANIFEST = Path(__file__).resolve().parents[2] / "weights" / "manifest.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a checkpoint comes from: one of `path`, `tar` and `repository`; see weights/manifest.toml."""
+    """The source of a checkpoint: one of `path`, `tar` and `repository`; see weights/manifest.toml."""
 
     name: str
     path: str | None = None
@@ -30,7 +30,7 @@ class Source:
 
     @property
     def key(self) -> str:
-        """The folder's name in the cache: another source, or another revision of it, is another folder."""
+        """The folder's name in the cache, different for another source or another revision of it."""
         if self.tar is not None:
             return f"{self.name}-{hashlib.sha256(self.tar.encode()).hexdigest()[:8]}"
         return f"{self.repository}@{quote(self.revision, safe='')}".replace("/", "--")

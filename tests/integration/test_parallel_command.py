@@ -134,7 +134,7 @@ def test_a_row_that_fails_is_a_line_and_the_others_are_made(tmp_path, environmen
     assert status == 1
     first, second = results(tmp_path / "clips")
     assert first["status"] == "failed"
-    assert first["error"].startswith("num_frames=10 is not possible with tiny-t2v")
+    assert first["error"].startswith("num_frames=10 is not supported by tiny-t2v")
     assert second["status"] == "made"
     assert err.endswith("1 of 2 clips are in clips\n")
 
@@ -168,7 +168,7 @@ def test_what_the_model_cannot_do_is_status_1_and_one_line(tmp_path, environment
         tmp_path, environment, "t2v", "--processes", "2", PROMPT, "num_frames=10", "clip.mp4"
     )
     assert status == 1
-    assert "num_frames=10 is not possible with tiny-t2v" in err
+    assert "num_frames=10 is not supported by tiny-t2v" in err
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
 

@@ -155,8 +155,8 @@ def test_malformed_json_is_400(server):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_frames": 10}, "num_frames=10 is not possible with"),
-        ({"width": 80}, "The nearest is width=64, height=48"),
+        ({"num_frames": 10}, "num_frames=10 is not supported by"),
+        ({"width": 80}, "nearest: width=64, height=48"),
         ({"seed": -4}, "seed=-4 is out of range"),
     ],
 )

@@ -44,14 +44,14 @@ def test_rejects_frame_count_between_valid_values_and_names_the_nearest(name, fr
     if frames == nearest:
         spec.check_frames(frames)
         return
-    with pytest.raises(UserError, match=rf"num_frames={frames} .*The nearest is {nearest}; empty means"):
+    with pytest.raises(UserError, match=rf"num_frames={frames} .*nearest: {nearest}"):
         spec.check_frames(frames)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_takes_its_own_size_and_names_it_when_given_another(spec):
     spec.check_size(spec.width, spec.height)
-    with pytest.raises(UserError, match=f"width={spec.width + 8}, height={spec.height}.*The nearest is"):
+    with pytest.raises(UserError, match=f"width={spec.width + 8}, height={spec.height}.*nearest: "):
         spec.check_size(spec.width + 8, spec.height)
     nearest = spec.nearest_size(spec.width + 8, spec.height + 8)
     spec.check_size(*nearest)
@@ -79,7 +79,7 @@ def test_second_image_to_video_model_fixes_the_short_side_only(size, nearest):
     if nearest is None:
         spec.check_size(*size)
         return
-    message = f"The nearest is width={nearest[0]}, height={nearest[1]}"
+    message = f"nearest: width={nearest[0]}, height={nearest[1]}"
     with pytest.raises(UserError, match=message):
         spec.check_size(*size)
 

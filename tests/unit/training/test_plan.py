@@ -172,10 +172,10 @@ def test_a_folder_is_checked_as_a_known_base_is(monkeypatch):
     t2v = str(WEIGHTS / "tiny-t2v")
     assert "makes videos from text alone" in refusal(locate_base, t2v, config(**images).validation, print)
     assert "makes videos from text alone" in rejection(t2v, **images)
-    assert "The nearest is width=64, height=48." in rejection(t2v, width=128)
+    assert "(nearest: width=64, height=48)." in rejection(t2v, width=128)
     assert "max_num_frames=50 is out of range" in rejection(str(TINY), max_num_frames=50)
     monkeypatch.chdir(WEIGHTS)
-    assert "The nearest is width=64" in rejection("./tiny-i2v", width=128)
+    assert "nearest: width=64" in rejection("./tiny-i2v", width=128)
     validate(config(max_num_frames=25), str(TINY), "cpu")
     assert locate_base(str(TINY), config().validation, print) == TINY
     assert locate_base("tiny-i2v", config().validation, print) == TINY
@@ -201,11 +201,11 @@ def test_a_transformer_of_the_other_kind_is_refused(tmp_path, task, in_channels,
 @pytest.mark.parametrize(
     ("base", "settings", "nearest"),
     [
-        ("tiny-i2v", {"width": 128}, "The nearest is width=64, height=48."),
-        ("cogvideox-5b-i2v", {"width": 480, "height": 720}, "The nearest is width=720, height=480."),
-        ("cogvideox-5b", {"width": 641, "height": 350}, "The nearest is width=640, height=352."),
-        ("cogvideox1.5-5b-i2v", {"width": 800, "height": 600}, "The nearest is width=1024, height=768."),
-        ("cogvideox-2b", {"height": 484}, "The nearest is width=720, height=480."),
+        ("tiny-i2v", {"width": 128}, "(nearest: width=64, height=48)."),
+        ("cogvideox-5b-i2v", {"width": 480, "height": 720}, "(nearest: width=720, height=480)."),
+        ("cogvideox-5b", {"width": 641, "height": 350}, "(nearest: width=640, height=352)."),
+        ("cogvideox1.5-5b-i2v", {"width": 800, "height": 600}, "(nearest: width=1024, height=768)."),
+        ("cogvideox-2b", {"height": 484}, "(nearest: width=720, height=480)."),
     ],
 )
 def test_unsupported_sizes_are_refused_before_a_download(base, settings, nearest):
@@ -251,7 +251,7 @@ def test_lengths_out_of_range_are_refused_before_a_download(base, frames, messag
 def test_a_folder_is_checked_against_its_own_sizes(tmp_path):
     folder = folder_of(tmp_path)
     message = refusal(resolve_plan, config(width=640, height=480), str(folder), folder, "cpu")
-    assert message.endswith("The nearest is width=720, height=480.")
+    assert message.endswith("(nearest: width=720, height=480).")
     assert "max_num_frames=50 is out of range for my-base: use 9 to 49" in refusal(
         resolve_plan, config(max_num_frames=50), str(folder), folder, "cpu"
     )

@@ -20,7 +20,7 @@ from lib.errors import UserError
 from lib.network import http, offline, partial_file
 from lib.storage.lock import lock
 from lib.weights import cache, checkpoints
-from lib.weights.cache import is_whole
+from lib.weights.cache import is_complete
 from lib.weights.checkpoints import locate
 from lib.weights.manifest import read_manifest
 from tests.http_host import Host, Served, hub_of
@@ -42,7 +42,7 @@ def online_in_small_steps(monkeypatch, tmp_path):
 
 
 def model_files(seed: int = 0) -> dict[str, bytes]:
-    """Return a diffusers folder in small: its layout is real, its weights are noise."""
+    """Return a small diffusers folder: its layout is real, its weights are noise."""
     noise = random.Random(seed)
     index = {
         "_class_name": "CogVideoXPipeline",
@@ -131,34 +131,34 @@ def test_a_malformed_manifest_is_refused(tmp_path, table):
 def test_a_local_folder_is_taken_as_it_is(tmp_path):
     folder = write(tmp_path / "mine", model_files())
     assert locate(str(folder), cache=tmp_path / "cache") == folder
-    assert is_whole(folder)
+    assert is_complete(folder)
 
 
 @pytest.mark.parametrize("lost", [name for name in model_files() if not name.endswith("spiece.model")])
-def test_a_local_folder_that_is_not_whole_is_refused_by_what_it_lacks(tmp_path, lost):
+def test_an_incomplete_local_folder_is_refused_with_the_missing_files(tmp_path, lost):
     folder = write(tmp_path / "mine", model_files())
     (folder / lost).unlink()
-    assert not is_whole(folder)
+    assert not is_complete(folder)
     if lost == "transformer/diffusion_pytorch_model.safetensors" or lost.startswith("vae/diffusion"):
         lost = f"{lost.partition('/')[0]}/*.safetensors"
-    with pytest.raises(UserError, match="not a whole model") as caught:
+    with pytest.raises(UserError, match="not a complete model") as caught:
         locate(str(folder), cache=tmp_path / "cache")
     assert lost in str(caught.value)
 
 
-def test_of_what_sat_wrote_the_command_is_named_that_makes_a_model_of_it(tmp_path):
+def test_a_sat_checkpoint_is_refused_with_the_command_that_converts_it(tmp_path):
     sat = write(tmp_path / "sat", {"latest": b"1", "1/mp_rank_00_model_states.pt": b"weights"})
     file = sat / "1" / "mp_rank_00_model_states.pt"
-    lacking = f"{sat} is not a whole model; it lacks model_index.json."
+    lacking = f"{sat} is not a complete model; missing: model_index.json."
     no_folder = f"{file} is not a folder; a model is a folder with model_index.json in it."
     for path, said in ((sat, lacking), (file, no_folder)):
         with pytest.raises(UserError) as caught:
             locate(str(path), cache=tmp_path / "cache")
         assert str(caught.value) == (
-            f"{said} It looks like a checkpoint of SAT: script/convert {path}, or the predictor "
-            "predict_convert, makes a model of it."
+            f"{said} It looks like a SAT checkpoint: script/convert {path}, or the predictor "
+            "predict_convert, converts it."
         )
-    with pytest.raises(UserError, match=r"it lacks model_index\.json\.$"):
+    with pytest.raises(UserError, match=r"missing: model_index\.json\.$"):
         locate(str(write(tmp_path / "other", {"a.txt": b""})), cache=tmp_path / "cache")
 
 
@@ -167,7 +167,7 @@ def test_a_captioning_model_is_a_folder_without_model_index(tmp_path):
     assert locate(str(write(tmp_path / "mine", files)), cache=tmp_path / "cache") == tmp_path / "mine"
 
 
-def test_an_embedded_model_lies_beside_the_manifest(tmp_path):
+def test_an_embedded_model_is_next_to_the_manifest(tmp_path):
     write(tmp_path / "tiny", model_files())
     (tmp_path / "manifest.toml").write_text('[small]\npath = "tiny"\n[gone]\npath = "gone"\n')
     assert locate("small", manifest=tmp_path / "manifest.toml") == tmp_path / "tiny"
@@ -178,7 +178,7 @@ def test_an_embedded_model_lies_beside_the_manifest(tmp_path):
 @pytest.mark.parametrize(
     "name", ["", "cogvideox-9b", "/no/such/folder", "a/b/c", "a/..", "a/b@", "../x", "a/b?c"]
 )
-def test_a_name_that_is_nothing_is_refused_with_the_names_that_exist(tmp_path, name):
+def test_an_unknown_name_is_refused_with_the_known_names(tmp_path, name):
     with pytest.raises(UserError, match=r"There is no model .* cogvideox-2b, cogvideox-5b"):
         locate(name, cache=tmp_path / "cache")
     assert names(tmp_path) == []
@@ -188,7 +188,7 @@ def test_a_name_that_is_nothing_is_refused_with_the_names_that_exist(tmp_path, n
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "model_cache/", "models--a--b/snapshots/0123/"])
-def test_an_archive_becomes_a_whole_folder_with_a_record(tmp_path, prefix):
+def test_an_archive_becomes_a_complete_folder_with_a_record(tmp_path, prefix):
     archive = tar_of(model_files(), prefix=prefix)
     with Host({"/model.tar": Served(archive)}) as host:
         manifest = tar_manifest(tmp_path, host)
@@ -199,7 +199,7 @@ def test_an_archive_becomes_a_whole_folder_with_a_record(tmp_path, prefix):
         url = host.url("/model.tar")
     assert {name: (folder / name).read_bytes() for name in model_files()} == model_files()
     (final,) = (tmp_path / "cache").iterdir()
-    assert is_whole(final) and is_whole(folder)
+    assert is_complete(final) and is_complete(folder)
     record = json.loads((final / cache.RECORD).read_text())
     assert record["source"] == url and record["licence"] == "Apache-2.0"
     assert record["sha256"] == hashlib.sha256(archive).hexdigest()
@@ -229,18 +229,20 @@ def test_a_truncated_archive_leaves_nothing(tmp_path):
     fails_and_leaves_nothing(tmp_path, served, "the connection ended after 90,000 of")
 
 
-def test_an_archive_that_arrives_whole_but_was_made_from_half_leaves_nothing(tmp_path):
+def test_a_complete_download_of_a_truncated_archive_leaves_nothing(tmp_path):
     fails_and_leaves_nothing(tmp_path, Served(tar_of(model_files())[:90_000]), "not a whole tar archive")
 
 
-def test_an_archive_that_holds_no_model_leaves_nothing(tmp_path):
-    fails_and_leaves_nothing(tmp_path, Served(tar_of({"readme.txt": b"hello"})), r"lacks model_index\.json")
+def test_an_archive_without_a_model_leaves_nothing(tmp_path):
+    fails_and_leaves_nothing(
+        tmp_path, Served(tar_of({"readme.txt": b"hello"})), r"missing: model_index\.json"
+    )
 
 
-def test_an_archive_that_lacks_a_shard_leaves_nothing(tmp_path):
+def test_an_archive_without_one_of_the_shards_leaves_nothing(tmp_path):
     files = model_files()
     del files["text_encoder/model-00002-of-00002.safetensors"]
-    fails_and_leaves_nothing(tmp_path, Served(tar_of(files)), r"lacks text_encoder/model-00002-of-00002")
+    fails_and_leaves_nothing(tmp_path, Served(tar_of(files)), r"missing: text_encoder/model-00002-of-00002")
 
 
 def test_an_archive_that_reaches_outside_leaves_nothing(tmp_path):
@@ -255,7 +257,7 @@ def test_an_archive_that_unpacks_to_far_more_than_itself_leaves_nothing(tmp_path
     # What compresses as little as weights do is taken.
     with Host({"/model.tar": Served(tar_of(model_files(), mode="w:gz"))}) as host:
         manifest = tar_manifest(tmp_path, host)
-        assert is_whole(locate("model", manifest=manifest, cache=tmp_path / "cache", report=quiet))
+        assert is_complete(locate("model", manifest=manifest, cache=tmp_path / "cache", report=quiet))
 
 
 def test_an_archive_needs_room_for_itself_and_its_content(tmp_path, monkeypatch):
@@ -279,11 +281,11 @@ def test_an_archive_that_was_not_unpacked_yet_is_not_fetched_again(tmp_path, mon
             with pytest.raises(KilledError):
                 locate("model", manifest=manifest, cache=cache, report=quiet)
         asked = len(host.requests)
-        assert is_whole(locate("model", manifest=manifest, cache=cache, report=quiet))
+        assert is_complete(locate("model", manifest=manifest, cache=cache, report=quiet))
         assert len(host.requests) == asked
 
 
-def test_an_archive_that_outlived_a_kill_is_removed_by_the_next_start(tmp_path, monkeypatch):
+def test_an_archive_left_by_a_killed_process_is_removed_by_the_next_start(tmp_path, monkeypatch):
     class KilledError(BaseException):
         pass
 
@@ -300,10 +302,10 @@ def test_an_archive_that_outlived_a_kill_is_removed_by_the_next_start(tmp_path, 
         asked = len(host.requests)
         folder = locate("model", manifest=manifest, cache=cache, report=quiet)
         assert len(host.requests) == asked
-    assert is_whole(folder) and names(cache) == [folder.name]
+    assert is_complete(folder) and names(cache) == [folder.name]
 
 
-def test_what_lies_beside_a_whole_model_is_left_to_the_process_that_holds_the_lock(tmp_path):
+def test_a_working_folder_is_left_to_the_process_that_holds_the_lock(tmp_path):
     with Host({"/model.tar": Served(tar_of(model_files()))}) as host:
         manifest, cache = tar_manifest(tmp_path, host), tmp_path / "cache"
         folder = locate("model", manifest=manifest, cache=cache, report=quiet)
@@ -328,7 +330,7 @@ def test_a_damaged_folder_is_noticed_and_downloaded_again(tmp_path, harm):
             victim.write_bytes(b"half")
         else:
             (folder / cache.RECORD).write_text("{")
-        assert not is_whole(folder)
+        assert not is_complete(folder)
         lines = []
         assert locate("model", manifest=manifest, cache=tmp_path / "cache", report=lines.append) == folder
     assert victim.read_bytes() == model_files()["transformer/diffusion_pytorch_model.safetensors"]
@@ -344,7 +346,7 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
     assert cache.cache_folder() == Path.home() / ".cache" / "cogvideox"
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+def test_a_cache_that_cannot_be_written_is_an_error_with_the_variable(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with (
         Host({"/model.tar": Served(tar_of(model_files()))}) as host,
@@ -376,7 +378,7 @@ def test_every_kind_of_source_is_checked_by_its_index(tmp_path, hub):
         assert seen and all(index == json.loads(model_files()["model_index.json"]) for index in seen)
         with pytest.raises(WrongTaskError, match="CogVideoXPipeline is another task"):
             locate(name, check=refuse, **options)  # also of what is whole and here
-        assert is_whole(folder) or is_whole(folder.parent)
+        assert is_complete(folder) or is_complete(folder.parent)
 
 
 def test_a_repository_of_another_task_is_refused_before_its_files_are_fetched(tmp_path, hub):
@@ -413,9 +415,9 @@ def test_a_captioning_model_is_checked_by_its_config_before_its_weights(tmp_path
 
 
 @pytest.mark.parametrize("index", [b"{", b"[1]", b"\xff\xfe"])
-def test_an_index_that_is_no_json_object_is_refused_before_the_other_files(tmp_path, hub, index):
+def test_an_index_that_is_not_a_json_object_is_refused_before_the_other_files(tmp_path, hub, index):
     hub.files.update(hub_of("owner/name", {**model_files(), "model_index.json": index}, commit=COMMIT))
-    with pytest.raises(UserError, match=r"model_index\.json is no JSON object"):
+    with pytest.raises(UserError, match=r"model_index\.json is not a JSON object"):
         locate("owner/name", check=quiet, cache=tmp_path / "cache", report=quiet)
     assert names(tmp_path / "cache") == []
 
@@ -539,7 +541,7 @@ def test_a_hub_download_that_broke_off_continues_with_the_files_that_are_missing
     assert names(tmp_path / "cache") == ["owner--name@main.partial"]
     hub.files[broken] = served
     hub.requests.clear()
-    assert is_whole(locate("owner/name", cache=tmp_path / "cache", report=quiet))
+    assert is_complete(locate("owner/name", cache=tmp_path / "cache", report=quiet))
     assert {path for path, _, _ in hub.requests} == {"/api/models/owner/name/revision/main", broken}
 
 
@@ -569,7 +571,7 @@ def test_a_damaged_hub_file_is_refused_by_the_hubs_own_checksum(tmp_path, hub):
         (403, "GatedRepo", "owner/gone is gated"),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_plain_words(tmp_path, hub, status, code, match):
+def test_a_refusal_of_the_hub_is_explained(tmp_path, hub, status, code, match):
     answer = Served(b"", status=status, headers={"X-Error-Code": code})
     hub.files["/api/models/owner/gone/revision/main"] = answer
     with pytest.raises(UserError, match=match):
@@ -647,7 +649,7 @@ def test_room_for_the_whole_repository_is_checked_before_its_first_file(tmp_path
 # Offline
 
 
-def test_a_whole_model_opens_no_socket(tmp_path, hub, monkeypatch):
+def test_a_complete_model_opens_no_socket(tmp_path, hub, monkeypatch):
     hub.files["/model.tar"] = Served(tar_of(model_files()))
     manifest, cache = tar_manifest(tmp_path, hub), tmp_path / "cache"
     local = write(tmp_path / "mine", model_files())

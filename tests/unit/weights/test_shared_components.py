@@ -1,4 +1,4 @@
-"""A converted folder runs with the text encoder and the VAE of models that were downloaded before."""
+"""A converted model is completed with the text encoder and the VAE of downloaded ones."""
 
 import json
 import os
@@ -69,23 +69,24 @@ def test_without_a_downloaded_model_the_folder_is_refused_with_what_to_do(conver
     with pytest.raises(UserError) as caught:
         locate(converted, manifest, tmp_path / "empty")
     assert str(caught.value) == (
-        f"{converted} has no text_encoder and no tokenizer, and no downloaded model has what fits its "
-        "transformer (a text encoder of width 64). Start once with a released model, for example "
-        "COGVIDEOX_MODEL=cogvideox-2b, which downloads one, or convert it with the text encoder included."
+        f"{converted} has no text_encoder and no tokenizer, and no downloaded model has what its "
+        "transformer needs (a text encoder of width 64). Start once with a released model, for example "
+        "COGVIDEOX_MODEL=cogvideox-2b, which downloads it, or convert the model with the text encoder "
+        "included."
     )
     assert not (tmp_path / "empty").exists()
 
 
-def test_a_text_encoder_of_another_width_is_not_borrowed(converted, manifest, cache):
+def test_a_text_encoder_of_another_width_is_not_shared(converted, manifest, cache):
     change(converted, "transformer", text_embed_dim=24)
     with pytest.raises(UserError, match=r"\(a text encoder of width 24\)"):
         locate(converted, manifest, cache)
 
 
-def test_a_half_downloaded_model_lends_nothing(converted, manifest, cache):
+def test_an_incomplete_model_is_not_a_donor(converted, manifest, cache):
     for file in cache.rglob("text_encoder/*.safetensors"):
         file.unlink()
-    with pytest.raises(UserError, match="no downloaded model has what fits"):
+    with pytest.raises(UserError, match="no downloaded model has what its transformer needs"):
         locate(converted, manifest, cache)
 
 
@@ -101,7 +102,7 @@ def change(folder: Path, part: str, **values) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | values))
 
 
-def test_a_vae_is_borrowed_from_a_model_of_the_transformers_kind(without_vae, manifest, cache):
+def test_a_vae_is_shared_from_a_model_of_the_transformers_kind(without_vae, manifest, cache):
     found = locate(without_vae, manifest, cache)
     assert missing_files(found) == []
     assert (found / "vae").resolve().is_relative_to(cache.resolve())
@@ -134,15 +135,15 @@ def test_text_encoder_and_vae_may_come_from_different_models(without_vae, manife
         ({}, {"out_channels": 16}, "cogvideox-5b"),
     ],
 )
-def test_a_vae_of_another_kind_is_not_borrowed(without_vae, manifest, cache, lent, wanted, family):
+def test_a_vae_of_another_kind_is_not_shared(without_vae, manifest, cache, lent, wanted, family):
     change(cache / Source(name="released", repository="us/released").key, "transformer", **lent)
     change(without_vae, "transformer", **wanted)
     with pytest.raises(UserError) as caught:
         locate(without_vae, manifest, cache)
     assert str(caught.value) == (
-        f"{without_vae} has no vae, and no downloaded model has what fits its transformer "
-        f"(a VAE of {family}'s kind). Start once with a released model, for example "
-        f"COGVIDEOX_MODEL={family}, which downloads one, or convert it with its VAE included."
+        f"{without_vae} has no vae, and no downloaded model has what its transformer needs "
+        f"(the VAE of {family}). Start once with a released model, for example "
+        f"COGVIDEOX_MODEL={family}, which downloads it, or convert the model with its VAE included."
     )
 
 
@@ -151,28 +152,30 @@ def test_without_a_downloaded_model_all_that_is_missing_is_named(without_vae, ma
         locate(without_vae, manifest, tmp_path / "empty")
     assert str(caught.value) == (
         f"{without_vae} has no text_encoder and no tokenizer and no vae, and no downloaded model has what "
-        "fits its transformer (a text encoder of width 64, a VAE of cogvideox-5b's kind). Start once with a "
-        "released model, for example COGVIDEOX_MODEL=cogvideox-5b, which downloads one, or convert it with "
-        "the text encoder and its VAE included."
+        "its transformer needs (a text encoder of width 64, the VAE of cogvideox-5b). Start once with a "
+        "released model, for example COGVIDEOX_MODEL=cogvideox-5b, which downloads it, or convert the model "
+        "with the text encoder and its VAE included."
     )
 
 
-def test_image_to_video_of_the_second_kind_has_a_vae_of_its_own(without_vae, manifest, cache):
+def test_image_to_video_of_1_5_has_a_vae_of_its_own(without_vae, manifest, cache):
     change(without_vae, "transformer", patch_size_t=2)
     change(cache / Source(name="released", repository="us/released").key, "transformer", patch_size_t=2)
     index = without_vae / "model_index.json"
     index.write_text(index.read_text().replace("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"))
-    with pytest.raises(UserError, match=r"a VAE of cogvideox1\.5-5b-i2v's kind"):
+    with pytest.raises(UserError, match=r"the VAE of cogvideox1\.5-5b-i2v"):
         locate(without_vae, manifest, cache)
 
 
-def test_a_folder_that_lacks_more_is_not_whole_as_before(converted, manifest, cache):
+def test_a_folder_without_another_component_is_incomplete(converted, manifest, cache):
     shutil.rmtree(converted / "scheduler")
-    with pytest.raises(UserError, match=r"is not a whole model; it lacks scheduler/scheduler_config\.json"):
+    with pytest.raises(
+        UserError, match=r"is not a complete model; missing: scheduler/scheduler_config\.json"
+    ):
         locate(converted, manifest, cache)
 
 
 def test_a_component_that_is_there_but_broken_is_not_replaced(converted, manifest, cache):
     os.mkdir(converted / "text_encoder")
-    with pytest.raises(UserError, match=r"is not a whole model; it lacks text_encoder/config\.json"):
+    with pytest.raises(UserError, match=r"is not a complete model; missing: text_encoder/config\.json"):
         locate(converted, manifest, cache)
