@@ -11,8 +11,17 @@ from typing import Any
 
 from lib.serving.signature import FROM_COG, MISSING, SCALARS, InputField, Output, Signature, read_signature
 
-STATUSES = ["starting", "processing", "succeeded", "canceled", "failed"]
-WEBHOOK_EVENTS = ["start", "output", "logs", "completed"]
+TEMPLATE = Path(__file__).with_name("openapi.json")
+"""Everything but inputs and outputs: the endpoints of predictions, their requests and responses."""
+TRAINING_WORDS = {
+    "prediction": "training",
+    "Prediction": "Training",
+    "predict": "train",
+    "Predict": "Train",
+    "schemas/Input": "schemas/TrainingInput",
+    "schemas/Output": "schemas/TrainingOutput",
+}
+"""What differs in the endpoints of trainings."""
 # Cog's name for an option of Input -> JSON schema's.
 KEYWORDS = {
     "description": "description",
@@ -32,24 +41,24 @@ def openapi_schema(
 
     Raises SignatureError where Cog's static reader would lose something.
     """
-    schemas: dict[str, Any] = {}
-    paths = _fixed_paths()
-    _add_endpoint(schemas, paths, "prediction", read_signature(predictor, name))
+    text = TEMPLATE.read_text(encoding="utf-8")
+    document = json.loads(text)
+    schemas = document["components"]["schemas"]
+    _add_signature(schemas, "", read_signature(predictor, name))
     if train is not None:
-        _add_endpoint(schemas, paths, "training", read_signature(train, train_name))
-    schemas |= _fixed_schemas()
-    return {
-        "openapi": "3.0.2",
-        "info": {"title": "Cog", "version": "0.1.0"},
-        "paths": paths,
-        "components": {"schemas": schemas},
-    }
+        for word, replacement in TRAINING_WORDS.items():
+            text = text.replace(word, replacement)
+        training = json.loads(text)
+        document["paths"] |= training["paths"]
+        schemas |= training["components"]["schemas"]
+        _add_signature(schemas, "Training", read_signature(train, train_name))
+    return document
 
 
 def input_document(file: Path, *, name: str = "train") -> dict[str, Any]:
     """Return a document with only the inputs of class or function `name` in `file`, for the command line."""
     schemas: dict[str, Any] = {}
-    _add_endpoint(schemas, {}, "prediction", read_signature(file, name))
+    _add_signature(schemas, "", read_signature(file, name))
     return {"components": {"schemas": schemas}}
 
 
@@ -61,15 +70,10 @@ def write_schema(path: Path, document: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _add_endpoint(schemas: dict[str, Any], paths: dict[str, Any], kind: str, signature: Signature) -> None:
-    """Add the four components and the paths of predictions or trainings."""
-    noun = kind.capitalize()
-    prefix = "" if kind == "prediction" else "Training"
+def _add_signature(schemas: dict[str, Any], prefix: str, signature: Signature) -> None:
+    """Add Input and Output, or TrainingInput and TrainingOutput."""
     schemas[f"{prefix}Input"] = _input_schema(schemas, prefix, signature.inputs)
     schemas[f"{prefix}Output"] = _output_schema(f"{prefix}Output", signature.output)
-    schemas[f"{noun}Request"] = _request_schema(noun, _ref(f"{prefix}Input"))
-    schemas[f"{noun}Response"] = _response_schema(noun, _ref(f"{prefix}Input"), _ref(f"{prefix}Output"))
-    paths |= _endpoint_paths(kind, noun)
 
 
 def _input_schema(schemas: dict[str, Any], prefix: str, inputs: list[InputField]) -> dict[str, Any]:
@@ -129,110 +133,6 @@ def _output_schema(title: str, output: Output) -> dict[str, Any]:
         iterator = {"x-cog-array-type": "iterator"} if output.iterator else {}
         return {"title": title, "type": "array", "items": _scalar(output.type or "str")} | iterator
     return {"title": title} | _scalar(output.type or "str")
-
-
-def _request_schema(noun: str, input_ref: dict[str, Any]) -> dict[str, Any]:
-    events = {"type": "array", "items": _ref("WebhookEvent"), "default": WEBHOOK_EVENTS}
-    return {
-        "title": f"{noun}Request",
-        "type": "object",
-        "properties": {
-            "id": {"title": "Id", "type": "string"},
-            "input": input_ref,
-            "webhook": {"title": "Webhook", "type": "string", "format": "uri"},
-            "webhook_events_filter": {"title": "Webhook Events Filter"} | events,
-        },
-    }
-
-
-def _response_schema(noun: str, input_ref: dict[str, Any], output_ref: dict[str, Any]) -> dict[str, Any]:
-    moments = ("created_at", "started_at", "completed_at")
-    times = {name: {"title": _title(name), "type": "string", "format": "date-time"} for name in moments}
-    return {
-        "title": f"{noun}Response",
-        "type": "object",
-        "properties": {
-            "input": input_ref,
-            "output": output_ref,
-            "id": {"title": "Id", "type": "string"},
-            "version": {"title": "Version", "type": "string"},
-            **times,
-            "status": _ref("Status"),
-            "error": {"title": "Error", "type": "string"},
-            "logs": {"title": "Logs", "type": "string", "default": ""},
-            "metrics": {"title": "Metrics", "type": "object"},
-        },
-    }
-
-
-def _fixed_schemas() -> dict[str, Any]:
-    location = {"title": "Location", "type": "array", "items": {"anyOf": [_scalar("str"), _scalar("int")]}}
-    details = {"title": "Detail", "type": "array", "items": _ref("ValidationError")}
-    return {
-        "Status": _enumeration("Status", STATUSES),
-        "WebhookEvent": _enumeration("WebhookEvent", WEBHOOK_EVENTS),
-        "HTTPValidationError": {
-            "title": "HTTPValidationError",
-            "type": "object",
-            "properties": {"detail": details},
-        },
-        "ValidationError": {
-            "title": "ValidationError",
-            "type": "object",
-            "required": ["loc", "msg", "type"],
-            "properties": {
-                "loc": location,
-                "msg": {"title": "Message", "type": "string"},
-                "type": {"title": "Error Type", "type": "string"},
-            },
-        },
-    }
-
-
-def _fixed_paths() -> dict[str, Any]:
-    return {
-        "/": {"get": _operation("Root", "root__get")},
-        "/health-check": {"get": _operation("Healthcheck", "healthcheck_health_check_get")},
-        "/shutdown": {"post": _operation("Start Shutdown", "start_shutdown_shutdown_post")},
-    }
-
-
-def _endpoint_paths(kind: str, noun: str) -> dict[str, Any]:
-    verb = {"prediction": "predict", "training": "train"}[kind]
-    base, parameter = f"/{kind}s", f"{kind}_id"
-    body = {"content": {"application/json": {"schema": _ref(f"{noun}Request")}}}
-    create = {"description": f"Run a single {kind} on the model", "requestBody": body}
-    where = {"name": parameter, "in": "path", "required": True}
-    parameters = {"parameters": [where | {"schema": {"title": _title(parameter), "type": "string"}}]}
-    reply = _ref(f"{noun}Response")
-    operation_id = f"{verb}_{kind}s"
-    return {
-        base: {"post": create | _operation(verb.capitalize(), f"{operation_id}_post", reply)},
-        f"{base}/{{{parameter}}}": {
-            "put": create
-            | parameters
-            | _operation(f"{verb.capitalize()} Idempotent", f"{operation_id}_idempotent_put", reply)
-        },
-        f"{base}/{{{parameter}}}/cancel": {
-            "post": parameters | _operation("Cancel", f"cancel_{kind}s__{parameter}__cancel_post", {})
-        },
-    }
-
-
-def _operation(summary: str, operation_id: str, reply: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return one operation; those with a request (`reply` is not None) may answer 422."""
-    responses = {"200": {"description": "Successful Response"} | _json(reply or {})}
-    if reply is not None:
-        responses["422"] = {"description": "Validation Error"} | _json(_ref("HTTPValidationError"))
-    return {"summary": summary, "operationId": operation_id, "responses": responses}
-
-
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": schema}}}
-
-
-def _enumeration(title: str, values: list[str]) -> dict[str, Any]:
-    return {"title": title, "description": "An enumeration.", "enum": values, "type": "string"}
 
 
 def _ref(name: str) -> dict[str, Any]:
