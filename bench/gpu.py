@@ -111,7 +111,7 @@ def measure(folder: str, variant: str, steps: int) -> None:
     """Print one variant's figures as a line of JSON; runs in a process of its own."""
     import torch
 
-    from lib.pipelines.load import silence_libraries
+    from lib.pipelines.library_logs import silence_libraries
 
     silence_libraries()
     make = plain_clips(Path(folder)) if variant == "plain" else service_clips(Path(folder), variant)

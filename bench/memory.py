@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.models.specs import SPECS
+from lib.settings import Offload
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,7 +52,7 @@ class Setting:
     tiled: bool = False
     lora: str = ""
     """Layers that get a LoRA, by their names' ends."""
-    offload: str = "resident"
+    offload: Offload = "resident"
 
 
 ATTENTION = "to_q to_k to_v to_out.0"
@@ -131,8 +132,8 @@ def measure(setting: Setting) -> dict:
     """Load, generate, and return [predicted, measured] bytes by stage, and the bytes of the weights."""
     import torch
 
+    from lib.generation.footprint import clip_of, lora_bytes
     from lib.memory.model import MemoryModel
-    from lib.memory.request import clip_of, lora_bytes
     from lib.pipelines.machine import Machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,13 +177,12 @@ def load(folder: Path, machine: "Machine", setting: Setting, meter: "Meter") -> 
     import peft
 
     from lib.generation.generator import Generator  # noqa: F401
-    from lib.pipelines.load import load_pipeline, plan_memory
+    from lib.pipelines.load import load_pipeline
 
     load_pipeline_of_nothing()
     meter.begin()
     spec = SPECS[setting.model]
-    plan = plan_memory(spec, folder, machine, forced=setting.offload)
-    pipeline = load_pipeline(spec, folder, machine, plan)
+    pipeline = load_pipeline(spec, folder, machine, offload=setting.offload)
     if setting.lora:
         config = peft.LoraConfig(r=64, target_modules=setting.lora.split())
         pipeline.transformer.add_adapter(config)
@@ -197,13 +197,13 @@ def load(folder: Path, machine: "Machine", setting: Setting, meter: "Meter") -> 
 def load_pipeline_of_nothing() -> None:
     """Load the embedded model once, so that imports and set-up do not count."""
     from lib.generation.generator import Generator
-    from lib.pipelines.load import load_pipeline, plan_memory
+    from lib.pipelines.load import load_pipeline
     from lib.pipelines.machine import Machine
 
     for name in ("tiny-t2v", "tiny-i2v"):
         spec, folder = SPECS[name], ROOT / "weights" / name
         machine = Machine(device="cpu", free_bytes=None, dtype="float32")
-        pipeline = load_pipeline(spec, folder, machine, plan_memory(spec, folder, machine))
+        pipeline = load_pipeline(spec, folder, machine)
         request = request_for(Setting(model=name, width=spec.width, height=spec.height, frames=spec.frames))
         Generator(spec=spec, pipeline=pipeline, report=lambda line: None).frames(request)
 

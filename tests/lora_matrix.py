@@ -1,7 +1,7 @@
 """Compare a LoRA in every mode that a CPU can run with diffusers' own pipeline.
 
 `python -m tests.lora_matrix FOLDER` does it for quantised weights, in a process of its own: torchao is
-installed apart (.venv/extras), and what imports diffusers beside it loads slower.
+installed separately (.venv/extras), and slows down every import of diffusers.
 """
 
 import json
@@ -23,7 +23,7 @@ from lib.lora.source import Choice, parse
 from lib.models.specs import SPECS, Pace
 from lib.pipelines.acceleration import Acceleration
 from lib.pipelines.compilation import compile_blocks
-from lib.pipelines.load import load_pipeline, plan_memory
+from lib.pipelines.load import load_pipeline
 from lib.pipelines.machine import Machine
 from lib.pipelines.offload import place
 from tests.lora_factory import WEIGHTS, save_lora
@@ -40,12 +40,12 @@ SPEEDS = ("exact", "balanced", "fast")
 OFFLOADS = ("resident", "text", "model", "group")
 QUANTIZED = {
     "int8": [
-        *(("apart", offload, "exact") for offload in OFFLOADS),
+        *(("plain", offload, "exact") for offload in OFFLOADS),
         ("compiled", "resident", "exact"),
         ("compiled", "group", "fast"),
     ],
-    "int8-dynamic": [("apart", "model", "exact"), ("compiled", "resident", "fast")],
-    "fp8": [("apart", "model", "exact"), ("compiled", "resident", "fast")],
+    "int8-dynamic": [("plain", "model", "exact"), ("compiled", "resident", "fast")],
+    "fp8": [("plain", "model", "exact"), ("compiled", "resident", "fast")],
 }
 """Quantization -> the modes it is tried in: torchao is slow on a CPU."""
 SCALE = 0.7
@@ -89,13 +89,8 @@ def expected(kind: str, speed: str, file: Path | None) -> Tensor:
 
 @cache
 def loaded(kind: str, computed: str, offload: str) -> tuple[Generator, Loras]:
-    """`computed`: fused, apart or compiled (followed by the compiler, without its code generator)."""
-    plan = plan_memory(SPEC, WEIGHTS / "tiny-t2v", CPU)
-    settings = Acceleration(quantization=kind)
-    pipeline = load_pipeline(SPEC, WEIGHTS / "tiny-t2v", CPU, plan, settings=settings)
-    if computed != "fused":
-        for processor in pipeline.transformer.attn_processors.values():
-            processor.fused = None
+    """`computed`: plain or compiled (traced by the compiler, without its code generator)."""
+    pipeline = load_pipeline(SPEC, WEIGHTS / "tiny-t2v", CPU, acceleration=Acceleration(quantization=kind))
     if computed == "compiled":
         compile_blocks(pipeline.transformer, backend="eager")
     if offload != "resident":
@@ -142,9 +137,6 @@ def _offload_to_the_cpu() -> None:
 
 def main(folder: Path) -> None:
     os.environ["COGVIDEOX_LOCAL_SOURCES"] = "1"
-    from lib.pipelines.acceleration import prepare
-
-    prepare(Acceleration(compiled=True, quantization="int8"))
     found = {}
     for kind, ways in QUANTIZED.items():
         for way in ways:

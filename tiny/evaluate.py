@@ -11,7 +11,8 @@ from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.models.derive import spec_for
 from lib.models.specs import Task
-from lib.pipelines.load import inspect_machine, load_pipeline, plan_memory
+from lib.pipelines.load import load_pipeline
+from lib.pipelines.machine import inspect_machine
 from tiny import world
 from tiny.captions import sample_caption
 from tiny.judge import ATTRIBUTE_NAMES, Verdict, first_frame_psnr, judge
@@ -48,8 +49,7 @@ class Result:
 def load_generator(folder: Path) -> Generator:
     """A generator for a diffusers folder that keeps quiet about its progress."""
     spec = spec_for(folder.name, folder)
-    machine = inspect_machine(spec)
-    pipeline = load_pipeline(spec, folder, machine, plan_memory(spec, folder, machine))
+    pipeline = load_pipeline(spec, folder, inspect_machine(spec))
     return Generator(spec=spec, pipeline=pipeline, report=lambda line: None)
 
 

@@ -15,7 +15,7 @@ from lib.caption.journal import Row
 from lib.datasets.clips import Clip, LeftOut, find_clips, full_caption
 from lib.datasets.source import fetch_hub_dataset, open_data
 from lib.errors import UserError
-from lib.pipelines.load import silence_libraries
+from lib.pipelines.library_logs import silence_libraries
 from lib.progress import Report, progress_line
 from lib.weights.cache import cache_folder
 from training.base import load_text_encoder, load_vae, scaling_factor

@@ -7,9 +7,10 @@ import torch
 
 from lib.distributed.layout import Layout, ParallelPlan
 from lib.generation.request import Request
+from lib.memory.plan import MemoryPlan
 from lib.models.specs import ModelSpec
 from lib.pipelines.acceleration import PLAIN, Acceleration
-from lib.pipelines.load import Machine, MemoryPlan
+from lib.pipelines.machine import Machine
 
 Embeddings = tuple[torch.Tensor, torch.Tensor | None]
 """Of prompt and negative prompt, [1, tokens, width] each."""

@@ -39,7 +39,12 @@ def main(descriptor: int) -> int:
 def load_model(setup: ModelSetup) -> tuple[Generator, Loras]:
     """Load the model as the first process does, but without its text encoder and without progress lines."""
     pipeline = load_pipeline(
-        setup.spec, setup.folder, setup.machine, setup.plan, text_encoder=False, settings=setup.settings
+        setup.spec,
+        setup.folder,
+        setup.machine,
+        offload=setup.plan.offload,
+        text_encoder=False,
+        acceleration=setup.settings,
     )
     generator = Generator(spec=setup.spec, pipeline=pipeline, plan=setup.plan, report=_ignore)
     loras = Loras(pipeline=pipeline, spec=setup.spec, offload=setup.plan.offload, report=_ignore)

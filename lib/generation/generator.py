@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from lib.cancellation import Stopped
 from lib.generation.decoding import Collected, FrameSink, decode_latents
+from lib.generation.footprint import clip_of, lora_bytes
 from lib.generation.prompts import PromptEncoder
 from lib.generation.request import Request
+from lib.generation.schedulers import build_scheduler
 from lib.generation.step_cache import applied, steps_to_forecast
-from lib.memory.request import clip_of, lora_bytes
 from lib.models.specs import ModelSpec
-from lib.pipelines.load import build_scheduler
-from lib.pipelines.offload import rest_text_encoder
+from lib.pipelines.offload import offload_text_encoder
 from lib.progress import Report, progress_line
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Generator:
                             request.prompt, request.negative_prompt if request.guidance_scale > 1 else None
                         )
                     finally:
-                        rest_text_encoder(self.pipeline)
+                        offload_text_encoder(self.pipeline)
                 shared = (
                     shared_denoising(request, (prompt, negative), stop)
                     if shared_denoising

@@ -27,10 +27,10 @@ from lib.errors import UserError
 from lib.lora.cache import locate
 from lib.lora.keys import LoraFile, read_lora
 from lib.lora.source import Choice
-from lib.memory.model import Offload
 from lib.models.specs import ModelSpec
 from lib.pipelines.offload import unhooked
 from lib.progress import Report
+from lib.settings import Offload
 
 # Three LoRAs of rank 128 on four projections of 5B in 16 bits.
 MAX_ATTACHED_BYTES = 800 * 10**6

@@ -10,9 +10,9 @@ from lib.memory.shapes import ModelShape, Parts
 from lib.memory.stages import Clip, Stage, stage_bytes
 from lib.models.derive import weights_dtype
 from lib.models.specs import SPECS, ModelSpec
-from lib.pipelines.machine import Dtype, Machine
+from lib.pipelines.machine import Machine
+from lib.settings import Dtype, Offload
 
-Offload = Literal["resident", "text", "model", "group", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("resident", "text", "model", "group", "sequential")
 """Fastest first. text: the text encoder is on the GPU while it encodes. model: so is each part while it is
 used. group: the blocks of the transformer come one by one, the next while one computes. sequential: so does
@@ -87,7 +87,6 @@ class MemoryModel:
             clip,
             image=self.image,
             tiled=tiled,
-            fused=offload in ("resident", "text") and self.weights == "none" and clip.adapted == "none",
         )
         weights = self.weights_on_device(offload, lora_bytes)
         beside = HEAP_BYTES + self._mapped_copies() if self.device == "cpu" else 0

@@ -8,13 +8,15 @@ plan.tiled(clip)        # for each request: whether it decodes in tiles; UserErr
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 from lib.errors import UserError
-from lib.memory.model import GIB, OFFLOADS, MemoryModel, Offload, released, usual_clip
+from lib.memory.model import GIB, OFFLOADS, MemoryModel, Weights, released, usual_clip
 from lib.memory.shapes import ModelShape
 from lib.memory.stages import Clip
 from lib.models.specs import ModelSpec
 from lib.pipelines.machine import Machine
+from lib.settings import Offload
 
 USABLE = 0.95
 """Of what is free; the rest is left to others."""
@@ -65,6 +67,18 @@ def needed(memory: MemoryModel, clip: Clip, offload: Offload, *, tiled: bool, lo
         return max(peaks.values())
     weights = memory.weights_on_device(offload, lora_bytes)
     return max(int(peak + FRAGMENTS * (peak - weights[stage])) for stage, peak in peaks.items()) + GPU_RESERVE
+
+
+def plan_memory(
+    spec: ModelSpec,
+    folder: Path,
+    machine: Machine,
+    *,
+    forced: Offload | None = None,
+    weights: Weights = "none",
+) -> MemoryPlan:
+    """Return the plan for the model in a folder, its weights stored as given; otherwise as choose_plan."""
+    return choose_plan(spec, MemoryModel.of(spec, folder, machine, weights=weights), machine, forced=forced)
 
 
 def choose_plan(

@@ -31,14 +31,14 @@ class Clip:
 
 
 def stage_bytes(
-    shape: ModelShape, kernels: Kernels, clip: Clip, *, image: bool, tiled: bool, fused: bool = False
+    shape: ModelShape, kernels: Kernels, clip: Clip, *, image: bool, tiled: bool
 ) -> dict[Stage, int]:
     """Peak bytes of each stage of a request, without weights. image: whether it begins with one."""
     stages: dict[Stage, int] = {"text_encoding": text_encoding(shape, kernels)}
     size = {"height": clip.height, "width": clip.width}
     if image:
         stages["image_encoding"] = vae.encoding(shape.vae, kernels, **size)
-    stages["denoising"] = denoising(shape, kernels, clip, fused=fused)
+    stages["denoising"] = denoising(shape, kernels, clip)
     stages["decoding"] = vae.decoding(shape.vae, kernels, frames=clip.frames, **size, tiled=tiled)
     return stages
 
@@ -51,12 +51,12 @@ def text_encoding(shape: ModelShape, kernels: Kernels) -> int:
     return (bias + tokens * (4 * encoder.feed_forward + 4 * encoder.width)) * kernels.itemsize
 
 
-def denoising(shape: ModelShape, kernels: Kernels, clip: Clip, *, fused: bool = False) -> int:
+def denoising(shape: ModelShape, kernels: Kernels, clip: Clip) -> int:
     """One step, at the worst of four points of a block.
 
     All count whole sequences: [batch, text and video tokens, width]. Alive throughout a block are its input
     and the sum it builds; in the attention also the normed sequence, in the feed-forward that and the
-    attention's result. fused: query, key and value come from one product.
+    attention's result.
     """
     transformer, item = shape.transformer, kernels.itemsize
     tokens = video_tokens(shape, clip)
@@ -70,8 +70,7 @@ def denoising(shape: ModelShape, kernels: Kernels, clip: Clip, *, fused: bool = 
     ]
     if transformer.rotary:
         # Query or key turned: its halves swapped, and in float32 both products with their sum or source.
-        # The fused product stays alive beside the query and key that the norms made of it.
-        points.append((8 if fused else 6) * sequence + video * (item + 3 * FLOAT))
+        points.append(6 * sequence + video * (item + 3 * FLOAT))
     if clip.adapted != "none":
         # peft: a product, the LoRA's, and that scaled; query and key are there already.
         points.append((5 + 3) * sequence)

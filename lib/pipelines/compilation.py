@@ -1,31 +1,33 @@
 """Compiled transformer blocks: one compilation that all blocks share, kept on disk for the next start.
 
-Blocks are what repeats; compiling them alone takes a fraction of the time that the whole transformer would,
-and leaves what happens around them (hooks of offloading, sharing among processes, forecast steps) as it is.
+Compiling the repeated blocks takes a fraction of the time that the whole transformer would, and leaves the
+rest (offloading, sharing among processes, forecast steps) as it is.
 """
 
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
-from typing import TYPE_CHECKING
+from typing import Any, cast
+
+import torch
+import torch._dynamo
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from lib import optional
+from lib.pipelines.attention import processors
 from lib.weights.cache import cache_folder
-
-if TYPE_CHECKING:
-    from diffusers import CogVideoXTransformer3DModel
-
-    from lib.generation.generator import Generator
 
 VARIANTS = 64
 """Compilations kept in memory: with and without guidance, the first size and any other, each LoRA."""
-KEPT = "TORCHINDUCTOR_CACHE_DIR"
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def missing_tool(device: str) -> str | None:
-    """What has to be installed before anything can be compiled for `device`; None when all is there."""
+    """Return what has to be installed before anything can be compiled for `device`; None if nothing."""
     compilers = [os.environ.get("CXX"), "g++", "clang++"]
     if not any(name and shutil.which(name) for name in compilers):
         return "a C++ compiler, and none was found: install one (apt-get install g++)"
@@ -36,69 +38,29 @@ def missing_tool(device: str) -> str | None:
     return None
 
 
-def compile_blocks(transformer: "CogVideoXTransformer3DModel", *, backend: object = "inductor") -> None:
-    """Compile the blocks when they are first called, and again for what differs: another size, a LoRA.
+def compile_blocks(
+    transformer: CogVideoXTransformer3DModel, *, backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Compile the blocks when they are first called, and again for another size or a LoRA.
 
-    A failed compilation raises and leaves nothing: the next call compiles anew. Blocks compute equal to
-    rounding. What several processes exchange in a block is left uncompiled.
+    Blocks compute the same to rounding. A failed compilation raises and leaves nothing: the next call starts
+    it from scratch. What several processes exchange within a block is not compiled.
     """
-    import torch
-    import torch._dynamo
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    apart = torch.compiler.disable(dispatch_attention_fn)
-    for processor in transformer.attn_processors.values():
-        processor.dispatch_shared = apart
-    compiled = torch.compile(transformer.transformer_blocks[0].forward.__func__, backend=backend)
-    for block in transformer.transformer_blocks:
-        block.forward = MethodType(compiled, block)
+    dispatch = cast(Callable[..., torch.Tensor], torch.compiler.disable(dispatch_attention_fn))
+    for processor in processors(transformer):
+        processor.parallel_dispatch = dispatch
+    transformer._repeated_blocks = ["CogVideoXBlock"]  # diffusers 0.42 lists none for this class
+    transformer.compile_repeated_blocks(backend=backend)
 
 
 def keep_compilations() -> None:
-    """Let the compiler keep its work in the cache's folder `compiled`, or where TORCHINDUCTOR_CACHE_DIR says.
+    """Keep compilations in the cache's folder `compiled`, or where TORCHINDUCTOR_CACHE_DIR says.
 
-    Only this user can put anything there: it will be run. To be called before the compiler is imported.
+    Nobody but this user can write there: the files are programs that will be run.
     """
-    if KEPT not in os.environ:
+    # torch puts its default into the variable when it is imported.
+    if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
         folder = cache_folder() / "compiled"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ[KEPT] = str(folder)
-
-
-def warm_up(generator: "Generator") -> None:
-    """Compile at once what a usual request needs: one step at the model's own size, with guidance.
-
-    Of the model's own length, or the longest that the plan has room for.
-    """
-    import torch
-    from PIL import Image
-
-    from lib.generation.request import build_request
-
-    spec = generator.spec
-    image = Image.new("RGB", (spec.width, spec.height)) if spec.task == "i2v" else None
-    request = build_request(
-        spec,
-        prompt="",
-        negative_prompt="",
-        num_inference_steps=1,
-        guidance_scale=spec.guidance_scale,
-        num_frames=generator.plan.frames if generator.plan else None,
-        width=spec.width,
-        height=spec.height,
-        fps=None,
-        seed=0,
-        use_dynamic_cfg=False,
-        scheduler="default",
-        image=image,
-    )
-    transformer = generator.pipeline.transformer
-    device = generator.pipeline._execution_device
-    shape = (1, spec.text_tokens, transformer.config.text_embed_dim)
-    nothing = torch.zeros(shape, device=device, dtype=transformer.dtype)
-    report, generator.report = generator.report, lambda line: None
-    try:
-        generator.latents(request, (nothing, nothing), check=lambda: None)
-    finally:
-        generator.report = report
+        os.environ[CACHE_VARIABLE] = str(folder)

@@ -1,31 +1,31 @@
-"""What a machine has to offer: device, type to compute in, memory that is free."""
+"""The machine that a model runs on: its device, the dtype to compute in, and free memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lib.models.specs import ModelSpec
+from lib.settings import Dtype
 
 CONTROL_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 """Of a control group, versions 2 and 1."""
-Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What setup found; bytes are None or 0 where they are not known."""
+    """A device and its memory; bytes are None or 0 where they are not known."""
 
     device: Literal["cpu", "cuda"]
     free_bytes: int | None
-    """Of the device: of a GPU's memory, or of the system's."""
+    """Of the device's memory: a GPU's, or the system's."""
     dtype: Dtype
     system_bytes: int | None = None
-    """Of the system's memory beside a GPU: where weights wait that are not on it."""
+    """Free system memory next to a GPU, for weights that are offloaded."""
 
 
 def inspect_machine(spec: ModelSpec) -> Machine:
-    """CUDA if there is a GPU, with the checkpoint's dtype; else the CPU in float32."""
-    import torch
+    """Return CUDA if there is a GPU, with the checkpoint's dtype; else the CPU in float32."""
+    import torch  # not at the top: free_system_bytes is needed before torch is loaded
 
     system = free_system_bytes()
     if not torch.cuda.is_available():
@@ -38,8 +38,10 @@ def inspect_machine(spec: ModelSpec) -> Machine:
 
 
 def free_system_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process may still take: what Linux calls available, or less where a control group
-    bounds it. None on other systems."""
+    """Return the memory that this process may still take.
+
+    It is what Linux calls available, or less where a control group bounds it; None on other systems.
+    """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -56,7 +58,7 @@ def free_system_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _control_groups(root: Path) -> list[Path]:
-    """This process's group and those around it, in either version of the interface."""
+    """Return this process's group and those that contain it, in either version of the interface."""
     folders = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -73,7 +75,7 @@ def _control_groups(root: Path) -> list[Path]:
 
 
 def _reclaimable(statistics: Path) -> int:
-    """Pages of files that a group holds and the kernel gives up when memory is short."""
+    """Return the bytes of file pages of a group that the kernel frees when memory is short."""
     try:
         lines = statistics.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))

@@ -1,4 +1,4 @@
-"""Weights on their way from the disk while libraries are imported: the system reads, nobody waits."""
+"""Reading a checkpoint's weights into the system's file cache while libraries are still being imported."""
 
 import os
 import threading
@@ -7,30 +7,30 @@ from pathlib import Path
 from lib.pipelines.machine import free_system_bytes
 
 SHARE = 0.5
-"""Of free system memory: what is read ahead beyond that might be gone again before it is used."""
+"""Of free system memory: what is read beyond that might be evicted before it is used."""
 BLOCK_BYTES = 64 * 2**20
 
 
-def read_ahead(folder: Path) -> threading.Thread | None:
-    """Ask the system for a checkpoint's weights, in the order in which they are loaded.
+def prefetch(folder: Path) -> threading.Thread | None:
+    """Ask the system to read a checkpoint's weights, in the order in which they will be loaded.
 
     Returns the thread that asks, which ends by itself; None where the system takes no such advice.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
-    thread = threading.Thread(target=_ask, args=(weight_files(folder),), name="read ahead", daemon=True)
+    thread = threading.Thread(target=_advise, args=(weight_files(folder),), name="prefetch", daemon=True)
     thread.start()
     return thread
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of all parts, in the order in which they will be read."""
-    parts = {"transformer": 0, "vae": 1, "text_encoder": 2}
-    files = [file for file in folder.glob("*/*.safetensors") if file.parent.name in parts]
-    return sorted(files, key=lambda file: (parts[file.parent.name], file.name))
+    """Return the safetensors files of all components, in the order in which they will be loaded."""
+    order = {"transformer": 0, "vae": 1, "text_encoder": 2}
+    files = [file for file in folder.glob("*/*.safetensors") if file.parent.name in order]
+    return sorted(files, key=lambda file: (order[file.parent.name], file.name))
 
 
-def _ask(files: list[Path]) -> None:
+def _advise(files: list[Path]) -> None:
     free = free_system_bytes()
     left = None if free is None else int(free * SHARE)
     for file in files:
@@ -43,4 +43,4 @@ def _ask(files: list[Path]) -> None:
                     os.posix_fadvise(opened.fileno(), start, BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
                     left = left - BLOCK_BYTES if left is not None else None
         except OSError:
-            return  # loading will say what is wrong
+            return  # loading reports what is wrong

@@ -15,7 +15,8 @@ from lib.caption.captioner import Captioner, load_captioner
 from lib.caption.config import read_config
 from lib.caption.precision import Precision, choose_precision
 from lib.caption.request import CaptionSettings
-from lib.pipelines.load import inspect_machine, silence_libraries
+from lib.pipelines.library_logs import silence_libraries
+from lib.pipelines.machine import inspect_machine
 from lib.predictors import input_files
 from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.model import MetricSink, Model

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lib import settings
 from lib.lora import source
 from lib.models.specs import Task
-from lib.pipelines.prefetch import read_ahead
+from lib.pipelines.prefetch import prefetch
 from lib.predictors.model import resolve_model
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def start_video(task: Task, weights_url: Path | str | None = None) -> "VideoPred
     """
     started = time.perf_counter()
     model = resolve_model(task)
-    read_ahead(model.folder)
+    prefetch(model.folder)
     default = str(weights_url or settings.current().default_lora)
     default_lora = source.parse(default, trusted=True) if default else None
 

@@ -15,13 +15,15 @@ from lib.distributed.worker_pool import WorkerPool, create_pool
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
 from lib.generation.step_cache import steps_to_forecast
+from lib.generation.warm_up import warm_up
 from lib.lora.attach import Loras
 from lib.lora.source import Address, Choice
 from lib.memory.model import GIB
+from lib.memory.plan import plan_memory
 from lib.models.specs import ModelSpec
-from lib.pipelines.acceleration import check_plan, settle
-from lib.pipelines.compilation import warm_up
-from lib.pipelines.load import inspect_machine, load_pipeline, plan_memory
+from lib.pipelines.acceleration import check_offload, resolve
+from lib.pipelines.load import load_pipeline
+from lib.pipelines.machine import inspect_machine
 from lib.predictors import input_files
 from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.model import MetricSink, Model
@@ -69,7 +71,9 @@ class VideoPredictor:
             pool.start()
         compute = ComputeThread()
         pipeline = compute.run(
-            lambda: load_pipeline(model.spec, model.folder, machine, plan, settings=acceleration)
+            lambda: load_pipeline(
+                model.spec, model.folder, machine, offload=plan.offload, acceleration=acceleration
+            )
         )
         generator = Generator(spec=model.spec, pipeline=pipeline, plan=plan, report=throttled(print_line))
         if acceleration.compiled:
@@ -166,11 +170,12 @@ class VideoPredictor:
 def plan_loading(model: Model) -> ModelSetup:
     """Return how this machine and the COGVIDEOX_* variables have the model loaded. Raises UserError."""
     machine = inspect_machine(model.spec)
-    acceleration = settle(machine)
+    variables = settings.current()
+    acceleration = resolve(machine, variables)
     plan = plan_memory(
-        model.spec, model.folder, machine, forced=settings.current().offload, weights=acceleration.weights
+        model.spec, model.folder, machine, forced=variables.offload, weights=acceleration.weights
     )
-    check_plan(acceleration, plan)
+    check_offload(acceleration, plan.offload, plan.reason)
     return ModelSetup(spec=model.spec, folder=model.folder, machine=machine, plan=plan, settings=acceleration)
 
 

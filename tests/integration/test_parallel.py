@@ -19,8 +19,9 @@ from lib.distributed.worker_pool import WorkerPool, create_pool
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
 from lib.lora.attach import Loras
+from lib.memory.plan import plan_memory
 from lib.models.specs import SPECS
-from lib.pipelines.load import inspect_machine, plan_memory
+from lib.pipelines.machine import inspect_machine
 from tests.lora_factory import save_lora
 from tests.parallel_factory import in_processes, save_model
 from tiny.evaluate import DEFAULTS, load_generator

@@ -268,13 +268,12 @@ def test_compiled_blocks_are_not_compiled_again(t2v):
     request = request_for(speed="fast")
     expected = t2v.frames(request)
     block = t2v.pipeline.transformer.transformer_blocks[0]
-    fused, block.attn1.processor.fused = block.attn1.processor.fused, None  # not for compiled blocks
     block.compile(backend=count, fullgraph=True)
     try:
         for speed in ("exact", "fast", "exact", "fast"):
             frames = t2v.frames(request_for(speed=speed))
     finally:
-        block._compiled_call_impl, block.attn1.processor.fused = None, fused
+        block._compiled_call_impl = None
     assert len(compiled) == 1
     assert psnr(frames, expected) > 50
 

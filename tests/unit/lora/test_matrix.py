@@ -13,7 +13,7 @@ from tests import lora_matrix
 from tests.lora_matrix import OFFLOADS, QUANTIZED, SPEEDS, lora_file, outcome
 
 ROOT = Path(__file__).resolve().parents[3]
-WAYS = [("fused", "resident"), *product(("apart", "compiled"), OFFLOADS)]
+WAYS = list(product(("plain", "compiled"), OFFLOADS))
 
 
 @pytest.fixture(scope="module")

@@ -102,18 +102,17 @@ def meta_vae(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("guided", "fused", "lora", "config"),
+    ("guided", "lora", "config"),
     [
-        (True, False, [], {}),
-        (True, True, [], {}),
-        (False, True, [], {}),
-        (True, False, ATTENTION, {}),
-        (True, False, [*ATTENTION, "ff.net.0.proj", "ff.net.2"], {}),
-        (True, False, [], {"patch_size_t": 2, "patch_bias": False}),
-        (True, False, [], {"use_rotary_positional_embeddings": False}),
+        (True, [], {}),
+        (False, [], {}),
+        (True, ATTENTION, {}),
+        (True, [*ATTENTION, "ff.net.0.proj", "ff.net.2"], {}),
+        (True, [], {"patch_size_t": 2, "patch_bias": False}),
+        (True, [], {"use_rotary_positional_embeddings": False}),
     ],
 )
-def test_a_step_takes_what_a_block_holds_at_once(dtype, guided, fused, lora, config, monkeypatch):
+def test_a_step_takes_what_a_block_holds_at_once(dtype, guided, lora, config, monkeypatch):
     monkeypatch.setattr(stages, "_around", lambda *_: 0)  # of the pipeline, around the transformer
     config = {"num_attention_heads": 4, "num_layers": 2, "use_rotary_positional_embeddings": True} | config
     with torch.device("meta"):
@@ -122,8 +121,6 @@ def test_a_step_takes_what_a_block_holds_at_once(dtype, guided, fused, lora, con
             transformer.add_adapter(LoraConfig(r=2, target_modules=lora))
         transformer.to(dtype)
     attention.install(transformer)
-    if fused:
-        attention.fuse_projections(transformer)
     adapted = "everything" if len(lora) > 4 else "attention" if lora else "none"
     clip = Clip(width=320, height=240, frames=25, guided=guided, adapted=adapted)
     shape = ModelShape(
@@ -132,7 +129,7 @@ def test_a_step_takes_what_a_block_holds_at_once(dtype, guided, fused, lora, con
         vae=VaeShape.from_config(RELEASED_VAE),
     )
     live = step(transformer, shape, clip, dtype)
-    predicted = stages.denoising(shape, kernels(dtype), clip, fused=fused)
+    predicted = stages.denoising(shape, kernels(dtype), clip)
     assert predicted == pytest.approx(live.peak, rel=0.02)
 
 

@@ -1,4 +1,4 @@
-"""What a server's variables ask for, what this machine can do of it, and what is said where it cannot."""
+"""What a server's variables ask for, what this machine can do of it, and the message where it cannot."""
 
 from pathlib import Path
 
@@ -8,22 +8,20 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 
 from lib import optional
 from lib.errors import UserError
-from lib.memory.model import MemoryModel
-from lib.memory.plan import MemoryPlan
-from lib.models.specs import SPECS
 from lib.pipelines import acceleration, compilation
 from lib.pipelines.acceleration import (
-    KERNELS,
+    BACKENDS,
     Acceleration,
-    check_plan,
-    hasten,
-    settle,
-    settle_attention,
-    settle_compile,
-    settle_quantization,
+    check_offload,
+    resolve,
+    resolve_attention,
+    resolve_compile,
+    resolve_quantization,
+    set_attention_backend,
 )
 from lib.pipelines.machine import Machine
 from lib.pipelines.quantization import QUANTIZATIONS
+from lib.settings import current
 from tests.unit.pipelines.test_attention import build, install, run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,23 +41,14 @@ def machine() -> Machine:
     return Machine(device="cpu", free_bytes=0, dtype="float32")
 
 
-def planned(offload: str) -> MemoryPlan:
-    spec = SPECS["cogvideox-5b"]
-    gpu = Machine(device="cuda", free_bytes=0, dtype="bfloat16")
-    memory = MemoryModel.of(spec, None, gpu)
-    return MemoryPlan(
-        offload=offload, tiling=True, need=0, room=None, memory=memory, spec=spec, reason="a small card"
-    )
-
-
 def test_without_variables_a_cpu_computes_plainly():
-    settings = settle(machine(), {})
+    settings = resolve(machine(), current({}))
     assert settings == Acceleration()
     assert str(settings) == "attention native"
     assert settings.facts() == {"attention": "native", "compiled": False, "quantization": "none"}
 
 
-def test_the_settings_are_told_in_one_line_and_weights_without_how_they_are_computed():
+def test_the_settings_fit_in_one_line_and_weights_name_only_how_they_are_stored():
     settings = Acceleration(attention="cudnn", compiled=True, quantization="fp8-dynamic")
     assert str(settings) == "attention cudnn, compiled, weights in fp8-dynamic"
     stored = [Acceleration(quantization=kind).weights for kind in QUANTIZATIONS]
@@ -78,43 +67,36 @@ def test_the_settings_are_told_in_one_line_and_weights_without_how_they_are_comp
         (BLACKWELL, "bfloat16", {"flash_attn_interface", "sageattention"}, "cudnn"),
     ],
 )
-@pytest.mark.parametrize("asked", ["", "auto"])
-def test_auto_takes_the_fastest_exact_kernel_that_is_there(
-    installed, asked, capability, dtype, packages, chosen
+def test_auto_takes_the_fastest_exact_backend_that_is_installed(
+    installed, capability, dtype, packages, chosen
 ):
     installed |= packages
-    assert settle_attention(asked, capability, dtype) == chosen
+    assert resolve_attention("auto", capability, dtype) == chosen
 
 
-def test_a_kernel_that_is_there_can_be_asked_for(installed):
+def test_every_installed_backend_can_be_requested(installed):
     installed |= {"flash_attn", "flash_attn_interface", "sageattention"}
-    for asked in KERNELS:
-        assert settle_attention(asked, HOPPER, "bfloat16") == asked
-    assert settle_attention("native", CPU, "float32") == "native"
+    for requested in BACKENDS:
+        assert resolve_attention(requested, HOPPER, "bfloat16") == requested
+    assert resolve_attention("native", CPU, "float32") == "native"
 
 
 @pytest.mark.parametrize(
-    ("asked", "capability", "dtype", "message"),
+    ("requested", "capability", "dtype", "message"),
     [
-        (
-            "fast",
-            HOPPER,
-            "bfloat16",
-            "COGVIDEOX_ATTENTION=fast is unknown; allowed are auto, native, cudnn, flash, flash3, sage.",
-        ),
         (
             "cudnn",
             CPU,
             "float32",
             "COGVIDEOX_ATTENTION=cudnn needs a GPU of compute capability 8.0 or more; this is a CPU. "
-            "auto, or leaving it out, chooses what it can do.",
+            "Set auto, or leave it out, to use what this machine can do.",
         ),
         (
             "flash3",
             BLACKWELL,
             "bfloat16",
             "COGVIDEOX_ATTENTION=flash3 needs a GPU of compute capability 9.0 exactly; this one has 10.0. "
-            "auto, or leaving it out, chooses what it can do.",
+            "Set auto, or leave it out, to use what this machine can do.",
         ),
         (
             "sage",
@@ -145,61 +127,62 @@ def test_a_kernel_that_is_there_can_be_asked_for(installed):
         ),
     ],
 )
-def test_a_kernel_that_is_not_possible_is_refused_with_its_reason(
-    installed, asked, capability, dtype, message
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(
+    installed, requested, capability, dtype, message
 ):
     with pytest.raises(UserError) as refused:
-        settle_attention(asked, capability, dtype)
+        resolve_attention(requested, capability, dtype)
     assert str(refused.value) == message
 
 
-def test_a_kernel_that_diffusers_cannot_share_among_gpus_is_for_one_of_them(installed):
+def test_a_backend_without_context_parallelism_is_refused_where_gpus_share_clips(installed):
     sharing = {AttentionBackendName(each) for each in _AttentionBackendRegistry._supports_context_parallel}
-    for name, kernel in KERNELS.items():
-        assert kernel.shares == (AttentionBackendName(kernel.backend) in sharing), name
+    for name, backend in BACKENDS.items():
+        assert backend.context_parallel == (AttentionBackendName(backend.diffusers_name) in sharing), name
     installed.add("flash_attn_interface")
-    assert settle_attention("auto", HOPPER, "bfloat16", shared=True) == "cudnn"
+    assert resolve_attention("auto", HOPPER, "bfloat16", shared=True) == "cudnn"
     with pytest.raises(UserError) as refused:
-        settle_attention("flash3", HOPPER, "bfloat16", shared=True)
+        resolve_attention("flash3", HOPPER, "bfloat16", shared=True)
     assert str(refused.value) == (
         "COGVIDEOX_ATTENTION=flash3 cannot share a clip among GPUs: choose cudnn, or set "
         "COGVIDEOX_PARALLEL=off."
     )
 
 
-def test_a_chosen_kernel_is_this_transformers_alone():
+def test_a_backend_is_set_for_this_transformer_only():
     model, other = build("5b"), build("5b")
     before = _AttentionBackendRegistry._active_backend
     for each in (model, other):
         install(each)
-    hasten(model, Acceleration())
-    kernels = {processor._attention_backend for processor in model.attn_processors.values()}
-    assert [kernel.value for kernel in kernels] == ["native"]
+    set_attention_backend(model, "native")
+    backends = {processor._attention_backend for processor in model.attn_processors.values()}
+    assert [backend.value for backend in backends] == ["native"]
     assert {processor._attention_backend for processor in other.attn_processors.values()} == {None}
     assert _AttentionBackendRegistry._active_backend == before
     assert torch.equal(run(model, "5b"), run(other, "5b"))
 
 
-@pytest.mark.parametrize(("asked", "capability"), [("int8", CPU), ("fp8", AMPERE), ("fp8-dynamic", ADA)])
-def test_weights_are_quantised_where_the_device_and_torchao_can(installed, asked, capability):
+@pytest.mark.parametrize(("requested", "capability"), [("int8", CPU), ("fp8", AMPERE), ("fp8-dynamic", ADA)])
+def test_quantization_needs_torchao_and_a_device_that_can(installed, requested, capability):
     with pytest.raises(UserError) as refused:
-        settle_quantization(asked, capability)
+        resolve_quantization(requested, capability)
     assert str(refused.value) == (
-        f"COGVIDEOX_QUANTIZATION={asked} needs torchao, which is not installed: pip install torchao, or add "
-        "a line with it to requirements.txt for an image."
+        f"COGVIDEOX_QUANTIZATION={requested} needs torchao, which is not installed: pip install torchao, "
+        "or add a line with it to requirements.txt for an image."
     )
     installed.add("torchao")
-    assert settle_quantization(asked, capability) == asked
-    assert settle_quantization("", capability) == settle_quantization("none", capability) == "none"
+    assert resolve_quantization(requested, capability) == requested
+    assert resolve_quantization(None, capability) == resolve_quantization("none", capability) == "none"
 
 
 @pytest.mark.parametrize(
-    ("asked", "capability", "message"),
+    ("requested", "capability", "message"),
     [
         (
-            "8bit",
+            "int4",
             HOPPER,
-            "COGVIDEOX_QUANTIZATION=8bit is unknown; allowed are none, int8, int8-dynamic, fp8, fp8-dynamic.",
+            "COGVIDEOX_QUANTIZATION=int4 is for captions only; for video use none, int8, int8-dynamic, fp8, "
+            "fp8-dynamic.",
         ),
         (
             "fp8-dynamic",
@@ -215,25 +198,22 @@ def test_weights_are_quantised_where_the_device_and_torchao_can(installed, asked
         ),
     ],
 )
-def test_a_quantisation_that_is_not_possible_is_refused_with_its_reason(
-    installed, asked, capability, message
-):
+def test_a_quantization_that_cannot_run_is_refused_with_the_reason(installed, requested, capability, message):
     installed.add("torchao")
     with pytest.raises(UserError) as refused:
-        settle_quantization(asked, capability)
+        resolve_quantization(requested, capability)
     assert str(refused.value) == message
 
 
-def test_compiling_is_on_or_off():
-    assert [settle_compile(asked, "cpu") for asked in ("", "0")] == [False, False]
-    with pytest.raises(UserError, match=r"^COGVIDEOX_COMPILE=yes is unknown; allowed are 0 and 1\.$"):
-        settle_compile("yes", "cpu")
+def test_nothing_is_needed_where_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    assert resolve_compile(False, "cpu") is False
 
 
 def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     with pytest.raises(UserError) as refused:
-        settle(machine(), {"COGVIDEOX_COMPILE": "1"})
+        resolve(machine(), current({"COGVIDEOX_COMPILE": "1"}))
     assert str(refused.value) == (
         "COGVIDEOX_COMPILE=1 needs a C++ compiler, and none was found: install one (apt-get install g++), or "
         "leave it out."
@@ -244,31 +224,31 @@ def test_compiling_without_pythons_headers_or_triton_is_refused(monkeypatch, ins
     monkeypatch.setattr(compilation.shutil, "which", lambda name: name)
     monkeypatch.setattr(compilation.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(UserError, match="Python's own headers, and they were not found: install them"):
-        settle_compile("1", "cpu")
+        resolve_compile(True, "cpu")
     (tmp_path / "Python.h").touch()
-    assert settle_compile("1", "cpu") is True
+    assert resolve_compile(True, "cpu") is True
     with pytest.raises(UserError, match="needs triton, which comes with torch for CUDA"):
-        settle_compile("1", "cuda")
+        resolve_compile(True, "cuda")
     installed.add("triton")
-    assert settle_compile("1", "cuda") is True
+    assert resolve_compile(True, "cuda") is True
 
 
 @pytest.mark.parametrize(
     ("settings", "name", "reason"),
     [
-        ({"compiled": True}, "COGVIDEOX_COMPILE=1", "it brings the layers of a compiled block one by one"),
-        ({"quantization": "int8"}, "COGVIDEOX_QUANTIZATION=int8", "it cannot move them"),
+        ({"compiled": True}, "COGVIDEOX_COMPILE=1", "it loads the layers of a compiled block one by one"),
+        ({"quantization": "int8"}, "COGVIDEOX_QUANTIZATION=int8", "it cannot move quantized weights"),
     ],
 )
-def test_the_plan_that_moves_single_layers_goes_with_plain_ones_alone(settings, name, reason):
+def test_the_plan_sequential_allows_neither_compilation_nor_quantization(settings, name, reason):
     for offload in ("resident", "text", "model", "group"):
-        check_plan(Acceleration(**settings), planned(offload))
-    check_plan(acceleration.PLAIN, planned("sequential"))
+        check_offload(Acceleration(**settings), offload, "a small card")
+    check_offload(acceleration.PLAIN, "sequential", "a small card")
     with pytest.raises(UserError) as refused:
-        check_plan(Acceleration(**settings), planned("sequential"))
+        check_offload(Acceleration(**settings), "sequential", "a small card")
     assert str(refused.value) == (
-        f"{name} does not go with the memory plan sequential (a small card): {reason}. Leave it out, or set "
-        "COGVIDEOX_OFFLOAD=group."
+        f"{name} cannot be combined with the memory plan sequential (a small card): {reason}. Leave it out, "
+        "or set COGVIDEOX_OFFLOAD=group."
     )
 
 
@@ -277,7 +257,7 @@ def test_the_docs_name_every_variable_and_value():
         (ROOT / name).read_text() for name in ("docs/acceleration.md", "docs/models.md", "cog.yaml")
     )
     for variable, values in {
-        "COGVIDEOX_ATTENTION": ["auto", *KERNELS],
+        "COGVIDEOX_ATTENTION": ["auto", *BACKENDS],
         "COGVIDEOX_COMPILE": ["1"],
         "COGVIDEOX_QUANTIZATION": QUANTIZATIONS[1:],
     }.items():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 
-from lib.pipelines.attention import fuse_projections, install
+from lib.pipelines.attention import install
 
 LAYOUTS = {
     "2b": {},
@@ -79,8 +80,6 @@ def test_every_layout_computes_diffusers_bits(layout, batch):
     expected = run(model, layout, batch)
     install(model)
     assert torch.equal(run(model, layout, batch), expected)
-    fuse_projections(model)
-    assert torch.equal(run(model, layout, batch), expected)
 
 
 def test_half_precision_computes_diffusers_bits():
@@ -143,10 +142,9 @@ def test_a_chosen_backend_is_the_one_that_runs(monkeypatch):
 @pytest.mark.parametrize(
     "targets", [("to_q", "to_k", "to_v", "to_out.0"), ("to_k",), ("ff.net.0.proj", "norm1.linear")]
 )
-def test_a_lora_on_fused_projections_is_heard_and_leaves_without_trace(targets):
+def test_a_lora_takes_effect_and_leaves_no_trace(targets):
     model, stock = build("5b"), build("5b")
     install(model)
-    fuse_projections(model)
     base = run(model, "5b")
     with_lora(stock, *targets)
     expected = run(stock, "5b")
@@ -154,7 +152,7 @@ def test_a_lora_on_fused_projections_is_heard_and_leaves_without_trace(targets):
     assert torch.equal(run(model, "5b"), expected)
     assert not torch.equal(expected, base)
     for layer in [layer for layer in model.modules() if hasattr(layer, "lora_A")]:
-        layer.merge()  # into the weights that the product of all three reads
+        layer.merge()
     assert (run(model, "5b") - expected).abs().max() < 1e-4
     for layer in [layer for layer in model.modules() if hasattr(layer, "lora_A")]:
         layer.unmerge()
@@ -162,30 +160,18 @@ def test_a_lora_on_fused_projections_is_heard_and_leaves_without_trace(targets):
     assert (run(model, "5b") - base).abs().max() < 1e-5
 
 
-def test_fusing_takes_no_memory_and_keeps_every_name_and_value():
-    model = build("5b")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+def test_another_processor_is_used_with_diffusers_own_block():
+    model, stock = build("5b"), build("5b")
     install(model)
-    fuse_projections(model)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    attn = model.transformer_blocks[0].attn1
-    storages = {layer.weight.untyped_storage().data_ptr() for layer in (attn.to_q, attn.to_k, attn.to_v)}
-    assert len(storages) == 1
+    calls = []
 
+    class Counting(CogVideoXAttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
+            calls.append(1)
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
 
-def test_weights_that_were_moved_are_computed_apart():
-    model = build("5b")
-    install(model)
-    fuse_projections(model)
-    expected = run(model, "5b")
-    for block in model.transformer_blocks:
-        for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
-            layer.weight.data = layer.weight.data.clone() * 2
-    doubled = build("5b")
-    for block in doubled.transformer_blocks:
-        for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
-            layer.weight.data *= 2
-    assert torch.equal(run(model, "5b"), run(doubled, "5b"))
-    assert not torch.equal(run(model, "5b"), expected)
+    model.set_attn_processor(Counting())
+    assert torch.equal(run(model, "5b"), run(stock, "5b"))
+    assert len(calls) == len(model.transformer_blocks)

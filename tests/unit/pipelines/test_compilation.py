@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from lib.generation.generator import Generator
+from lib.generation.warm_up import warm_up
+from lib.memory.plan import plan_memory
 from lib.pipelines import compilation
 from lib.pipelines.attention import install
-from lib.pipelines.compilation import compile_blocks, keep_compilations, warm_up
-from lib.pipelines.load import plan_memory
+from lib.pipelines.compilation import compile_blocks, keep_compilations
 from lib.pipelines.machine import Machine
 from tests.lora_factory import WEIGHTS
 from tests.lora_matrix import SPEC, latents, loaded
@@ -110,14 +112,12 @@ def test_hooks_that_come_and_go_around_a_block_are_heard(compiler):
 @pytest.mark.parametrize("model", ["tiny-t2v", "tiny-i2v"])
 def test_after_the_warm_up_a_usual_request_compiles_nothing(compiler, model):
     generator = load_generator(WEIGHTS / model)
-    for processor in generator.pipeline.transformer.attn_processors.values():
-        processor.fused = None  # as a server that compiles has it
     compile_blocks(generator.pipeline.transformer, backend=compiler)
     warm_up(generator)
     assert compiler.graphs == 1
     if model == "tiny-t2v":
         usual = Generator(spec=SPEC, pipeline=generator.pipeline, report=lambda line: None)
-        plain, _ = loaded("none", "apart", "resident")
+        plain, _ = loaded("none", "plain", "resident")
         assert torch.equal(latents(usual, "exact"), latents(plain, "exact"))
         assert compiler.graphs == 1
 
@@ -142,27 +142,30 @@ def test_warming_up_takes_one_guided_step_of_the_length_there_is_room_for(frames
 
 def test_compilations_are_kept_in_the_cache_unless_the_user_says_where(monkeypatch, tmp_path):
     monkeypatch.setenv("COGVIDEOX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv(compilation.KEPT, "/their/own")
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, "/their/own")
     keep_compilations()
-    assert os.environ[compilation.KEPT] == "/their/own" and not (tmp_path / "cache").exists()
-    monkeypatch.delenv(compilation.KEPT)
-    keep_compilations()
-    assert os.environ[compilation.KEPT] == str(tmp_path / "cache" / "compiled")
+    assert os.environ[compilation.CACHE_VARIABLE] == "/their/own" and not (tmp_path / "cache").exists()
+    for unset in (None, default_cache_dir()):  # torch sets its default when it is imported
+        if unset is None:
+            monkeypatch.delenv(compilation.CACHE_VARIABLE)
+        else:
+            monkeypatch.setenv(compilation.CACHE_VARIABLE, unset)
+        keep_compilations()
+        assert os.environ[compilation.CACHE_VARIABLE] == str(tmp_path / "cache" / "compiled")
     assert (tmp_path / "cache" / "compiled").stat().st_mode & 0o777 == 0o700
 
 
 COMPILE = """
 import json
-from lib.pipelines.acceleration import Acceleration, hasten, prepare
-settings = Acceleration(compiled=True)
-prepare(settings)
 from torch._dynamo.utils import counters
 from lib.pipelines.attention import install
+from lib.pipelines.compilation import compile_blocks, keep_compilations
+keep_compilations()
 from tests.unit.pipelines.test_attention import build, run
 model = build("5b")
 install(model)
 expected = run(model, "5b")
-hasten(model, settings)
+compile_blocks(model)
 difference = float((run(model, "5b") - expected).abs().max())
 print(json.dumps([difference, counters["inductor"]["fxgraph_cache_hit"]]))
 """
@@ -170,7 +173,7 @@ print(json.dumps([difference, counters["inductor"]["fxgraph_cache_hit"]]))
 
 @pytest.mark.slow
 def test_real_code_computes_the_same_to_rounding_and_the_next_process_need_not_make_it(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != compilation.KEPT}
+    environment = {name: value for name, value in os.environ.items() if name != compilation.CACHE_VARIABLE}
     environment |= {"PYTHONPATH": str(ROOT), "COGVIDEOX_CACHE": str(tmp_path)}
     found = []
     for _ in range(2):

@@ -11,10 +11,11 @@ from lib.generation.generator import Generator
 from lib.lora.attach import Loras
 from lib.lora.source import Choice, parse
 from lib.memory.model import OFFLOADS
+from lib.memory.plan import plan_memory
 from lib.models.specs import SPECS
-from lib.pipelines.load import load_pipeline, plan_memory
+from lib.pipelines.load import load_pipeline
 from lib.pipelines.machine import Machine
-from lib.pipelines.offload import place, rest_text_encoder
+from lib.pipelines.offload import offload_text_encoder, place
 from tests.lora_factory import save_lora
 from tests.unit.generation.test_generator import request_for
 
@@ -25,7 +26,7 @@ CPU = Machine(device="cpu", free_bytes=None, dtype="float32")
 def generator_under(offload: str, name: str = "tiny-t2v") -> Generator:
     """The embedded model with its parts placed on a CPU as `offload` places them on a GPU."""
     spec, folder = SPECS[name], WEIGHTS / name
-    pipeline = load_pipeline(spec, folder, CPU, plan_memory(spec, folder, CPU))
+    pipeline = load_pipeline(spec, folder, CPU)
     place(pipeline, offload, device="cpu")
     return Generator(spec=spec, pipeline=pipeline, report=lambda line: None)
 
@@ -72,7 +73,7 @@ def test_the_text_encoder_makes_room_once_prompts_are_encoded(offload):
     generator = generator_under(offload)
     encoder, left = generator.pipeline.text_encoder, []
     encoder.to = lambda device: left.append(device)
-    rest_text_encoder(generator.pipeline)
+    offload_text_encoder(generator.pipeline)
     assert left == ["cpu"]
 
 
@@ -80,7 +81,7 @@ def test_the_text_encoder_makes_room_once_prompts_are_encoded(offload):
 def test_elsewhere_the_text_encoder_is_left_alone(offload):
     generator = generator_under(offload)
     generator.pipeline.text_encoder.to = lambda device: pytest.fail("moved")
-    rest_text_encoder(generator.pipeline)
+    offload_text_encoder(generator.pipeline)
 
 
 def test_a_request_in_tiles_leaves_the_vae_decoding_whole():

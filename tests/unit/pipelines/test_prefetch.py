@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.pipelines.prefetch import read_ahead, weight_files
+from lib.pipelines.prefetch import prefetch, weight_files
 
 EMBEDDED = Path(__file__).resolve().parents[3] / "weights" / "tiny-t2v"
 
@@ -22,6 +22,6 @@ def test_asking_ends_by_itself_also_where_a_file_is_gone(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     for folder in (EMBEDDED, tmp_path):
-        thread = read_ahead(folder)
+        thread = prefetch(folder)
         thread.join(timeout=30)
         assert not thread.is_alive()

@@ -18,13 +18,12 @@ MEASURE = """
 import json, weakref
 from pathlib import Path
 from types import SimpleNamespace
-from lib.pipelines.acceleration import Acceleration, prepare
+from lib.pipelines.acceleration import Acceleration
 from lib.pipelines.machine import Machine
 from lib.models.specs import SPECS
-from lib.pipelines.load import load_pipeline, plan_memory
+from lib.pipelines.load import load_pipeline
 from lib.pipelines import quantization
 from lib.pipelines.quantization import QUANTIZATIONS
-prepare(Acceleration(quantization="int8"))
 import torch
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
@@ -43,8 +42,7 @@ def kept(tensor):
     return sum(kept(getattr(tensor, name)) for name in names) or tensor.numel() * tensor.itemsize
 
 def figures(kind):
-    plan = plan_memory(spec, folder, machine)
-    pipeline = load_pipeline(spec, folder, machine, plan, settings=Acceleration(quantization=kind))
+    pipeline = load_pipeline(spec, folder, machine, acceleration=Acceleration(quantization=kind))
     frames = Generator(spec=spec, pipeline=pipeline, report=lambda line: None).frames(request)
     shares = {}
     for part in ("transformer", "text_encoder"):
@@ -79,7 +77,7 @@ def counted(check):
         return check(module, name)
     return counting
 
-for name in ("_is_modulation", "_is_product"):
+for name in ("_is_modulation", "_is_projection"):
     setattr(quantization, name, counted(getattr(quantization, name)))
 quantization.quantize_pipeline(SimpleNamespace(transformer=model, text_encoder=None), "int8", device="cpu")
 report["originals"].append(sum(original() is not None for original in originals))
