@@ -13,6 +13,8 @@ from tests.clips_factory import caption, write_clips
 from tests.integration.conftest import wait_for
 from tests.training_commands import losses, several, started
 
+pytestmark = pytest.mark.slow
+
 MUTE = ("star-001.mp4", "star-003.mp4")
 COMMAND = [
     "input_videos=clips", "autocaption=true", "autocaption_model=talker", "trigger_word=TOK", "rank=4",

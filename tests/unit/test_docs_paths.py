@@ -1,4 +1,4 @@
-"""The documentation names only files and headings that exist."""
+"""The documentation names only files, modules and headings that exist."""
 
 import re
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ PAGES = sorted(
     key=lambda page: page.relative_to(PROJECT).as_posix(),
 )
 NAMED = re.compile(r"(?<![\w./-])((?:lib|training|tests|bench|tiny|script|docs|\.ci)/[\w./*-]*[\w*])")
+MODULE = re.compile(r"-m ((?:lib|training|tiny|bench)(?:\.\w+)*)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
@@ -42,10 +43,16 @@ def broken_links(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_every_path_named_in_a_page_exists(page):
+def test_every_path_and_module_named_in_a_page_exists(page):
     text = page.read_text()
     paths = [path for path in NAMED.findall(text) if not any(PROJECT.glob(path))]
-    assert paths == []
+    modules = [
+        name
+        for name in MODULE.findall(text)
+        if not (PROJECT / name.replace(".", "/")).with_suffix(".py").exists()
+        and not (PROJECT / name.replace(".", "/") / "__main__.py").exists()
+    ]
+    assert paths + modules == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
