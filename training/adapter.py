@@ -10,17 +10,18 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
+from lib.lora.file import read_header
+from lib.lora.keys import RECORD, recorded_facts
 from lib.storage.disk import disk_error
 
 ADAPTER = "default"
 PREFIX = "transformer."
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """Where diffusers looks for rank and alpha in a file's metadata."""
-OUR_METADATA = "cogvideox"
 
 
 def add_adapter(
@@ -76,7 +77,7 @@ def save_adapter(
     metadata = {
         "format": "pt",
         DIFFUSERS_METADATA: json.dumps(packed, indent=2, sort_keys=True, default=str),
-        OUR_METADATA: json.dumps(dict(facts), sort_keys=True),
+        RECORD: json.dumps(dict(facts), sort_keys=True),
     }
     weights = {name: value.to(dtype) for name, value in adapter_weights(transformer).items()}
     partial = path.with_name(path.name + ".partial")
@@ -104,14 +105,13 @@ def save_tensors(
 def check_adapter(path: Path, *, base: str, rank: int, alpha: float) -> None:
     """Raise UserError when a file records another base, rank or alpha than those of this run."""
     try:
-        with safe_open(path, framework="pt") as file:
-            recorded = json.loads((file.metadata() or {}).get(OUR_METADATA, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+        recorded = recorded_facts(read_header(path, name=path.name).metadata)
+    except OSError as error:
         raise UserError(f"{path.name} to resume from cannot be read: {error}.") from error
     differing = [
         f"{name} (it has {recorded[name]}, this run {value})"
         for name, value in {"base": base, "rank": rank, "alpha": alpha}.items()
-        if isinstance(recorded, dict) and name in recorded and recorded[name] != value
+        if name in recorded and recorded[name] != value
     ]
     if differing:
         raise UserError(f"{path.name} to resume from does not fit: {', '.join(differing)}.")

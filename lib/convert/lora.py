@@ -8,11 +8,11 @@ that strength 1 has the effect it has in SAT with every loader. The original val
 under names that no loader reads as a scale.
 """
 
+import itertools
 import json
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from lib.convert.locate import STATES
 from lib.convert.planning import Conversion, plan_tensors, shapes_of
 from lib.convert.reading import MODEL, Checkpoint, open_checkpoint
 from lib.convert.report import ConversionReport, announce, lora_usage, sat_usage, write_report
-from lib.convert.writing import PlannedTensor, Progress, dtype_name, new_folder, require_room
+from lib.convert.writing import Progress, dtype_name, new_folder, require_room
 from lib.errors import UserError
 from lib.lora.keys import RECORD, without_prefix
 from lib.lora.scaling import BAKED, resolve_scaling
@@ -113,8 +113,10 @@ def plan_lora_to_diffusers(checkpoint: Checkpoint, *, alpha: float | None, dtype
     two costs 16-bit values their last digit. Raises UserError for matrices that are missing, unexpected, or
     of shapes that do not fit.
     """
-    name = checkpoint.name
+    name, dropped = checkpoint.name, dict(checkpoint.dropped)
     base, matrices = split_base(checkpoint.tensors)
+    if base:
+        dropped["the base's weights"] = f"{len(base)} tensors: of the model that the LoRA was trained on"
     plan = plan_to_diffusers(list(matrices), LORA)
     if plan.unknown:
         raise UserError(
@@ -131,10 +133,14 @@ def plan_lora_to_diffusers(checkpoint: Checkpoint, *, alpha: float | None, dtype
         variant=f"a LoRA of rank {rank} on {layers} layers" + (f" of {found}" if found else ""),
         family=family,
         config={"rank": rank, "alpha": used},
-        planned=[
-            _scaled(tensor, PREFIX, used / rank if ".lora_B." in tensor.name else 1.0)
-            for tensor in plan_tensors(plan, matrices, dtype or "float32", name=name)
-        ],
+        planned=plan_tensors(
+            plan,
+            matrices,
+            dtype or "float32",
+            name=name,
+            prefix=PREFIX,
+            scale=lambda key: used / rank if ".lora_B." in key else 1.0,
+        ),
         metadata={
             BAKED: "yes",
             SOURCE_RANK: str(rank),
@@ -142,7 +148,7 @@ def plan_lora_to_diffusers(checkpoint: Checkpoint, *, alpha: float | None, dtype
             SOURCE_DTYPE: stored,
             **({RECORD: json.dumps(facts)} if facts else {}),
         },
-        dropped=checkpoint.dropped | _dropped_base(base),
+        dropped=dropped,
     )
 
 
@@ -167,8 +173,10 @@ def plan_lora_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str 
     scaling = resolve_scaling(metadata, ranks=modules, alpha_tensors={}, name=name)
     used = (_recorded_alpha(metadata) or DEFAULT_ALPHA) if alpha is None else float(alpha)
 
-    def factor(target: str) -> float:
-        module = plan.outputs[target][0].source.partition(".lora_")[0]
+    def scale(key: str) -> float:
+        if ".matrix_B." not in key:
+            return 1.0
+        module = plan.outputs[key][0].source.partition(".lora_")[0]
         return scaling.alphas[module] * (math.sqrt(rank) if scaling.rslora else 1.0) / used
 
     stored = metadata.get(SOURCE_DTYPE) if BAKED in metadata else None
@@ -178,15 +186,8 @@ def plan_lora_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str 
         source=name,
         variant=f"a LoRA of rank {rank} on {layers} layers",
         config={"rank": rank, "alpha": used},
-        planned=[
-            _scaled(tensor, MODEL, factor(tensor.name) if ".matrix_B." in tensor.name else 1.0)
-            for tensor in plan_tensors(plan, tensors, dtype, name=name)
-        ],
+        planned=plan_tensors(plan, tensors, dtype, name=name, prefix=MODEL, scale=scale),
     )
-
-
-def _scaled(tensor: PlannedTensor, prefix: str, scale: float) -> PlannedTensor:
-    return replace(tensor, name=prefix + tensor.name, scale=scale)
 
 
 def _check_matrices(
@@ -194,23 +195,19 @@ def _check_matrices(
 ) -> tuple[int, int]:
     """Return rank and number of layers. `outputs` has diffusers' names, `matrices` SAT's."""
     layers = 1 + max(int(key.split(".")[1]) for key in outputs) if outputs else 0
-    wanted = {
-        (module, layer): [f"transformer_blocks.{layer}.attn1.{module}.lora_{side}.weight" for side in "AB"]
-        for layer in range(layers)
-        for module in MODULES
-    }
     rank = width = None
-    for pair in wanted.values():
-        down_name, up_name = (sat_name(key, LORA) or key for key in pair)
-        for key, sat_key in zip(pair, (down_name, up_name), strict=True):
+    for layer, module in itertools.product(range(layers), MODULES):
+        keys = [f"transformer_blocks.{layer}.attn1.{module}.lora_{side}.weight" for side in "AB"]
+        sat_keys = [sat_name(key, LORA) or key for key in keys]
+        for key, sat_key in zip(keys, sat_keys, strict=True):
             if key not in outputs:
                 raise UserError(f"{name} is not a complete SAT LoRA: {sat_key} is missing.")
-        down, up = matrices[down_name], matrices[up_name]
+        down, up = (matrices[sat_key] for sat_key in sat_keys)
         if rank is None and down.dim() == 2:
             rank, width = down.shape
         if tuple(down.shape) != (rank, width) or tuple(up.shape) != (width, rank):
             raise UserError(
-                f"{name}: {down_name} and its other half are {list(down.shape)} and "
+                f"{name}: {sat_keys[0]} and its other half are {list(down.shape)} and "
                 f"{list(up.shape)}; in a SAT LoRA of rank {rank} and width {width} they are "
                 f"{[rank, width]} and {[width, rank]}."
             )
@@ -228,12 +225,6 @@ def _base_facts(base: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[str
     variant = detect.variant(sizes, family)
     facts = {"task": configs.FAMILIES[family].task}
     return variant, family, ({"base": variant} if variant == family else {}) | facts
-
-
-def _dropped_base(base: Mapping[str, Tensor]) -> dict[str, str]:
-    if not base:
-        return {}
-    return {"the base's weights": f"{len(base)} tensors: of the model that the LoRA was trained on"}
 
 
 def _recorded_alpha(metadata: Mapping[str, str]) -> float | None:

@@ -9,7 +9,6 @@ Memory use is a few tensors, whatever the size of the files. LoRAs are converted
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from lib.convert import configs, detect
@@ -27,7 +26,7 @@ from lib.convert.formats import (
 from lib.convert.locate import SAT_VAE, STATES, find_vae
 from lib.convert.lora import split_base
 from lib.convert.planning import CLASSES, Component, Conversion, plan_sat, plan_transformer, plan_vae
-from lib.convert.reading import MODEL, Checkpoint, open_checkpoint
+from lib.convert.reading import Checkpoint, open_checkpoint
 from lib.convert.report import (
     VAE_USAGE,
     ConversionReport,
@@ -247,9 +246,8 @@ def _write_sat(conversion: Conversion, folder: Path, progress: Progress) -> Part
         part.files = {SAT_VAE: write_torch(file, "state_dict", conversion.planned, progress)}
         part.checked = check_torch(file, "state_dict", conversion.planned)
     else:
-        planned = [replace(tensor, name=MODEL + tensor.name) for tensor in conversion.planned]
-        part.files = write_states(folder, planned, progress)
-        part.checked = check_torch(folder / STEP / STATES, "module", planned)
+        part.files = write_states(folder, conversion.planned, progress)
+        part.checked = check_torch(folder / STEP / STATES, "module", conversion.planned)
     return part
 
 

@@ -1,6 +1,6 @@
 """Plan a conversion before writing: an open checkpoint -> the tensors to write and their configuration."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from lib.convert.keymap import (
     sat_name,
     shape_of,
 )
-from lib.convert.reading import Checkpoint
+from lib.convert.reading import MODEL, Checkpoint
 from lib.convert.report import Part
 from lib.convert.writing import PlannedTensor, dtype_name
 from lib.errors import UserError
@@ -142,7 +142,9 @@ def plan_sat(
         source=name,
         variant=variant,
         family=family,
-        planned=plan_tensors(plan, tensors, dtype, name=name),
+        planned=plan_tensors(
+            plan, tensors, dtype, name=name, prefix=MODEL if component == "transformer" else ""
+        ),
         config=expected,
     )
 
@@ -175,9 +177,18 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 
 def plan_tensors(
-    plan: Plan, tensors: Mapping[str, Tensor], dtype: str | None, *, name: str
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    dtype: str | None,
+    *,
+    name: str,
+    prefix: str = "",
+    scale: Callable[[str], float] = lambda key: 1.0,
 ) -> list[PlannedTensor]:
-    """Return views of the source for every output; `dtype` None keeps each tensor's own."""
+    """Return views of the source for every output; `dtype` None keeps each tensor's own.
+
+    `scale` gives the factor of an output's values, `prefix` is put before its name.
+    """
     planned = []
     for key, pieces in plan.outputs.items():
         views = [_view(tensors[piece.source], piece) for piece in pieces]
@@ -190,7 +201,16 @@ def plan_tensors(
                 )
         _refuse_expanded(pieces, tensors, name)
         shape = shape_of(pieces, {piece.source: tuple(tensors[piece.source].shape) for piece in pieces})
-        planned.append(PlannedTensor(name=key, pieces=views, shape=shape, dtype=target, source=name))
+        planned.append(
+            PlannedTensor(
+                name=prefix + key,
+                pieces=views,
+                shape=shape,
+                dtype=target,
+                scale=scale(key),
+                source=name,
+            )
+        )
     return planned
 
 
