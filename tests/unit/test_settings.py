@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import UserError
-from lib.settings import current, markdown
+from lib.settings import VARIABLES, current, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,3 +63,16 @@ def test_a_value_that_is_not_allowed_is_named_with_what_is(name, value, message)
 
 def test_the_docs_have_the_table():
     assert markdown() in (ROOT / "docs" / "models.md").read_text()
+
+
+def test_no_other_module_reads_a_variable_of_the_service():
+    names = [each.name for each in VARIABLES if each.name.startswith("COGVIDEOX_")]
+    readers = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in ("lib", "training")
+        for path in (ROOT / folder).rglob("*.py")
+        if path != ROOT / "lib" / "settings.py"
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if ("environ.get" in line or "getenv" in line) and any(name in line for name in names)
+    ]
+    assert readers == []
