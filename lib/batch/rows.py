@@ -1,4 +1,4 @@
-"""A list of clips to make, a row each: read from .txt, .csv or .jsonl and checked before anything starts."""
+"""Lists of clips, one row each: read from .txt, .csv or .jsonl and checked before anything starts."""
 
 import csv
 import hashlib
@@ -13,7 +13,7 @@ from lib.serving.inputs import input_properties, parse_inputs
 
 ENDINGS = (".txt", ".csv", ".jsonl")
 TEXT_PATHS = ("lora_weights", "extra_lora")
-"""Text inputs that may be paths of this machine."""
+"""Text inputs that may be paths on this machine."""
 MAX_LIST_BYTES = 64 * 2**20
 
 Document = dict[str, Any]
@@ -24,31 +24,31 @@ class Row:
     """One clip of a list."""
 
     number: int
-    """From 1, in the list's order."""
+    """Counted from 1."""
     inputs: dict[str, Any]
     """All of the predictor's inputs."""
     given: dict[str, Any]
-    """Those that the list and the command line name."""
+    """The inputs that the list and the command line set."""
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Return the name of the clip's file."""
         return f"{self.number:05d}.{self.inputs['output_format']}"
 
     def fingerprint(self, model: str) -> str:
-        """Tells whether an earlier result is of this row: the same number, inputs and model."""
+        """Return a hash of number, inputs and model: an earlier result with the same one is of this row."""
         facts = json.dumps([self.number, self.inputs, model], sort_keys=True)
         return hashlib.sha256(facts.encode(errors="replace")).hexdigest()[:16]
 
 
 def read_rows(path: Path, *, common: list[str], document: Document) -> list[Row]:
-    """The rows of a list; `common` (input=value) holds for those that do not say otherwise.
+    """Read the rows of a list; `common` (input=value) applies to rows that do not set the input themselves.
 
-    A .txt has a prompt on each line, a .csv a column and a .jsonl a key for each input; empty lines and cells
-    and null count as not given. Paths in a list are relative to its folder. Raises UserError naming the row.
+    A .txt has a prompt on each line, a .csv a column and a .jsonl a key for each input; empty lines, empty
+    cells and null set nothing. Paths in a list are relative to its folder. Raises UserError naming the row.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise UserError(f"prompts={path} is no list that is known; give {', '.join(ENDINGS)}.")
+        raise UserError(f"prompts={path} is not a supported list: use {', '.join(ENDINGS)}.")
     shared = dict(pair.split("=", 1) for pair in common)
     rows = []
     for number, found in enumerate(_entries(path), start=1):
@@ -58,12 +58,12 @@ def read_rows(path: Path, *, common: list[str], document: Document) -> list[Row]
         except UserError as error:
             raise UserError(f"{path.name}, row {number}: {error}") from error
     if not rows:
-        raise UserError(f"{path} holds no prompts.")
+        raise UserError(f"{path} contains no prompts.")
     return rows
 
 
 def resolve_row(texts: dict[str, str], *, number: int, document: Document) -> Row:
-    """A row with every input of the predictor, the default where none is given. Raises UserError."""
+    """Build a row with every input of the predictor, the default where none is set. Raises UserError."""
     given = parse_inputs([f"{name}={text}" for name, text in texts.items()], document, send_files=False)
     properties = input_properties(document)
     for name, shape in properties.items():
@@ -74,10 +74,12 @@ def resolve_row(texts: dict[str, str], *, number: int, document: Document) -> Ro
 
 
 def _entries(path: Path) -> Iterator[dict[str, str]]:
-    """Input name -> text as on a command line."""
+    """Yield each row as input name -> text, as on a command line."""
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
-            raise UserError(f"{path} is larger than a list of prompts can be.")
+            raise UserError(
+                f"{path} is too large for a list of prompts: at most {MAX_LIST_BYTES // 2**20} MiB are read."
+            )
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
@@ -95,9 +97,9 @@ def _entries(path: Path) -> Iterator[dict[str, str]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path.name}, row {number} is no JSON: {error}.") from error
+                raise UserError(f"{path.name}, row {number} is not valid JSON: {error}.") from error
             if not isinstance(record, dict):
-                raise UserError(f"{path.name}, row {number} is no JSON object.")
+                raise UserError(f"{path.name}, row {number} is not a JSON object.")
             yield {name: _as_text(value) for name, value in record.items() if value is not None}
 
 
@@ -106,7 +108,7 @@ def _as_text(value: Any) -> str:
 
 
 def _from_list(name: str, text: str, folder: Path, document: Document) -> str:
-    """Paths are the list's, not the caller's."""
+    """Resolve a path relative to the list's folder; leave other texts as they are."""
     shape = input_properties(document).get(name, {})
     if shape.get("format") != "uri" and name not in TEXT_PATHS:
         return text
@@ -116,7 +118,7 @@ def _from_list(name: str, text: str, folder: Path, document: Document) -> str:
 
 def _local_file(name: str, text: str) -> Path:
     if "://" in text or text.startswith("data:"):
-        raise UserError(f"{name}: give a file of this machine, not an address.")
+        raise UserError(f"{name}: use a file on this machine, not an address.")
     path = Path(text).expanduser()
     if not path.is_file():
         raise UserError(f"{name}: there is no file {text}.")

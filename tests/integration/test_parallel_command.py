@@ -1,4 +1,4 @@
-"""script/parallel as people use it: one clip, a list, stopped, killed, given wrong."""
+"""script/parallel as people use it: one clip, a list, stopped, killed, with wrong arguments."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def alone(tmp_path_factory, environment) -> Path:
 
 
 @pytest.mark.slow
-def test_one_clip_by_two_processes_is_the_clip_of_one(tmp_path, environment, alone):
+def test_two_processes_make_the_clip_of_one(tmp_path, environment, alone):
     prompt = f"prompt={PROMPTS[0]}"
     status, out, err = finished(tmp_path, environment, "t2v", "--processes=2", prompt, *QUICK, "clip.mp4")
     assert (status, out) == (0, "clip.mp4\n"), err
@@ -80,7 +80,7 @@ def test_one_clip_by_two_processes_is_the_clip_of_one(tmp_path, environment, alo
 
 
 @pytest.mark.slow
-def test_a_list_has_the_bytes_of_one_process_though_one_of_two_was_killed(tmp_path, environment, alone):
+def test_a_list_is_the_same_byte_for_byte_after_one_of_two_processes_was_killed(tmp_path, environment, alone):
     command = ("t2v", "--processes", "2", f"prompts={alone / 'list.txt'}", *QUICK, "clips")
     with started(tmp_path, environment, *command) as process:
         wait_for(lambda: (tmp_path / "clips" / "results.jsonl").exists(), seconds=120)
@@ -112,7 +112,7 @@ def test_a_second_run_makes_only_what_is_missing(environment, alone):
     assert changed == {"00003.mp4", "00013.mp4", "results.jsonl"}
 
 
-def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_else(tmp_path, environment):
+def test_ctrl_c_keeps_finished_clips_and_nothing_else(tmp_path, environment):
     (tmp_path / "list.txt").write_text("\n".join(PROMPTS))
     slow = ("num_inference_steps=20", "seed=5")
     with started(tmp_path, environment, "t2v", "prompts=list.txt", *slow, "clips") as process:
@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_else(tmp_path, environment
     assert sorted(os.listdir(tmp_path / "clips")) == [*made, "results.jsonl"]
 
 
-def test_a_row_that_fails_is_a_line_and_the_others_are_made(tmp_path, environment):
+def test_a_failed_row_is_recorded_and_the_others_are_made(tmp_path, environment):
     lines = [{"prompt": "a red circle", "num_frames": 10}, {"prompt": "a red circle"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     status, _, err = finished(tmp_path, environment, "t2v", "prompts=list.jsonl", *QUICK, "clips")
@@ -163,7 +163,7 @@ def test_a_wrong_command_line_is_status_2_before_anything_starts(
 
 
 @pytest.mark.slow
-def test_what_the_model_cannot_do_is_status_1_and_one_line(tmp_path, environment):
+def test_a_request_that_the_model_does_not_support_is_status_1_and_one_line(tmp_path, environment):
     status, _, err = finished(
         tmp_path, environment, "t2v", "--processes", "2", PROMPT, "num_frames=10", "clip.mp4"
     )
@@ -191,7 +191,7 @@ def test_ctrl_c_ends_all_processes_of_a_clip(tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_a_clip_is_status_1_and_named(tmp_path, environment):
+def test_a_killed_worker_is_status_1_and_named(tmp_path, environment):
     command = ("t2v", "--processes", "2", PROMPT, "num_inference_steps=500", "clip.mp4")
     with started(tmp_path, environment, *command) as process:
         for line in process.stderr:

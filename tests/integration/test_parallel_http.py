@@ -87,7 +87,7 @@ def test_a_lost_process_fails_its_request_and_the_next_one_works(server):
     works(server)
 
 
-def test_a_process_that_is_lost_between_requests_is_not_noticed(server):
+def test_a_process_that_is_lost_between_requests_is_replaced(server):
     wait_until_idle(server.url)
     lost = workers(server)[0]
     lost.kill()
@@ -95,7 +95,7 @@ def test_a_process_that_is_lost_between_requests_is_not_noticed(server):
     works(server)
 
 
-def test_a_cancelled_request_leaves_the_processes_in_step(server):
+def test_a_cancelled_request_leaves_the_processes_in_sync(server):
     before = [process.pid for process in workers(server)]
     thread, replies = slowly(server)
     request(server.url, "POST", "/predictions/slow/cancel")

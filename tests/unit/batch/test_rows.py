@@ -29,7 +29,7 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path, t2v):
     assert rows[0].inputs["width"] is None
 
 
-def test_a_table_has_a_column_for_each_input_and_says_more_than_the_command_line(tmp_path, t2v):
+def test_a_table_has_a_column_for_each_input_and_overrides_the_command_line(tmp_path, t2v):
     (tmp_path / "list.csv").write_text('prompt,seed,output_format\n"a cat, asleep",,webm\na dog,9,\n')
     rows = read_rows(tmp_path / "list.csv", common=["seed=7"], document=t2v)
     assert [row.given for row in rows] == [
@@ -47,7 +47,7 @@ def test_lines_of_json_keep_their_types(tmp_path, t2v):
     assert second.given == {"guidance_scale": 1.5}
 
 
-def test_files_named_in_a_list_are_beside_it(tmp_path, i2v):
+def test_paths_in_a_list_are_relative_to_its_folder(tmp_path, i2v):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"png")
     (tmp_path / "list.csv").write_text("image,prompt\nphotos/cat.png,a cat\n")
@@ -55,7 +55,7 @@ def test_files_named_in_a_list_are_beside_it(tmp_path, i2v):
     assert row.inputs["image"] == str(tmp_path / "photos" / "cat.png")
 
 
-def test_the_same_row_has_the_same_mark_and_another_setting_or_model_another(tmp_path, t2v):
+def test_a_rows_fingerprint_changes_with_its_inputs_and_the_model(tmp_path, t2v):
     (tmp_path / "list.txt").write_text("a cat\n")
     (row,) = read_rows(tmp_path / "list.txt", common=[], document=t2v)
     (again,) = read_rows(tmp_path / "list.txt", common=[], document=t2v)
@@ -70,20 +70,20 @@ def test_the_same_row_has_the_same_mark_and_another_setting_or_model_another(tmp
         ("list.csv", "promt\na cat\n", "list.csv, row 1: there is no input 'promt'. Did you mean prompt?"),
         ("list.csv", "prompt,seed\na cat,x\n", "list.csv, row 1: seed: x is not a whole number"),
         ("list.csv", "prompt\na cat, asleep\n", "list.csv: a row has more cells than there are columns."),
-        ("list.jsonl", '{"prompt": "a"}\n[1]\n', "list.jsonl, row 2 is no JSON object."),
-        ("list.jsonl", "{\n", "list.jsonl, row 1 is no JSON: "),
-        ("list.txt", "\n\n", "holds no prompts."),
-        ("list.json", "[]", "is no list that is known; give .txt, .csv, .jsonl."),
+        ("list.jsonl", '{"prompt": "a"}\n[1]\n', "list.jsonl, row 2 is not a JSON object."),
+        ("list.jsonl", "{\n", "list.jsonl, row 1 is not valid JSON: "),
+        ("list.txt", "\n\n", "contains no prompts."),
+        ("list.json", "[]", "is not a supported list: use .txt, .csv, .jsonl."),
     ],
 )
-def test_a_list_that_cannot_be_read_says_where(tmp_path, t2v, name, text, message):
+def test_an_invalid_list_is_refused_with_the_row(tmp_path, t2v, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as refused:
         read_rows(tmp_path / name, common=[], document=t2v)
     assert message in str(refused.value)
 
 
-def test_an_image_that_is_not_there_is_named_with_its_row(tmp_path, i2v):
+def test_a_missing_image_is_reported_with_its_row(tmp_path, i2v):
     (tmp_path / "list.csv").write_text("image,prompt\nnone.png,a cat\n")
     with pytest.raises(UserError, match=r"list.csv, row 1: image: there is no file none.png\."):
         read_rows(tmp_path / "list.csv", common=[], document=i2v)

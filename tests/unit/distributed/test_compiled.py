@@ -41,7 +41,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does_and_are_soon_done_with_compiling(tmp_path):
+def test_two_processes_match_one_and_stop_compiling_after_each_kind_was_seen(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(

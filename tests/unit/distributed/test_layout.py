@@ -26,27 +26,27 @@ from lib.errors import UserError
         (1, 48, True, "one"),
     ],
 )
-def test_branches_come_first_and_the_rest_shares_the_sequence(processes, heads, guided, shared):
+def test_guidance_branches_are_divided_first_then_the_sequence(processes, heads, guided, shared):
     layout = best_layout(processes, heads=heads, guided=guided)
     assert (str(layout), layout.copies, layout.processes) == (shared, 1, processes)
 
 
-def test_where_heads_allow_no_finer_division_groups_do_the_same_work():
+def test_groups_repeat_the_work_where_heads_cannot_be_divided_further():
     assert best_layout(4, heads=6, guided=False) == Layout(sequence=2, copies=2)
 
 
-def test_padded_heads_leave_the_last_process_one_of_its_own():
+def test_padded_heads_leave_the_last_process_a_real_head():
     assert heads_divide(30, 4)
-    assert not heads_divide(6, 4)  # 2, 2, 2 and none
+    assert not heads_divide(6, 4)  # 2, 2, 2 and 0
 
 
-def test_lengths_that_do_not_divide_are_told_from_those_that_do():
+def test_plain_ulysses_needs_lengths_that_divide():
     assert divides_evenly(2, heads=48, text_tokens=226, video_tokens=17_550)
     assert not divides_evenly(4, heads=48, text_tokens=226, video_tokens=17_550)
     assert not divides_evenly(4, heads=30, text_tokens=224, video_tokens=45_696)
 
 
-def test_every_gpu_takes_part_unless_something_else_is_asked_for():
+def test_every_gpu_is_used_unless_the_setting_says_otherwise():
     assert plan_processes("", gpus=8, heads=48) == ParallelPlan(processes=8, heads=48)
     assert plan_processes("off", gpus=8, heads=48).processes == 1
     assert plan_processes("1", gpus=8, heads=48).processes == 1
@@ -55,11 +55,11 @@ def test_every_gpu_takes_part_unless_something_else_is_asked_for():
     assert plan_processes("2", gpus=0, heads=48).processes == 2
 
 
-def test_gpus_that_would_only_repeat_are_left_out():
+def test_gpus_that_would_only_repeat_work_are_left_out():
     assert plan_processes("", gpus=7, heads=30).processes == 6
 
 
-def test_a_layout_that_is_asked_for_holds_with_guidance():
+def test_a_forced_layout_applies_to_requests_with_guidance():
     plan = plan_processes("cfg2xulysses2", gpus=4, heads=48)
     assert plan.processes == 4
     assert str(plan.layout(guided=True)) == "cfg2xulysses2"
@@ -97,7 +97,7 @@ def test_a_layout_that_is_asked_for_holds_with_guidance():
         ),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_can(asked, gpus, heads, message):
+def test_an_impossible_setting_is_refused_with_what_is_possible(asked, gpus, heads, message):
     with pytest.raises(UserError) as refused:
         plan_processes(asked, gpus=gpus, heads=heads)
     assert str(refused.value) == message

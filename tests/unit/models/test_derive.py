@@ -1,4 +1,4 @@
-"""A model that is not in the table is described by its folder's own configs."""
+"""The spec of a model that is not in the table is derived from its folder's configs."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ WEIGHTS = Path(__file__).resolve().parents[3] / "weights"
 
 
 @pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v"])
-def test_spec_derived_from_the_embedded_configs_is_the_tables(name):
+def test_the_spec_derived_from_an_embedded_model_is_the_known_one(name):
     derived, known = derive_spec(WEIGHTS / name), SPECS[name]
     for field in ("task", "height", "width", "frames", "frame_step", "max_frames", "fps", "text_tokens"):
         assert getattr(derived, field) == getattr(known, field), field
@@ -58,7 +58,7 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_spec_derived_from_released_configs_has_the_released_rules(name, tmp_path):
+def test_the_spec_derived_from_released_configs_is_the_known_one(name, tmp_path):
     known = SPECS[name]
     pipeline = "CogVideoXImageToVideoPipeline" if known.task == "i2v" else "CogVideoXPipeline"
     derived = spec_for("my-finetune", write_configs(tmp_path / "my-finetune", pipeline, RELEASED[name]))
@@ -73,14 +73,14 @@ def test_spec_derived_from_released_configs_has_the_released_rules(name, tmp_pat
 @pytest.mark.parametrize("name, trained, frames", [
     ("cogvideox1.5-5b", 13, 17), ("cogvideox1.5-5b", 85, 81), ("cogvideox-5b", 13, 9), ("cogvideox-5b", 1, 9),
 ])  # fmt: skip
-def test_the_usual_length_is_one_that_the_models_rule_allows(name, trained, frames, tmp_path):
+def test_the_default_length_is_valid(name, trained, frames, tmp_path):
     configs = RELEASED[name] | {"sample_frames": trained}
     derived = derive_spec(write_configs(tmp_path / "mine", "CogVideoXPipeline", configs))
     assert derived.frames == frames
     derived.check_frames(derived.frames)
 
 
-def test_a_folder_of_another_pipeline_or_without_configs_is_refused_by_name(tmp_path):
+def test_a_folder_of_another_pipeline_or_without_configs_is_refused(tmp_path):
     folder = write_configs(tmp_path / "sd", "StableDiffusionPipeline", {})
     with pytest.raises(UserError, match=r"'StableDiffusionPipeline'; allowed are CogVideoXPipeline"):
         derive_spec(folder)

@@ -49,7 +49,7 @@ def test_rejects_frame_count_between_valid_values_and_names_the_nearest(name, fr
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_takes_its_own_size_and_names_it_when_given_another(spec):
+def test_accepts_its_own_size_and_names_the_nearest_for_another(spec):
     spec.check_size(spec.width, spec.height)
     with pytest.raises(UserError, match=f"width={spec.width + 8}, height={spec.height}.*nearest: "):
         spec.check_size(spec.width + 8, spec.height)
@@ -74,7 +74,7 @@ def test_takes_its_own_size_and_names_it_when_given_another(spec):
         ((16, 16), (768, 768)),
     ],
 )
-def test_second_image_to_video_model_fixes_the_short_side_only(size, nearest):
+def test_image_to_video_of_1_5_fixes_the_short_side_only(size, nearest):
     spec = SPECS["cogvideox1.5-5b-i2v"]
     if nearest is None:
         spec.check_size(*size)
@@ -84,7 +84,7 @@ def test_second_image_to_video_model_fixes_the_short_side_only(size, nearest):
         spec.check_size(*size)
 
 
-def test_untrained_sizes_pass_only_when_asked_for_and_only_where_the_model_can_compute_them():
+def test_untrained_sizes_need_the_setting_and_a_model_that_can_compute_them():
     spec = SPECS["cogvideox-5b"]
     with pytest.raises(UserError, match="720x480 only, the size it was trained at"):
         spec.check_size(640, 352)
@@ -95,14 +95,14 @@ def test_untrained_sizes_pass_only_when_asked_for_and_only_where_the_model_can_c
         SPECS["cogvideox-5b-i2v"].check_size(640, 352, any_size=True)
 
 
-def test_a_model_of_the_other_task_is_refused_and_the_right_ones_are_named():
+def test_a_model_for_another_task_is_refused_with_the_right_ones():
     with pytest.raises(UserError, match=r"cogvideox-5b is a model for text-to-video.*cogvideox-5b-i2v"):
         check_task("cogvideox-5b", "t2v", "i2v")
     assert names_for("t2v") == ["tiny-t2v", "cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"]
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_the_forms_literal_defaults_hold_for_every_model(task):
+def test_the_literal_defaults_of_the_signature_match_every_model(task):
     inputs = openapi_schema(ROOT / f"predict_{task}.py")["components"]["schemas"]["Input"]["properties"]
     for name in names_for(task):
         assert inputs["num_inference_steps"]["default"] == SPECS[name].num_inference_steps
@@ -110,7 +110,7 @@ def test_the_forms_literal_defaults_hold_for_every_model(task):
     assert inputs["num_frames"]["default"] is None
 
 
-def test_specs_and_manifest_know_the_same_checkpoints_and_homes():
+def test_specs_and_manifest_have_the_same_checkpoints_and_repositories():
     manifest = tomllib.loads((WEIGHTS / "manifest.toml").read_text())
     assert set(manifest) == set(SPECS)
     for name, source in manifest.items():
