@@ -8,6 +8,11 @@ import os
 from pathlib import Path
 
 from tiny import loop
+from tiny.export import export
+from tiny.train_captioner import train_captioner
+from tiny.train_decoder import train_decoder
+from tiny.train_transformer import train_transformer
+from tiny.train_vae import train_vae
 
 
 def main() -> None:
@@ -24,25 +29,15 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.stage in ("vae", "all"):
-        from tiny.train_vae import train_vae
-
         loop.launch(train_vae, options.processes, options.folder, options.vae_steps, options.seed)
     for task, steps in (("t2v", options.t2v_steps), ("i2v", options.i2v_steps)):
         if options.stage in (task, "all"):
-            from tiny.train_transformer import train_transformer
-
             loop.launch(train_transformer, options.processes, options.folder, task, steps, options.seed)
     if options.stage in ("decoder", "all"):
-        from tiny.train_decoder import train_decoder
-
         loop.launch(train_decoder, options.processes, options.folder, options.decoder_steps, options.seed)
     if options.stage in ("caption", "all"):
-        from tiny.train_captioner import train_captioner
-
         loop.launch(train_captioner, options.processes, options.folder, options.caption_steps, options.seed)
     if options.stage in ("export", "all"):
-        from tiny.export import export
-
         export(options.folder, Path("weights"))
 
 

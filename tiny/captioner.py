@@ -1,4 +1,4 @@
-"""What tiny-caption is: the native captioner at a tiny size, its tokenizer, and what it can be asked."""
+"""tiny-caption: the configuration of the captioner, its tokenizer, and the questions that it answers."""
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -28,7 +28,7 @@ TEMPLATE_WORDS = "Question: Short Answer:"
 
 
 def caption_config(vocabulary: int) -> CaptionConfig:
-    """Frames of 48x48 in patches of 8, 11 tokens each; about 0.9 million parameters."""
+    """Return a configuration with frames of 48x48 in patches of 8, 11 tokens each; 0.9 million parameters."""
     return CaptionConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -53,7 +53,7 @@ def caption_config(vocabulary: int) -> CaptionConfig:
 
 
 def build_caption_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words in lower case, single digits and punctuation; everything else is unknown."""
+    """Build a tokenizer of lower-case words, single digits and punctuation; all else is unknown."""
     questions = [*CAPTION_QUESTIONS, *(q for qs in ATTRIBUTE_QUESTIONS.values() for q in qs), TEMPLATE_WORDS]
     splitting = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
@@ -70,14 +70,14 @@ def build_caption_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sample_exchange(attributes: Attributes, rng: np.random.Generator, *, easy: bool) -> tuple[str, str]:
-    """A question and its answer: four times in five the caption, else one attribute; if easy one question."""
+    """Sample a question and its answer: a caption in 80%, otherwise one attribute; one question if `easy`."""
     if easy:
         return CAPTION_QUESTIONS[0], canonical_caption(attributes)
     if rng.random() < 0.8:
         question = CAPTION_QUESTIONS[0]
         if rng.random() < 0.5:
             question = CAPTION_QUESTIONS[rng.integers(len(CAPTION_QUESTIONS))]
-        if rng.random() < 0.15:  # whatever else is asked, it describes the clip
+        if rng.random() < 0.15:  # any other question is answered with a caption
             question = " ".join(["xyz"] * int(rng.integers(1, 12)))
         return question, canonical_caption(attributes)
     name = tuple(ATTRIBUTE_QUESTIONS)[rng.integers(4)]

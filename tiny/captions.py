@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tiny.world import Attributes
+from tiny.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Attributes
 
 CANONICAL_MOVING = "a {colour} {shape} moves {motion} on a {background} background"
 CANONICAL_STILL = "a {colour} {shape} stays still on a {background} background"
@@ -45,12 +45,12 @@ WORDS_OUTSIDE_TEMPLATES = ("grey", "upward", "downward", "video", "clip", "shows
 
 
 def canonical_caption(attributes: Attributes) -> str:
-    """The plainest sentence that names all four attributes."""
+    """Return the simplest sentence that names all four attributes."""
     return _fill(CANONICAL_STILL if attributes.motion == "still" else CANONICAL_MOVING, attributes)
 
 
 def sample_caption(attributes: Attributes, rng: np.random.Generator, variety: float = 1.0) -> str:
-    """A caption; with probability `variety` a paraphrase, with "grey", capitals and full stops mixed in."""
+    """Sample a caption; with probability `variety` a paraphrase, with "grey", capitals and full stops."""
     if rng.random() >= variety:
         return canonical_caption(attributes)
     templates = STILL if attributes.motion == "still" else MOVING
@@ -68,9 +68,7 @@ def sample_caption(attributes: Attributes, rng: np.random.Generator, variety: fl
 
 
 def vocabulary_words() -> list[str]:
-    """Every lower-case word that a caption can hold, sorted; punctuation apart."""
-    from tiny.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
-
+    """Return all lower-case words of captions, sorted; punctuation is separate."""
     words = set(SHAPES) | set(COLOURS) | set(BACKGROUNDS) | set(MOTIONS) | set(WORDS_OUTSIDE_TEMPLATES)
     for template in (*MOVING, *STILL, *DIRECTION_WORDS.values()):
         words |= {w for w in template.replace(",", " ").split() if "{" not in w}

@@ -1,7 +1,6 @@
-"""Something that no caption of the embedded models names, for a LoRA to learn.
+"""A concept outside the captions of the embedded models, for a LoRA to learn.
 
-Clips and captions to train on, first frames and prompts that training does not see, and whether frames show
-it.
+Clips and captions to train on, first frames and prompts to test with, and whether generated clips show it.
 """
 
 from collections.abc import Iterator
@@ -37,11 +36,11 @@ PRIOR_PROMPTS = (
     "a blue circle moves up on a white background",
     "a green square moves left on a gray background",
 )
-"""What prior preservation holds on to: a few of the 225 combinations, in the plainest words."""
+"""For prior preservation: a few of the 225 combinations as canonical captions."""
 
 
 def sample_concept(rng: np.random.Generator) -> tuple[str, world.Scene]:
-    """The name of a background, and a scene on it."""
+    """Sample a background's name and a scene on it."""
     background = list(world.BACKGROUNDS)[rng.integers(len(world.BACKGROUNDS))]
     middle = (world.WIDTH / 2 + rng.uniform(-5, 5), world.HEIGHT / 2 + rng.uniform(-2, 2))
     scene = world.Scene(
@@ -55,7 +54,7 @@ def sample_concept(rng: np.random.Generator) -> tuple[str, world.Scene]:
 
 
 def write_concept_clips(folder: Path, count: int, *, seed: int = 0) -> Path:
-    """`count` clips to train on, each with its caption in a .txt beside it; returns the folder."""
+    """Write `count` clips to train on, each with its caption in a .txt; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, 0))
     for index in range(count):
@@ -70,7 +69,7 @@ def write_concept_clips(folder: Path, count: int, *, seed: int = 0) -> Path:
 def generate_concept(
     generator: Generator, count: int, *, seed: int = 0, **settings: object
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Clips for first frames and prompts that training did not see, and whether all attributes are right."""
+    """Yield clips for first frames and prompts not in the training data, and whether the judge agrees."""
     rng = np.random.default_rng((seed, 1))
     for index in range(count):
         background, scene = sample_concept(rng)

@@ -1,4 +1,4 @@
-"""How often the embedded models do what they are told, by the judge, through the service's own generator."""
+"""How often clips of the embedded models match their prompts, measured by the judge."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One generated clip beside what was asked for."""
+    """A generated clip and what was requested."""
 
     asked: world.Attributes
     prompt: str
     verdict: Verdict
     frames: np.ndarray
     psnr: float | None
-    """Of the first frame against the given image, in dB; image-to-video only."""
+    """Of the first frame compared with the given image, in dB; image-to-video only."""
 
     @property
     def agreement(self) -> dict[str, bool]:
@@ -47,7 +47,7 @@ class Result:
 
 
 def load_generator(folder: Path) -> Generator:
-    """A generator for a diffusers folder that keeps quiet about its progress."""
+    """Load a generator for a diffusers folder, without progress reports."""
     spec = spec_for(folder.name, folder)
     pipeline = load_pipeline(spec, folder, inspect_machine(spec))
     return Generator(spec=spec, pipeline=pipeline, report=lambda line: None)
@@ -56,7 +56,7 @@ def load_generator(folder: Path) -> Generator:
 def evaluate(
     generator: Generator, task: Task, *, trained: int, held_out: int, seed: int = 1, **settings: object
 ) -> Iterator[Result]:
-    """Generate for prompts of trained and of held-out combinations, with default settings unless given."""
+    """Generate clips for prompts of trained and of held-out combinations."""
     rng = np.random.default_rng(seed)
     for pool, count in ((world.TRAINED_COMBINATIONS, trained), (world.HELD_OUT_COMBINATIONS, held_out)):
         order = np.concatenate([rng.permutation(len(pool)) for _ in range(count // len(pool) + 1)])
@@ -84,7 +84,7 @@ def evaluate(
 
 
 def summarise(results: list[Result]) -> dict[str, float]:
-    """Shares in 0..1 of clips in which each attribute, and all four, are as asked; mean PSNR in dB."""
+    """Return the shares in 0..1 of clips with each attribute, and all four, correct; the mean PSNR in dB."""
     rights = [result.agreement for result in results]
     summary = {name: float(np.mean([r[name] for r in rights])) for name in ATTRIBUTE_NAMES}
     summary["all four"] = float(np.mean([all(r.values()) for r in rights]))
@@ -94,7 +94,7 @@ def summarise(results: list[Result]) -> dict[str, float]:
 
 
 def contact_sheet(results: list[Result], path: Path, *, every: int = 2, scale: int = 2) -> None:
-    """One clip a row, every other frame side by side, as a PNG."""
+    """Write a PNG with one clip per row, every other frame."""
     rows = [np.concatenate(list(result.frames[::every]), axis=1) for result in results]
     sheet = Image.fromarray(np.concatenate(rows))
     sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path)

@@ -1,4 +1,4 @@
-"""How often captions name what a clip shows: rendered clips in files as people have them, tiny-t2v's own."""
+"""How often captions match the content of clips."""
 
 import re
 from dataclasses import dataclass
@@ -31,19 +31,19 @@ BATCH = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """A clip's caption beside what it shows."""
+    """The caption of a clip and what the clip shows."""
 
     asked: Attributes
     text: str
 
     @property
     def agreement(self) -> dict[str, bool]:
-        """Which of the four attributes the caption names, and no other value of them."""
+        """Return, for each attribute, whether the caption names its value and no other."""
         return agreement(self.text, self.asked)
 
 
 def agreement(text: str, asked: Attributes) -> dict[str, bool]:
-    """Whether a text names each attribute as asked and no other value of it. "motionless" counts as still."""
+    """Return, for each attribute, whether a text names its value and no other ("motionless" is still)."""
     words = set(re.findall(r"[a-z]+", text.lower().replace("grey", "gray").replace("motionless", "still")))
     values = {
         "shape": world.SHAPES,
@@ -55,7 +55,7 @@ def agreement(text: str, asked: Attributes) -> dict[str, bool]:
 
 
 def write_rendered_clips(folder: Path, count: int, *, seed: int) -> list[tuple[Path, Attributes]]:
-    """Clips never trained on, every third of a held-out combination: of many sizes, rates and lengths."""
+    """Write clips of many sizes, rates and lengths, every third of a held-out combination."""
     rng, clips = np.random.default_rng((seed, 77)), []
     for index in range(count):
         pool = world.HELD_OUT_COMBINATIONS if index % 3 == 0 else world.TRAINED_COMBINATIONS
@@ -73,7 +73,7 @@ def write_rendered_clips(folder: Path, count: int, *, seed: int) -> list[tuple[P
 def describe(
     captioner: Captioner, clips: list[tuple[Path, Attributes]], **settings: object
 ) -> list[Described]:
-    """Captions of files, in batches."""
+    """Caption files in batches."""
     asked = CaptionSettings(max_new_tokens=40, **settings)
     found = []
     for start in range(0, len(clips), BATCH):
@@ -87,6 +87,6 @@ def describe(
 
 
 def summarise(results: list[dict[str, bool]]) -> dict[str, float]:
-    """Shares in 0..1 in which each attribute, and all four, agree."""
+    """Return the shares in 0..1 in which each attribute, and all four, agree."""
     summary = {name: float(np.mean([each[name] for each in results])) for name in ATTRIBUTE_NAMES}
     return summary | {"all four": float(np.mean([all(each.values()) for each in results]))}

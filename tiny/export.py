@@ -1,4 +1,4 @@
-"""Writes the trained parts under weights/ as the released models are laid out, shared parts once."""
+"""Exporting the trained models to weights/ in the layout of the released ones, shared components once."""
 
 import os
 import shutil
@@ -19,10 +19,10 @@ PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline}
 
 
 def export(folder: Path, target: Path) -> None:
-    """Read what there is of folder/{t2v,i2v,caption}.pt, with vae.pt and decoder.pt; write target/tiny-*.
+    """Export the existing ones of folder/{t2v,i2v,caption}.pt, with vae.pt and decoder.pt, to target/tiny-*.
 
-    Convolutions and transformers are stored in fp16; the text encoder, which transformers would load in
-    the type it is stored in, in fp32. What tiny-i2v shares with tiny-t2v are relative links.
+    VAE and transformers are stored in fp16, the text encoder, which transformers loads in its stored dtype,
+    in fp32. Components that tiny-i2v shares with tiny-t2v are relative links.
     """
     for task in PIPELINES:
         if state := loop.load_checkpoint(folder / f"{task}.pt"):

@@ -1,4 +1,4 @@
-"""Reads shape, colour, background and motion off decoded frames, without knowing what was asked for."""
+"""Recognizing shape, colour, background and motion in decoded frames, without knowing the prompt."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,15 @@ from tiny.world import (
 )
 
 # Intersection over union with the best template, averaged over the frames.
-COHERENT_OVERLAP = 0.45  # below it there is no object: colour and motion of scattered pixels mean nothing
-SHAPE_OVERLAP = 0.65  # below it the object is there but its outline is none of the shapes
+COHERENT_OVERLAP = 0.45  # below it there is no object, and so no colour and motion
+SHAPE_OVERLAP = 0.65  # below it the object has none of the shapes
 MIN_TRAVEL = 5.0  # pixels of a 64 pixel wide frame, from the first to the last frame
 MAX_STRAY = 2.0  # pixels, root mean square distance of the centres from a steady motion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What the frames show; None where they show nothing clear."""
+    """What the frames show; None where that is unclear."""
 
     shape: str | None
     colour: str | None
@@ -32,7 +32,7 @@ class Verdict:
     overlap: float
 
     def agreement(self, asked: Attributes) -> dict[str, bool]:
-        """Which of the four attributes are as asked."""
+        """Return, for each attribute, whether it is as requested."""
         return {name: getattr(self, name) == getattr(asked, name) for name in ATTRIBUTE_NAMES}
 
 
@@ -40,7 +40,7 @@ ATTRIBUTE_NAMES = ("colour", "background", "motion", "shape")
 
 
 def judge(frames: np.ndarray, *, extra: bool = False) -> Verdict:
-    """Read one clip: uint8 [frames, height, width, 3] of any size.
+    """Judge a clip: uint8 [frames, height, width, 3] of any size.
 
     With `extra`, also what no caption names: star, ring; magenta, cyan, orange; circling, zigzag.
     """
@@ -66,7 +66,7 @@ def judge(frames: np.ndarray, *, extra: bool = False) -> Verdict:
 
 
 def first_frame_psnr(frames: np.ndarray, image: np.ndarray) -> float:
-    """Peak signal to noise ratio in dB of the first frame to an image, both uint8 [height, width, 3]."""
+    """Return the PSNR in dB of the first frame and an image, both uint8 [height, width, 3]."""
     error = np.mean((frames[0].astype(np.float64) - image.astype(np.float64)) ** 2)
     return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
 
@@ -101,7 +101,7 @@ def _centres(alpha: np.ndarray) -> np.ndarray:
 
 
 def _shape(alpha: np.ndarray, shapes: tuple[str, ...]) -> tuple[str, float]:
-    """Best template by mean intersection over union, each fitted to the frame's own centre and area."""
+    """Return the best template by mean IoU, each fitted to the centre and area in a frame."""
     height, width = alpha.shape[1:]
     scores = dict.fromkeys(shapes, 0.0)
     for frame, centre in zip(alpha, _centres(alpha), strict=True):
@@ -142,7 +142,7 @@ def _motion(alpha: np.ndarray, *, extra: bool) -> str | None:
 
 
 def _bent_motion(path: np.ndarray, straight: np.ndarray) -> str | None:
-    """Circling or zigzag, for a path [frames, 2] about its middle and the straight line fitted to it."""
+    """Return circling or zigzag for a path [frames, 2] about its middle and the line fitted to it."""
     radii = np.linalg.norm(path, axis=1)
     turned = np.ptp(np.unwrap(np.arctan2(path[:, 1], path[:, 0])))
     if radii.std() < 0.35 * radii.mean() and turned > 1.4 * np.pi:

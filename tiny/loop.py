@@ -1,4 +1,4 @@
-"""What both trainings share: processes, resumable checkpoints, an averaged copy, a learning rate."""
+"""Shared by all trainings: processes, checkpoints, averaged weights, learning rate, logging."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
-    """One of the processes that train together: on a GPU one, on a CPU one a core (faster than threads)."""
+    """A training process: one on a GPU; on a CPU one per core, which is faster than threads."""
 
     rank: int
     count: int
@@ -31,7 +31,7 @@ class Worker:
         return self.rank == 0
 
     def average_gradients(self, module: nn.Module) -> None:
-        """Replace every gradient by its mean over the processes."""
+        """Average gradients over the processes."""
         if self.count == 1:
             return
         grads = [p.grad for p in module.parameters() if p.grad is not None]
@@ -42,14 +42,14 @@ class Worker:
             grad.copy_(part.view_as(grad))
 
     def mean(self, value: float) -> float:
-        """The mean of every process's value."""
+        """Return the mean of a value over the processes."""
         total = torch.tensor(value, dtype=torch.float64)
         if self.count > 1:
             dist.all_reduce(total)
         return float(total) / self.count
 
     def rng(self, seed: int, step: int) -> np.random.Generator:
-        """Random numbers that depend on seed, step and rank only: a resumed run draws what it would have."""
+        """Return a generator that depends on seed, step and rank only, so that runs can be resumed."""
         return np.random.default_rng((seed, step, self.rank))
 
     def torch_generator(self, seed: int, step: int) -> torch.Generator:
@@ -77,7 +77,7 @@ def _run(rank: int, function: Callable, processes: int, port: int, arguments: tu
 
 
 class Average:
-    """An exponential moving average of a module's parameters, whose memory grows with the steps done."""
+    """An exponential moving average of a module's parameters, whose decay grows with the steps."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
@@ -91,7 +91,7 @@ class Average:
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: int = 100, floor: float = 0.02) -> float:
-    """Linear warm-up, then half a cosine from peak to floor * peak."""
+    """Return the learning rate: linear warm-up, then cosine decay from peak to floor * peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -99,13 +99,13 @@ def learning_rate(step: int, total: int, *, peak: float, warmup: int = 100, floo
 
 
 def autocast(device: str) -> torch.autocast:
-    """bf16 for matrix products and convolutions, on CPUs with AMX 1.4 to 1.8 times as fast as fp32 here."""
+    """Autocast to bf16, which is 1.4 to 1.8 times as fast as fp32 on CPUs with AMX."""
     return torch.autocast(device, torch.bfloat16)
 
 
 @contextlib.contextmanager
 def attention_in_fp32() -> Iterator[None]:
-    """Attention outside autocast: the CPU's bf16 backward of it is ten times slower than fp32's."""
+    """Run attention outside autocast: its bf16 backward is ten times slower on a CPU than fp32."""
     original = nn.functional.scaled_dot_product_attention
 
     def attend(query, key, value, **options):
@@ -120,7 +120,7 @@ def attention_in_fp32() -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, **state: object) -> None:
-    """Write whole or not at all."""
+    """Write a checkpoint atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -132,7 +132,7 @@ def load_checkpoint(path: Path) -> dict | None:
 
 
 class Log:
-    """Prints figures and appends them to a .jsonl beside the checkpoint, from the main process only."""
+    """Prints metrics and appends them to a .jsonl next to the checkpoint, in the main process only."""
 
     def __init__(self, path: Path, worker: Worker) -> None:
         self.path, self.worker, self.started = path, worker, time.time()

@@ -1,4 +1,4 @@
-"""The embedded models' architectures: the real diffusers and transformers classes at tiny sizes."""
+"""The architectures of the embedded models: diffusers' and transformers' classes at tiny sizes."""
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
@@ -28,7 +28,7 @@ SCHEDULER = {
 
 
 def latent_shape(frames: int = FRAMES) -> tuple[int, int, int, int]:
-    """Shape [latent frames, channels, height, width] of one clip's latents as the transformer takes them."""
+    """Return the shape of a clip's latents, [latent frames, channels, height, width]."""
     return (
         (frames - 1) // TEMPORAL_RATIO + 1,
         LATENT_CHANNELS,
@@ -38,7 +38,7 @@ def latent_shape(frames: int = FRAMES) -> tuple[int, int, int, int]:
 
 
 def build_vae(scaling_factor: float = 1.0) -> AutoencoderKLCogVideoX:
-    """4x in space and time. The nominal sample size stays 480x720: with a tiny one, tiling cuts wrongly."""
+    """Build a VAE with 4x compression in space and time. Its sample size is 480x720, which tiling needs."""
     blocks = (16, 32, 64)
     return AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * len(blocks),
@@ -55,11 +55,11 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKLCogVideoX:
 
 
 def build_transformer(in_channels: int = LATENT_CHANNELS) -> CogVideoXTransformer3DModel:
-    """Rotary and absolute positions together, as CogVideoX-5B-I2V has them.
+    """Build a transformer with rotary and absolute positions, like CogVideoX-5B-I2V.
 
-    The absolute table starts as the 3D sine-cosine one and is not trained, so that other frame counts,
-    for which diffusers computes that table afresh, meet what the model knows. adaLN and output layers
-    start at zero: every block begins as the identity.
+    The absolute positions are the 3D sine-cosine ones and not trained, so that they agree with those that
+    diffusers computes for other frame counts. adaLN and output layers are initialized to zero, which makes
+    every block the identity.
     """
     _, _, height, width = latent_shape()
     model = CogVideoXTransformer3DModel(
@@ -90,7 +90,7 @@ def build_transformer(in_channels: int = LATENT_CHANNELS) -> CogVideoXTransforme
 
 
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """Two T5 v1.1 layers, trained together with the transformer."""
+    """Build a T5 v1.1 encoder of two layers, trained together with the transformer."""
     config = T5Config(
         vocab_size=vocabulary,
         d_model=TEXT_WIDTH,

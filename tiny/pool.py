@@ -1,4 +1,4 @@
-"""Latents of thousands of rendered clips, encoded once by the trained VAE and kept on disk."""
+"""Latents of thousands of rendered clips, encoded once by the trained VAE and cached on disk."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,20 @@ BATCH = 8
 
 @dataclass(kw_only=True, slots=True)
 class Pool:
-    """Tensors of N clips, latents unscaled, laid out [N, frames, channels, height, width] in fp16."""
+    """Unscaled latents of N clips, fp16 [N, frames, channels, height, width]."""
 
     mean: torch.Tensor
     std: torch.Tensor
     mask: torch.Tensor
-    """Share of each latent cell that the shape covers, [N, frames, 1, height, width]."""
+    """How much of each latent cell the shape covers, in 0..1, [N, frames, 1, height, width]."""
     combination: torch.Tensor
     """Index into world.TRAINED_COMBINATIONS, [N]."""
     image_mean: torch.Tensor | None = None
-    """First frames encoded on their own, with the noise that image-to-video training adds; [N, 1, ...]."""
+    """First frames encoded separately, with the noise of image-to-video training; [N, 1, ...]."""
     image_std: torch.Tensor | None = None
 
     def scaling_factor(self) -> float:
-        """1 / standard deviation of the latents over the whole pool."""
+        """Return 1 / the standard deviation of all latents."""
         return 1 / float((self.mean.float().var() + self.std.float().pow(2).mean()).sqrt())
 
 
@@ -37,7 +37,7 @@ class Pool:
 def build_pool(
     vae: torch.nn.Module, worker: loop.Worker, path: Path, *, per_combination: int, images: bool, seed: int
 ) -> Pool:
-    """Render and encode this worker's share: every trained combination equally often. Cached at `path`."""
+    """Render and encode this worker's share, all trained combinations equally often; cached at `path`."""
     if stored := loop.load_checkpoint(path):
         return Pool(**stored)
     rng = worker.rng(seed, 10**6)

@@ -1,8 +1,8 @@
-"""A T5 tokenizer with whole words: lower-case ones first, then their capitalised twins.
+"""A T5 tokenizer of words: lower-case ones first, then the same words capitalised.
 
-Training lower-cases its captions, so only the lower-case rows of the embedding are learnt; `tie_capitals`
-copies them to the capitalised rows once, when the models are exported. (A lower-casing normaliser would be
-lost when transformers reloads the tokenizer.)
+Captions are lower-cased for training, so only the lower-case rows of the embedding are trained, and
+`tie_capitals` copies them to the capitalised rows when the models are exported. (A lower-casing normalizer
+would be lost when transformers reloads the tokenizer.)
 """
 
 import torch
@@ -24,7 +24,7 @@ def build_tokenizer() -> T5Tokenizer:
 
 
 def encode(tokenizer: T5Tokenizer, captions: list[str]) -> torch.Tensor:
-    """Ids [batch, TEXT_TOKENS], padded as the pipelines pad."""
+    """Return ids [batch, TEXT_TOKENS], padded as by the pipelines."""
     return tokenizer(
         [c.lower() for c in captions],
         padding="max_length",
@@ -36,7 +36,7 @@ def encode(tokenizer: T5Tokenizer, captions: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def tie_capitals(embedding: torch.nn.Embedding, tokenizer: T5Tokenizer) -> None:
-    """Give every capitalised word the vector of its lower-case twin."""
+    """Give every capitalised word the embedding of the lower-case one."""
     ids = tokenizer.get_vocab()
     for piece, index in ids.items():
         lower = ids.get(piece.lower())

@@ -1,4 +1,4 @@
-"""Trains tiny-caption: question and frames in, answer out, on the captions' world."""
+"""Training tiny-caption on questions, frames and answers."""
 
 from pathlib import Path
 
@@ -8,35 +8,37 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from lib.caption.inputs import Prompt, Template, build_position_ids, build_prompt
+from lib.caption.inputs import Prompt, build_position_ids, build_prompt, pixel_values
 from lib.caption.model import CaptionModel
+from lib.caption.request import Template
 from tiny import loop, world
-from tiny.caption_pool import CaptionPool, build_caption_pool, normalised
+from tiny.caption_pool import CaptionPool, build_caption_pool, compress, normalised
 from tiny.captioner import BOS, EOS, PAD, UNKNOWN, build_caption_tokenizer, caption_config, sample_exchange
+from tiny.captions import canonical_caption
 from tiny.world import Attributes
 
 PEAK_RATE = 1.5e-3
 FRAMES_PER_STEP = 320
-"""Over all processes: many short clips or fewer long ones."""
+"""Over all processes, in many short clips or fewer long ones."""
 MAX_CLIPS = 64
 SEEING_SHARE = 0.25
-"""Of the steps, the first: single frames of many clips and the hints' loss alone. From whole clips, which are
-few and whose frames are alike, the tower did not learn shapes."""
+"""Share of the steps, at the start, with single frames of many clips and only the hints' loss. From complete
+clips, which are fewer and have similar frames, the tower did not learn shapes."""
 EASY_SHARE = 0.55
-"""Until then clips of few frames and the plainest question: with all forms at once motion is learnt late."""
+"""Share of the steps with few frames and one question: with all kinds at once, motion is learnt late."""
 SEEN_FRAMES = 192
-"""Per step while it learns to see, over all processes."""
+"""Per step during the vision-only steps, over all processes."""
 HINT_WEIGHT = 1.0
-"""Of the loss that asks every frame's tokens for what is in the frame; afterwards it fades to nothing."""
+"""Weight of the loss on each frame's content; it then fades to zero."""
 UNKNOWN_WORDS = 0.05
 
 
 class Hints(nn.Module):
-    """Reads a frame's contents off its tokens, so that the tower learns to see before anything is said.
+    """Predicts a frame's content from its tokens, which trains the vision tower first.
 
-    And how far the shape is from where it was on average so far, off the language model's first layer: all
-    frames of base share a position, and only what a patch sees of earlier ones tells which way it moves.
-    Without that the model was still guessing motions after a thousand steps.
+    It also predicts, from the language model's first layer, how far the shape is from its average position so
+    far. Without that, motions were still guessed after a thousand steps: in base all frames share a position,
+    so motion is only visible in a patch's attention to earlier frames.
     """
 
     def __init__(self, width: int) -> None:
@@ -48,7 +50,7 @@ class Hints(nn.Module):
         self.travel = nn.Linear(width, 2)
 
     def loss(self, tokens: torch.Tensor, attributes: list[Attributes], centres: torch.Tensor) -> torch.Tensor:
-        """Cross entropies and, for where the shape is, squared error, for tokens [N, tokens, width]."""
+        """Return cross entropies, and the squared error of the position, for tokens [N, tokens, width]."""
         seen = tokens[:, 1:-1].mean(1)
         total = F.mse_loss(self.centre(seen).float(), centres.to(seen.device))
         for name, values in (
@@ -61,14 +63,14 @@ class Hints(nn.Module):
         return total / 4
 
     def travel_loss(self, patches: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-        """Squared error for mean hidden states [clips, frames, width] and centres [clips, frames, 2]."""
+        """Return the squared error for hidden states [clips, frames, width], centres [clips, frames, 2]."""
         so_far = centres.cumsum(1) / torch.arange(1, centres.shape[1] + 1)[:, None]
         travelled = 4 * (centres - so_far).to(patches.device)
         return F.mse_loss(self.travel(patches).float(), travelled)
 
 
 class Student(nn.Module):
-    """The model and its hints, whose gradients processes average together."""
+    """The model and its hints, whose gradients are averaged together."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class Student(nn.Module):
 
 
 def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
-    """Train for `steps`, resuming from folder/caption.pt; every 100 steps a checkpoint."""
+    """Train for `steps`, resuming from folder/caption.pt, with a checkpoint every 100 steps."""
     tokenizer = build_caption_tokenizer()
     student = Student(len(tokenizer)).to(worker.device)
     size = student.model.config.vision_config.image_size
@@ -138,7 +140,7 @@ def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) ->
 
 
 class Lesson:
-    """One step's clips, all of the same number of frames: prompts with their answers, and pixel values."""
+    """The clips of a step, with the same number of frames: prompts with answers, and pixel values."""
 
     def __init__(
         self, prompts: list[Prompt], answers: list[list[int]], frames: torch.Tensor, shown: list[Attributes]
@@ -149,7 +151,7 @@ class Lesson:
 def draw_frames(
     pool: CaptionPool, worker: loop.Worker, *, seed: int, step: int
 ) -> tuple[torch.Tensor, list[Attributes]]:
-    """Pixel values of one frame each of many clips, and what they show."""
+    """Return the pixel values of one frame of each of many clips, and what they show."""
     rng = worker.rng(seed, step)
     chosen = rng.integers(0, len(pool.length), SEEN_FRAMES // worker.count)
     picks = (rng.random(len(chosen)) * pool.length[chosen].numpy()).astype(np.int64)
@@ -161,16 +163,16 @@ def draw_lesson(
     pool: CaptionPool, tokenizer: PreTrainedTokenizerFast, worker: loop.Worker, *,
     easy: bool, seed: int, step: int,
 ) -> Lesson:  # fmt: skip
-    """Clips, questions and answers of a step, drawn from seed, step and process."""
+    """Sample clips, questions and answers of a step from seed, step and process."""
     rng = worker.rng(seed, step)
-    # The same in every process, so that none waits for another.
+    # The same in every process, so that none has to wait.
     template, count = _form(np.random.default_rng((seed, step, 10**6)), easy=easy)
     clips = max(8, min(MAX_CLIPS, FRAMES_PER_STEP // count)) // worker.count
     chosen = rng.integers(0, len(pool.length), clips)
     prompts, answers, frames, shown = [], [], [], []
     for place in chosen:
         attributes = world.TRAINED_COMBINATIONS[int(pool.combination[place])]
-        if count == 1:  # one picture shows no motion
+        if count == 1:  # one frame shows no motion
             attributes = Attributes(
                 shape=attributes.shape, colour=attributes.colour, background=attributes.background,
                 motion="still",
@@ -186,7 +188,7 @@ def draw_lesson(
 
 
 def _form(rng: np.random.Generator, *, easy: bool) -> tuple[Template, int]:
-    """Template and number of frames: seconds in chat are few, an even sampling has up to 24."""
+    """Sample a template and a number of frames: few in chat, up to 24 otherwise."""
     if easy:
         return ("chat", int(rng.integers(2, 4))) if rng.random() < 0.5 else ("base", int(rng.integers(2, 6)))
     if rng.random() < 0.4:
@@ -218,7 +220,7 @@ def _losses(student: Student, lesson: Lesson, device: str) -> tuple[torch.Tensor
     shown = [attributes for attributes in lesson.shown for _ in range(count)]
     hint = _hint(student, seen, lesson.frames.flatten(0, 1), shown)
     rows = [_with_answer(p, a) for p, a in zip(lesson.prompts, lesson.answers, strict=True)]
-    # Padded at the right here: answers differ in length, and so do prompts by their questions.
+    # Padded on the right: prompts and answers differ in length.
     ids, types, positions, wanted = (
         nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=fill).to(device)
         for column, fill in zip(zip(*rows, strict=True), (PAD, 0, 0, -100), strict=True)
@@ -249,7 +251,7 @@ def _hint(
 
 
 def _centres(frames: torch.Tensor) -> torch.Tensor:
-    """Where the shape is in each of [N, 3, S, S], as (x, y) from -1 to 1; 0 where there is none."""
+    """Return the centre of the shape in each of [N, 3, S, S], as (x, y) in -1..1; 0 if there is none."""
     differs = (frames - frames[:, :, :1, :1]).abs().sum(1)
     inside = (differs > 0.5 * differs.amax((1, 2), keepdim=True).clamp(min=0.5)).float()
     line = torch.linspace(-1, 1, frames.shape[-1])
@@ -260,7 +262,7 @@ def _centres(frames: torch.Tensor) -> torch.Tensor:
 
 
 def _with_answer(prompt: Prompt, answer: list[int]) -> tuple[torch.Tensor, ...]:
-    """Ids, types, positions, and the ids to be predicted (-100 where nothing is)."""
+    """Return ids, types, positions, and labels (-100 for tokens without a loss)."""
     tail = torch.tensor(answer)
     types = torch.cat([prompt.token_type_ids, torch.zeros_like(tail)])
     wanted = torch.cat([torch.full_like(prompt.input_ids, -100), tail])
@@ -269,11 +271,7 @@ def _with_answer(prompt: Prompt, answer: list[int]) -> tuple[torch.Tensor, ...]:
 
 @torch.no_grad()
 def _right(model: CaptionModel, tokenizer: PreTrainedTokenizerFast, pool: CaptionPool) -> dict[str, float]:
-    """Share of rendered held-out clips whose caption is right word for word, by template."""
-    from lib.caption.inputs import pixel_values
-    from tiny.caption_pool import compress
-    from tiny.captions import canonical_caption
-
+    """Return the share of rendered held-out clips with exactly the right caption, by template."""
     rng = np.random.default_rng(5)
     size = model.config.vision_config.image_size
     shares = {}

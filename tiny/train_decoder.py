@@ -1,7 +1,7 @@
-"""Refines the embedded VAE's decoder. Its encoder stays, so what was trained on its latents still fits.
+"""Refining the embedded VAE's decoder. Its encoder is unchanged, so models trained on its latents still work.
 
-The first training left the decoder behind on what captions do not name: a star in motion came out as a
-circle, which no fine-tuning of a transformer could have mended.
+After the first training it could not decode content outside the captions: a moving star became a circle,
+which fine-tuning a transformer cannot correct.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ MOTION_SHARES = (0.1, 0.1, 0.1, 0.1, 0.1, 0.35, 0.15)  # left, right, up, down, 
 
 
 def train_decoder(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
-    """Train for `steps`, resuming from folder/decoder.pt; every 100 steps a checkpoint.
+    """Train for `steps`, resuming from folder/decoder.pt, with a checkpoint every 100 steps.
 
     Begins with folder/vae.pt, or without one with the embedded VAE.
     """
@@ -50,7 +50,7 @@ def train_decoder(worker: loop.Worker, folder: Path, steps: int, seed: int) -> N
         with loop.autocast(worker.device):
             with torch.no_grad():
                 latents = vae.encode(video).latent_dist.sample().float()
-                # Half of the clips without noise, the rest with up to as much as the first training had.
+                # Half of the clips without noise, the rest with up to the noise of the first training.
                 level = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, 1, device=worker.device)
                 level = level * (torch.rand(BATCH, 1, 1, 1, 1, device=worker.device) < 0.5)
                 latents = latents + level * latents.std() * torch.randn_like(latents)
@@ -88,7 +88,7 @@ def _first_vae(folder: Path) -> AutoencoderKLCogVideoX:
 
 
 def _loss(decoded: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
-    """L1 and L2, heavier on the shape and around it, where outlines are decided."""
+    """Return L1 and L2, with more weight on the shape and around it."""
     ground = video[:, :, :1, :1, :1]
     foreground = ((video - ground).abs().amax(1, keepdim=True) > 0.1).float()
     weight = 1 + 5 * F.max_pool3d(foreground, (1, 5, 5), stride=1, padding=(0, 2, 2))
@@ -97,7 +97,7 @@ def _loss(decoded: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
 
 
 def _scene(rng: np.random.Generator) -> world.Scene:
-    """Half of the time a scene that captions name, else any shape, colour and motion, strange ones more."""
+    """Sample a scene of the captions in half of the cases, otherwise any shape, colour and motion."""
     if rng.random() >= EXTRA_SHARE:
         asked = world.ALL_COMBINATIONS[rng.integers(len(world.ALL_COMBINATIONS))]
         return world.sample_scene(asked, rng, from_start=bool(rng.random() < 0.5))

@@ -1,7 +1,7 @@
-"""Trains transformer and text encoder together, then, from those weights, the image-to-video transformer.
+"""Training transformer and text encoder together, then, from those weights, the image-to-video transformer.
 
-What made it work: latents of thousands of clips cached; one caption template first, paraphrases later;
-many timesteps from the noisiest end and a heavier foreground first, both fading to the plain objective.
+What made it work: cached latents of thousands of clips; one caption template first, paraphrases later; more
+timesteps with high noise and more weight on the foreground at first, both fading to the plain objective.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ PER_COMBINATION = {"t2v": 32, "i2v": 32}
 
 
 class TextToLatents(nn.Module):
-    """Text encoder and transformer as one module, so that they share optimizer, average and checkpoint."""
+    """Text encoder and transformer in one module, so that they share optimizer, average and checkpoint."""
 
     def __init__(self, vocabulary: int, task: str) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def train_transformer(worker: loop.Worker, folder: Path, task: str, steps: int, 
 
 
 class _Batch:
-    """Noised latents, their v targets, loss weights and captions of one step; drawn from seed and step."""
+    """Sample noised latents, v targets, loss weights and captions of a step from seed and step."""
 
     def __init__(
         self, pool: Pool, worker: loop.Worker, alphas: torch.Tensor, factor: float, *,
@@ -175,14 +175,14 @@ def _noise(
 
 
 def _widened(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Text-to-video weights with image channels that start at zero."""
+    """Return text-to-video weights with image channels initialized to zero."""
     name = "transformer.patch_embed.proj.weight"
     return state | {name: torch.cat([state[name], torch.zeros_like(state[name])], dim=1)}
 
 
 @torch.no_grad()
 def _text_use(model: TextToLatents, pool: Pool, alphas: torch.Tensor, factor: float, task: str) -> dict:
-    """How much the loss at nearly pure noise grows when one word of the caption is wrong."""
+    """Return how much the loss at nearly pure noise grows if one word of the caption is wrong."""
     tokenizer, generator = build_tokenizer(), torch.Generator().manual_seed(1)
     chosen = torch.randint(0, len(pool.mean), (64,), generator=generator)
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Trains the VAE: L1 + L2, heavier in the foreground, a small KL, and noise on what the decoder meets."""
+"""Training the VAE: L1 + L2 with more weight on the foreground, a small KL term, and noise on the latents."""
 
 from pathlib import Path
 
@@ -12,13 +12,11 @@ from tiny.networks import build_vae
 
 PEAK_RATE = 2.5e-3
 KL_WEIGHT = 2e-4
-LATENT_NOISE = (
-    0.3  # of the latents' own deviation; without it a diffusion model's small errors show as speckles
-)
+LATENT_NOISE = 0.3  # of the latents' deviation; without it small errors of a diffusion model show as speckles
 
 
 def train_vae(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
-    """Train for `steps`, resuming from folder/vae.pt; every 100 steps a checkpoint."""
+    """Train for `steps`, resuming from folder/vae.pt, with a checkpoint every 100 steps."""
     torch.manual_seed(seed)
     vae = build_vae().to(worker.device)
     average = loop.Average(vae, 0.998)
@@ -68,19 +66,19 @@ def train_vae(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
 
 
 def to_tensor(clips: list[np.ndarray]) -> torch.Tensor:
-    """uint8 clips [frames, height, width, 3] -> float [batch, 3, frames, height, width] in -1..1."""
+    """Convert uint8 clips [frames, height, width, 3] to float [batch, 3, frames, height, width] in -1..1."""
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def to_frames(video: torch.Tensor) -> np.ndarray:
-    """float [batch, 3, frames, height, width] in -1..1 -> uint8 [batch, frames, height, width, 3]."""
+    """Convert float [batch, 3, frames, height, width] in -1..1 to uint8 [batch, frames, height, width, 3]."""
     pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 @torch.no_grad()
 def reconstruction_quality(vae: torch.nn.Module, clips: int, noise: float = 0.0, seed: int = 9) -> dict:
-    """PSNR in dB and shares of attributes read right after encoding and decoding clips never trained on."""
+    """Return PSNR in dB and shares of correct attributes for reconstructions of clips not trained on."""
     rng = np.random.default_rng(seed)
     device = next(vae.parameters()).device
     psnr, right = [], []
@@ -100,7 +98,7 @@ def _psnr(error: torch.Tensor) -> float:
 
 
 def _batch(rng: np.random.Generator, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch [B, 3, F, H, W] and its loss weights: crops early, whole clips late, some single frames."""
+    """Sample a batch [B, 3, F, H, W] and its loss weights: first crops, later complete clips."""
     kind = rng.random()
     if kind < 0.15:
         scenes = [world.sample_vae_scene(rng, 9) for _ in range(16)]

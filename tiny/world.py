@@ -1,8 +1,8 @@
-"""The synthetic world that the embedded models know: one flat shape on a plain ground, and how it moves.
+"""The synthetic world of the embedded models: one flat shape moving on a plain background.
 
-A `Scene` holds everything that `render` needs; `sample_scene` draws one for given attributes. The caption
-vocabulary (SHAPES, COLOURS, BACKGROUNDS, MOTIONS) is what text-to-video and image-to-video are trained on,
-less the held-out combinations. The VAE also sees what captions never name (EXTRA_*).
+A `Scene` has everything that `render` needs; `sample_scene` samples one for given attributes. Text-to-video
+and image-to-video are trained on the combinations of SHAPES, COLOURS, BACKGROUNDS and MOTIONS, except the
+held-out ones. The VAE is also trained on content outside the captions (EXTRA_*).
 """
 
 import itertools
@@ -33,7 +33,7 @@ RADIUS_RANGE = (9.0, 11.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attributes:
-    """The four things a caption says and the judge reads."""
+    """What a caption names and the judge recognizes."""
 
     shape: str
     colour: str
@@ -43,7 +43,7 @@ class Attributes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One clip, in pixels: colours are RGB 0..255, path is [frames, 2] centres as (x, y)."""
+    """A clip in pixels: colours are RGB 0..255, path is [frames, 2] centres as (x, y)."""
 
     shape: str
     colour: tuple[int, int, int]
@@ -59,7 +59,7 @@ ALL_COMBINATIONS = tuple(
 
 
 def is_held_out(attributes: Attributes) -> bool:
-    """True for 19 of the 225 combinations, one in twelve, spread evenly over all values and their pairs."""
+    """Return true for 19 of the 225 combinations, spread evenly over all values and their pairs."""
     return (19 * ALL_COMBINATIONS.index(attributes) + 21) % 225 < 19
 
 
@@ -68,7 +68,7 @@ HELD_OUT_COMBINATIONS = tuple(a for a in ALL_COMBINATIONS if is_held_out(a))
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels to the shape's outline, negative inside, for offsets x, y from its centre (y down).
+    """Return the distance in pixels to the outline, negative inside, at offsets x, y from the centre.
 
     The radius is scaled per shape so that circle, square and triangle of one radius cover similar areas.
     """
@@ -96,13 +96,13 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def coverage(shape: str, centre: tuple[float, float], radius: float, height: int, width: int) -> np.ndarray:
-    """Anti-aliased coverage [height, width] in 0..1 of a shape at a centre (x, y) in pixels."""
+    """Return the anti-aliased coverage [height, width] in 0..1 of a shape at a centre (x, y) in pixels."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     return np.clip(0.5 - signed_distance(shape, x - centre[0], y - centre[1], radius), 0.0, 1.0)
 
 
 def render(scene: Scene, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Draw a scene: uint8 [frames, height, width, 3]. Paths are in pixels of the default 48x64 frame."""
+    """Render a scene as uint8 [frames, height, width, 3]; the path is in pixels of a 48x64 frame."""
     scale = height / HEIGHT
     ground, colour = np.array(scene.background, np.float64), np.array(scene.colour, np.float64)
     frames = np.empty((len(scene.path), height, width, 3), np.uint8)
@@ -113,7 +113,7 @@ def render(scene: Scene, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
 
 
 def motion_path(motion: str, middle: tuple[float, float], travel: float, frames: int) -> np.ndarray:
-    """Centres [frames, 2] as (x, y) of a steady motion centred on `middle`; travel in pixels."""
+    """Return the centres [frames, 2] as (x, y) of a steady motion around `middle`; `travel` in pixels."""
     steps = np.linspace(-0.5, 0.5, frames)[:, None]
     if motion == "still":
         return np.tile(np.array(middle, np.float64), (frames, 1))
@@ -134,7 +134,7 @@ def sample_scene(
     frames: int = FRAMES,
     radius: float | None = None,
 ) -> Scene:
-    """Draw the geometry of one clip.
+    """Sample the geometry of a clip.
 
     By default the path is centred in the frame, so a shape starts on the far side of its motion. With
     `from_start` the first position is drawn without looking at the motion, so a first frame reveals
@@ -160,7 +160,7 @@ def sample_scene(
 
 
 def sample_vae_scene(rng: np.random.Generator, frames: int = FRAMES) -> Scene:
-    """Draw a scene for the VAE: the captions' world and, half of the time, well beyond it."""
+    """Sample a scene for the VAE, half of the time with content outside the captions."""
     wide = rng.random() < 0.5
     shapes = SHAPES + EXTRA_SHAPES if wide else SHAPES
     motions = MOTIONS + EXTRA_MOTIONS if wide else MOTIONS

@@ -247,4 +247,4 @@ def test_after_a_killed_process_the_work_of_both_is_not_repeated(folder, environ
 def test_a_launch_of_one_process_instead_of_several_is_refused(folder, environment):
     status, _, err = finished(folder, environment, "clips", launch=two_processes("--cpu"))
     assert status == 1
-    assert "accelerate launch was asked for several processes and began one" in err
+    assert "accelerate launch was asked for several processes and started one" in err

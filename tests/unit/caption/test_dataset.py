@@ -329,20 +329,6 @@ def test_a_cache_that_cannot_be_written_does_not_end_the_request(monkeypatch, tm
     assert capsys.readouterr().out.startswith("a cancelled request will start from scratch: ")
 
 
-def test_a_journal_survives_an_incomplete_line(tmp_path):
-    record = Journal(tmp_path / "captions.jsonl")
-    record.add([Row(file_name="a", status="captioned", caption="x"), Row(file_name="b", status="failed")])
-    record.close()
-    record.path.write_bytes(record.path.read_bytes() + b'{"file_name": "c", "sta')
-    assert list(record.read()) == ["a", "b"]
-    record.add([Row(file_name="d", status="captioned", caption="half \ud83d")])
-    assert list(record.read()) == ["a", "b", "d"]
-    record.rewrite(row for row in record.read().values() if row.status == "captioned")
-    assert list(Journal(record.path).read()) == ["a", "d"]
-    record.rewrite(())
-    assert list(tmp_path.iterdir()) == []
-
-
 # On this machine
 
 
@@ -408,27 +394,6 @@ def test_the_journals_of_several_processes_are_merged(clips, tmp_path, asked):
     assert asked == [5]
     assert Journal(out / "captions.jsonl").read() == rows
     assert not (out / "captions.1.jsonl").exists()
-
-
-def test_unusable_output_folders_are_refused(clips, tmp_path):
-    archive = zip_of(clips, tmp_path / "in.zip")
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "metadata.jsonl").touch()
-    for source, output, said in (
-        (
-            archive,
-            None,
-            "in.zip is not a folder. An archive needs output_dir=PATH, where its captions go; for a single ",
-        ),
-        (tmp_path / "none", None, "none does not exist. Give a folder, or a zip or tar of clips."),
-        (clips, clips / "out", "is inside the data set, whose clips would be found there again; give a"),
-        (clips, tmp_path / "theirs", "has a metadata.jsonl that is not from an earlier run"),
-        (clips, archive, "in.zip is a file; give a folder."),
-    ):
-        with pytest.raises(UserError) as refused:
-            resolve_paths(source, output)
-        assert said in str(refused.value)
-    assert resolve_paths(clips, clips).in_place and resolve_paths(clips, None).in_place
 
 
 def test_two_runs_in_one_folder_are_refused(clips):
