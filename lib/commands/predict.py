@@ -1,4 +1,4 @@
-"""Make one prediction, on a server of its own or on a running one: script/predict NAME -i input=value."""
+"""Make one prediction, on a new server or on a running one: script/predict NAME -i input=value."""
 
 import argparse
 import shlex

@@ -118,7 +118,7 @@ def load_for_this_machine(model: Model) -> tuple[Captioner, Precision]:
 
 
 def model_fingerprint(model: Model) -> str:
-    """Return what captions depend on besides clip and question: the weights, and how they are to be loaded.
+    """Return what captions depend on apart from clip and question: the weights and how they are loaded.
 
     A precision that was chosen because of the memory that happened to be free is not part of it: a run that
     is resumed would start from scratch.
