@@ -14,7 +14,7 @@ from lib.errors import UserError
 from lib.models import derive, specs
 from lib.models.specs import ModelSpec, Task
 from lib.network import hub
-from lib.progress import Report
+from lib.progress import Report, print_line
 from lib.settings import current
 from lib.weights import checkpoints
 from training.clips import Sampling
@@ -76,7 +76,7 @@ def validate(config: TrainingConfig, name: str, device: str) -> None:
         _check_base(name, specs.SPECS[name].task, config.validation)
         _check_shape(config.data, specs.SPECS[name])
     elif Path(name).expanduser().is_dir():  # of a repository only the task is known before the download
-        resolve_plan(config, name, locate_base(name, config.validation, print), device)
+        resolve_plan(config, name, locate_base(name, config.validation, print_line), device)
     if config.data.autocaption:
         _validate_captioner(captioner_name(config.data, label(name)))
     _resolve_checkpointing(config.compute, device)
@@ -208,7 +208,7 @@ def _validate_captioner(name: str) -> None:
             f"({', '.join(specs.names_for('caption'))}) nor a Hub repository (owner/name)."
         )
     if name in specs.DEFAULT_MODELS.values() or exists:
-        read_config(locate_captioner(name, print))
+        read_config(locate_captioner(name, print_line))
 
 
 def _check_captioner(name: str, task: Task) -> None:

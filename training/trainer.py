@@ -22,7 +22,7 @@ from torch import nn
 from lib.cancellation import Stopped
 from lib.generation.request import Request
 from lib.network import offline
-from lib.progress import Report, progress_line, silent, throttled
+from lib.progress import Report, print_line, progress_line, silent, throttled
 from training import checkpoints, objective
 from training.adapter import add_adapter, check_targets, load_adapter, save_adapter
 from training.autocaption import as_lines, write_captions
@@ -56,7 +56,7 @@ CHANGES = {
 
 
 def train(
-    config: TrainingConfig, run: Path, *, stop: threading.Event | None = None, report: Report = print
+    config: TrainingConfig, run: Path, *, stop: threading.Event | None = None, report: Report = print_line
 ) -> Path:
     """Train and return the folder of results: lora.safetensors, README.md, captions, loss curve, clips.
 
