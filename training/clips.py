@@ -64,8 +64,6 @@ class Sample:
     """Index of its random crop."""
     flipped: bool
     """Whether it is mirrored."""
-    start: float
-    """Timestamp of its first frame in the file, in seconds."""
 
 
 def clip_samples(path: Path, sampling: Sampling, *, timeout: float = 120.0) -> Iterator[Sample]:
@@ -79,21 +77,22 @@ def clip_samples(path: Path, sampling: Sampling, *, timeout: float = 120.0) -> I
         times, duration = _times(video)
         parts = sections(times, duration, sampling)
         size = _scaled_size(video.info, sampling)
-        box = _box(size, sampling)
+        # Random crops need the full frame, in which sections are kept until they are complete.
+        box = size if sampling.fit == "random" else (sampling.width, sampling.height)
         open_sections: dict[int, np.ndarray] = {}
-        following = 0
+        next_part = 0
         # Every frame from the first, needed or not: to skip frames the decoder seeks, and then it returns
         # wrong ones for H.264 without B-frames, WMV and MPEG program streams.
         last = max(int(part[-1]) for part in parts)
         for index, frame in enumerate(video.read(range(last + 1), size=size)):
-            while following < len(parts) and parts[following][0] <= index:
-                open_sections[following] = np.zeros((len(parts[following]), *box[::-1], 3), np.uint8)
-                following += 1
+            while next_part < len(parts) and parts[next_part][0] <= index:
+                open_sections[next_part] = np.zeros((len(parts[next_part]), *box[::-1], 3), np.uint8)
+                next_part += 1
             for number in list(open_sections):
                 part = parts[number]
                 open_sections[number][part == index] = _placed(frame, box)
                 if part[-1] == index:
-                    yield from _variants(open_sections.pop(number), number, float(times[part[0]]), sampling)
+                    yield from _variants(open_sections.pop(number), number, sampling)
 
 
 def _times(video: OpenVideo) -> tuple[np.ndarray, float]:
@@ -144,14 +143,11 @@ def sections(timestamps: np.ndarray, duration: float, sampling: Sampling) -> lis
             starts = np.rint(np.linspace(0, count - longest, math.ceil(count / longest))).astype(int).tolist()
     shown_from = np.maximum.accumulate(timestamps[first:last])
     tolerance = _rounding(shown_from)
-    return [
-        first + _shown_at(begin + (start + np.arange(longest)) / sampling.fps + tolerance, shown_from)
-        for start in starts
-    ]
-
-
-def _shown_at(times: np.ndarray, shown_from: np.ndarray) -> np.ndarray:
-    return np.maximum(np.searchsorted(shown_from, times, side="right") - 1, 0)
+    found = []
+    for start in starts:
+        moments = begin + (start + np.arange(longest)) / sampling.fps + tolerance
+        found.append(first + np.maximum(np.searchsorted(shown_from, moments, side="right") - 1, 0))
+    return found
 
 
 def _rounding(timestamps: np.ndarray) -> float:
@@ -192,11 +188,6 @@ def _scaled_size(info: VideoInfo, sampling: Sampling) -> tuple[int, int]:
     return width, height
 
 
-def _box(size: tuple[int, int], sampling: Sampling) -> tuple[int, int]:
-    """Return width and height in which frames are stored until their section is complete."""
-    return size if sampling.fit == "random" else (sampling.width, sampling.height)
-
-
 def _placed(frame: np.ndarray, box: tuple[int, int]) -> np.ndarray:
     """Center the frame in the box [H, W, 3], cropped where it is larger and on black where it is smaller."""
     height, width, _ = frame.shape
@@ -210,7 +201,7 @@ def _placed(frame: np.ndarray, box: tuple[int, int]) -> np.ndarray:
     return placed
 
 
-def _variants(frames: np.ndarray, section: int, start: float, sampling: Sampling) -> Iterator[Sample]:
+def _variants(frames: np.ndarray, section: int, sampling: Sampling) -> Iterator[Sample]:
     """Yield the crops of a complete section, each as it is and, with `flip`, mirrored."""
     _, height, width, _ = frames.shape
     for crop in range(sampling.random_crops if sampling.fit == "random" else 1):
@@ -219,10 +210,5 @@ def _variants(frames: np.ndarray, section: int, start: float, sampling: Sampling
         top = int(random.integers(height - sampling.height + 1))
         cut = frames[:, top : top + sampling.height, left : left + sampling.width]
         for flipped in (False, True)[: 1 + sampling.flip]:
-            yield Sample(
-                frames=np.ascontiguousarray(cut[:, :, ::-1] if flipped else cut),
-                section=section,
-                crop=crop,
-                flipped=flipped,
-                start=start,
-            )
+            pixels = np.ascontiguousarray(cut[:, :, ::-1] if flipped else cut)
+            yield Sample(frames=pixels, section=section, crop=crop, flipped=flipped)

@@ -59,18 +59,16 @@ def padded_in_front(latents: torch.Tensor, temporal_patch: int | None) -> torch.
     return torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], dim=1)
 
 
-def image_channels(image_latents: torch.Tensor, latent_frames: int) -> torch.Tensor:
-    """Pad the first frame's latents [B, 1, C, h, w] with zeros after it to `latent_frames`."""
-    after = latent_frames - image_latents.shape[1]
-    return torch.nn.functional.pad(image_latents, (0, 0, 0, 0, 0, 0, 0, after))
-
-
 def model_input(noisy_latents: torch.Tensor, image_latents: torch.Tensor | None) -> torch.Tensor:
-    """Return [B, f, C, h, w] for text to video, [B, f, 2C, h, w] for image to video (noisy latents first)."""
+    """Return [B, f, C, h, w] for text to video, [B, f, 2C, h, w] for image to video (noisy latents first).
+
+    The first frame's latents [B, 1, C, h, w] are padded with zeros to f.
+    """
     if image_latents is None:
         return noisy_latents
-    condition = image_channels(image_latents, noisy_latents.shape[1]).to(noisy_latents)
-    return torch.cat([noisy_latents, condition], dim=2)
+    after = noisy_latents.shape[1] - image_latents.shape[1]
+    condition = torch.nn.functional.pad(image_latents, (0, 0, 0, 0, 0, 0, 0, after))
+    return torch.cat([noisy_latents, condition.to(noisy_latents)], dim=2)
 
 
 def rotary_tables(config: Any, latent_shape: torch.Size, device: torch.device) -> Rotary | None:

@@ -26,7 +26,6 @@ from training.plan import Plan, captioner_name, label
 from training.prepare import Data
 
 RESULT = "result"
-LORA = "lora.safetensors"
 TRAINING_STATE = "training_state"
 
 
@@ -62,7 +61,7 @@ def write_result(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_lora(partial / LORA, plan.dtype)
+        save_lora(partial / checkpoints.LORA, plan.dtype)
         write_losses(partial / "loss.csv", state.losses)
         draw_losses(partial / "loss.png", state.losses)
         rows = [
