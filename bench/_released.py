@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from bench._random_base import bfloat16
-from lib.memory.shapes import released_transformer
+from lib.memory.configs import released_transformer
 from lib.models.derive import read_config
 from lib.models.specs import RELEASED_TEXT_ENCODER, RELEASED_VAE, ModelSpec
 

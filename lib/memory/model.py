@@ -1,32 +1,31 @@
-"""How much memory a request takes under each plan: weights that are on the device at a stage, and what the
-stage needs beside them."""
+"""How much memory a request takes under each plan: at each stage, weights on the device and tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lib.memory.live import Kernels
-from lib.memory.shapes import ModelShape, Parts
-from lib.memory.stages import Clip, Stage, stage_bytes
-from lib.models.derive import weights_dtype
+from lib.memory.configs import ModelConfigs
+from lib.memory.stages import Clip, Stage
 from lib.models.specs import SPECS, ModelSpec
 from lib.pipelines.machine import Machine
 from lib.settings import Dtype, Offload
 
+if TYPE_CHECKING:
+    from lib.memory.meta import Parts
+
 OFFLOADS: tuple[Offload, ...] = ("resident", "text", "model", "group", "sequential")
-"""Fastest first. text: the text encoder is on the GPU while it encodes. model: so is each part while it is
-used. group: the blocks of the transformer come one by one, the next while one computes. sequential: so does
-each layer, when it is used."""
+"""Fastest first. text: the text encoder is on the GPU while it encodes. model: each part is on the GPU while
+it is used. group: the blocks of the transformer come one at a time, the next during the one that computes.
+sequential: each layer comes when it is used."""
 Weights = Literal["none", "int8", "fp8"]
-"""How the products inside the blocks of transformer and text encoder are stored; all else is as it was."""
+"""How the linear layers in the blocks of transformer and text encoder are stored."""
 ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 4
-"""Of each output of a quantised product, at most."""
+"""Most for each output of a quantized layer."""
 STREAMED_BLOCKS = 3
-"""Of group offloading: the one that computes, the next, and the last, which the GPU may not be done with."""
+"""With group offloading: the block that computes, the next, and the last, which may still be in use."""
 HEAP_BYTES = 2**27
-"""Of a process on a CPU: gaps in the heap, where small tensors are, and what libraries set
-up when they first compute."""
+"""Added on a CPU: gaps in the heap, and what libraries allocate when they first compute."""
 GIB = 2**30
 
 
@@ -35,15 +34,12 @@ class MemoryModel:
     """A model on a kind of device."""
 
     name: str
-    shape: ModelShape
+    configs: ModelConfigs
     device: Literal["cpu", "cuda"]
     dtype: Dtype
     image: bool
-    """Whether its clips begin with an image."""
+    """Whether its clips start from an image."""
     weights: Weights = "none"
-    mapped: bool = False
-    """Whether a CPU computes with the very pages of the files: what is copied of them is then there twice,
-    until the system needs the room."""
 
     @classmethod
     def of(
@@ -54,46 +50,53 @@ class MemoryModel:
         *,
         weights: Weights = "none",
     ) -> "MemoryModel":
-        """From the folder's configurations, or without a folder from what the spec says."""
+        """Make the model of a folder, or without one of the released checkpoint."""
         return cls(
             name=spec.name,
-            shape=ModelShape.from_folder(folder) if folder else ModelShape.from_spec(spec),
+            configs=ModelConfigs.from_folder(folder) if folder else ModelConfigs.from_spec(spec),
             device=machine.device,
             dtype=machine.dtype,
             image=spec.task == "i2v",
             weights=weights,
-            mapped=folder is not None
-            and machine.device == "cpu"
-            and machine.dtype == weights_dtype(folder / "transformer"),
         )
 
     def part_bytes(self) -> dict[str, int]:
-        """Bytes of the weights of transformer, text encoder and VAE."""
-        transformer, encoder = self.shape.transformer, self.shape.text_encoder
+        """Return the bytes of the weights of transformer, text encoder and VAE."""
+        from lib.memory import meta  # here and below: loads torch, which script/plan's arguments do not need
+
+        transformer = meta.transformer_stack(self.configs.transformer)
+        encoder = meta.text_encoder_stack(self.configs.text_encoder, self.dtype)
         item = ITEMSIZE[self.dtype]
+        # transformers keeps the last product of each block of T5 in float32 where others are in float16.
+        wide = self.dtype == "float16" and self.weights == "none"
+        widened = 2 * encoder.width * encoder.feed_forward if wide else 0
         return {
             "transformer": transformer.layers * self._block_bytes(transformer.block)
-            + _exact_bytes(transformer.outside, item),
-            "text_encoder": encoder.layers * (self._block_bytes(encoder.block) + self._widened())
-            + _exact_bytes(encoder.outside, item),
-            "vae": self.shape.vae.weights * item,
+            + transformer.outside * item,
+            "text_encoder": encoder.layers * (self._block_bytes(encoder.block) + widened)
+            + encoder.outside * item,
+            "vae": meta.vae_sizes(self.configs.vae, self.dtype)[0] * item,
         }
 
     def peaks(self, clip: Clip, offload: Offload, *, tiled: bool, lora_bytes: int = 0) -> dict[Stage, int]:
-        """Peak bytes on the device at each stage, weights and all."""
-        needs = stage_bytes(
-            self.shape,
-            Kernels(device=self.device, itemsize=ITEMSIZE[self.dtype]),
-            clip,
-            image=self.image,
-            tiled=tiled,
-        )
+        """Return the peak bytes on the device at each stage, weights included."""
+        from lib.memory import meta
+
+        configs, dtype, device = self.configs, self.dtype, self.device
+        needs: dict[Stage, int] = {
+            "text_encoding": meta.text_encoding(configs, dtype=dtype, device=device),
+            "denoising": meta.denoising(configs, clip, dtype=dtype, device=device),
+            "decoding": meta.decoding(configs, clip, tiled=tiled, dtype=dtype, device=device),
+        }
+        if self.image:
+            size = {"height": clip.height, "width": clip.width}
+            needs["image_encoding"] = meta.image_encoding(configs.vae, **size, dtype=dtype, device=device)
         weights = self.weights_on_device(offload, lora_bytes)
-        beside = HEAP_BYTES + self._mapped_copies() if self.device == "cpu" else 0
-        return {stage: weights[stage] + need + beside for stage, need in needs.items()}
+        process = HEAP_BYTES if device == "cpu" else 0
+        return {stage: weights[stage] + needs[stage] + process for stage in weights if stage in needs}
 
     def waiting_bytes(self, offload: Offload) -> int:
-        """System memory that a plan takes beside a GPU, at most, for weights that wait there."""
+        """Return the most system memory that weights take which are not on the GPU."""
         parts = self.part_bytes()
         waiting = {
             "resident": (),
@@ -103,15 +106,19 @@ class MemoryModel:
             "sequential": tuple(parts),
         }
         sizes = [parts[name] for name in waiting[offload]]
-        # Group offloading copies a part to pinned memory before it lets go of the part as it was loaded.
+        # Group offloading copies a part to pinned memory before it frees the part as it was loaded.
         return sum(sizes) + (max(sizes) if offload == "group" else 0)
 
     def weights_on_device(self, offload: Offload, lora_bytes: int = 0) -> dict[Stage, int]:
-        """Bytes of weights that are on the device at each stage."""
+        """Return the bytes of weights that are on the device at each stage."""
+        from lib.memory import meta
+
         parts, item = self.part_bytes(), ITEMSIZE[self.dtype]
-        transformer, encoder = self.shape.transformer, self.shape.text_encoder
-        block, outside = self._block_bytes(transformer.block), _exact_bytes(transformer.outside, item)
-        embedding = encoder.words * encoder.width * item
+        transformer = meta.transformer_stack(self.configs.transformer)
+        encoder = meta.text_encoder_stack(self.configs.text_encoder, self.dtype)
+        largest_of_vae = meta.vae_sizes(self.configs.vae, self.dtype)[1] * item
+        block, outside = self._block_bytes(transformer.block), transformer.outside * item
+        embedding = encoder.embedding * item
         all_parts, vae = sum(parts.values()) + lora_bytes, parts["vae"]
         without_text = all_parts - parts["text_encoder"]
         text, image, denoising, decoding = {
@@ -127,9 +134,9 @@ class MemoryModel:
             ),
             "sequential": (
                 embedding,
-                self._largest_of_vae(),
+                largest_of_vae,
                 4 * transformer.width**2 * item + lora_bytes,
-                self._largest_of_vae(),
+                largest_of_vae,
             ),
         }[offload]
         return {
@@ -139,39 +146,19 @@ class MemoryModel:
             "decoding": decoding,
         }
 
-    def _mapped_copies(self) -> int:
-        """Query, key and value of all blocks, which attention.fuse_projections copies into one."""
-        transformer = self.shape.transformer
-        twice = self.mapped and self.weights == "none"
-        return 3 * transformer.width**2 * transformer.layers * ITEMSIZE[self.dtype] if twice else 0
-
-    def _largest_of_vae(self) -> int:
-        return 27 * max(self.shape.vae.channels) ** 2 * ITEMSIZE[self.dtype]
-
-    def _block_bytes(self, parts: Parts) -> int:
+    def _block_bytes(self, parts: "Parts") -> int:
         item = ITEMSIZE[self.dtype]
         if self.weights == "none":
-            return _exact_bytes(parts, item)
-        return parts["linear"] + parts["rows"] * SCALE_BYTES + parts["other"] * item
-
-    def _widened(self) -> int:
-        """Of each block of the text encoder: the last product stays in float32 where others are in float16
-        (lib/pipelines/text_encoder.py)."""
-        if self.dtype != "float16" or self.weights != "none":
-            return 0
-        return 2 * self.shape.text_encoder.width * self.shape.text_encoder.feed_forward
-
-
-def _exact_bytes(parts: Parts, item: int) -> int:
-    return (parts["linear"] + parts["other"]) * item
+            return parts.numbers * item
+        return parts.linear + parts.rows * SCALE_BYTES + parts.other * item
 
 
 def usual_clip(spec: ModelSpec, *, frames: int | None = None) -> Clip:
-    """What a request gets that asks for nothing special, or for another length alone."""
+    """Return the clip of a request without settings, or of another length."""
     return Clip(width=spec.width, height=spec.height, frames=frames or spec.frames)
 
 
 def released(task: str) -> list[ModelSpec]:
-    """The published checkpoints that do it, the largest first."""
+    """Return the released checkpoints for a task, the largest first."""
     specs = [spec for spec in SPECS.values() if spec.task == task and spec.repository]
     return sorted(specs, key=lambda spec: -(spec.layers or 0) * spec.frames * spec.height)

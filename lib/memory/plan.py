@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.memory.configs import ModelConfigs
 from lib.memory.model import GIB, OFFLOADS, MemoryModel, Weights, released, usual_clip
-from lib.memory.shapes import ModelShape
 from lib.memory.stages import Clip
 from lib.models.specs import ModelSpec
 from lib.pipelines.machine import Machine
@@ -61,8 +61,7 @@ class MemoryPlan:
 
 def needed(memory: MemoryModel, clip: Clip, offload: Offload, *, tiled: bool, lora_bytes: int = 0) -> int:
     """Bytes to have free: the highest of the stages, and what is no tensor."""
-    # Pages of files are given up when memory is short.
-    peaks = replace(memory, mapped=False).peaks(clip, offload, tiled=tiled, lora_bytes=lora_bytes)
+    peaks = memory.peaks(clip, offload, tiled=tiled, lora_bytes=lora_bytes)
     if memory.device == "cpu":
         return max(peaks.values())
     weights = memory.weights_on_device(offload, lora_bytes)
@@ -175,7 +174,7 @@ def _refusal(plan: MemoryPlan, clip: Clip, lora_bytes: int) -> str:
 def _models_that_fit(plan: MemoryPlan) -> list[str]:
     """Released models of the same task whose usual clip fits under the same plan."""
     memories = {
-        spec: replace(plan.memory, name=spec.name, shape=ModelShape.from_spec(spec))
+        spec: replace(plan.memory, name=spec.name, configs=ModelConfigs.from_spec(spec))
         for spec in released(plan.spec.task)
         if spec.name != plan.spec.name
     }
