@@ -1,4 +1,4 @@
-"""What the caller can mend."""
+"""Errors that the caller can fix."""
 
 
 class UserError(ValueError):
