@@ -168,7 +168,8 @@ def test_help_wrong_command_lines_and_refusals(folder):
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_conversion_leaves_no_folder_that_loads_and_can_be_started_again(folder, number):
     target = folder / f"stopped-{number.name}"
     command = ("model", *LARGE, f"output={target.name}")
