@@ -9,7 +9,7 @@ import numpy as np
 
 from bench._distance import distances
 from lib.generation.generator import Generator
-from lib.generation.step_cache import SPEEDS, Speed, steps_to_forecast
+from lib.generation.step_schedule import SPEEDS, Speed, steps_to_forecast
 from lib.models.specs import SPECS, Task
 from tiny.evaluate import Result, evaluate
 
@@ -74,7 +74,7 @@ def cells(generator: Generator, variant: Variant, row: Row) -> dict[str, str]:
     return found | {"denoising time": f"{statistics.median(row.seconds):.2f}"}
 
 
-def paces() -> str:
+def step_schedules() -> str:
     """Return a table of the steps that every video model computes at each level."""
     lines = []
     for spec in SPECS.values():

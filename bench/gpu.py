@@ -171,7 +171,7 @@ def plain_clips(folder: Path) -> Callable[[int], float]:
 
 def service_clips(folder: Path, variant: str) -> Callable[[int], float]:
     """Make a clip with the predictor that serves requests and return the same."""
-    from lib.generation.step_cache import SPEEDS
+    from lib.generation.step_schedule import SPEEDS
     from lib.models.derive import derive_spec
     from lib.predictors.start import start_video
 

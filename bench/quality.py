@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench import _levels
 from bench._arguments import at_least_one
-from lib.generation.step_cache import SPEEDS
+from lib.generation.step_schedule import SPEEDS
 from lib.video.writer import write_video
 from tiny import evaluate_captions, world
 from tiny.evaluate import contact_sheet, evaluate, load_generator, summarise
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="file whose tables of levels are to be replaced")
     options = parser.parse_args()
     if options.docs:
-        _levels.replace_table(options.docs, "paces", _levels.paces())
+        _levels.replace_table(options.docs, "step schedules", _levels.step_schedules())
     if options.speed:
         for task in options.task or SAMPLES:
             levels(task, options)

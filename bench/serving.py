@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench._arguments import at_least_one
 from bench._levels import markdown
-from lib.generation.step_cache import SPEEDS
+from lib.generation.step_schedule import SPEEDS
 from lib.serving.client import predict
 from lib.serving.server import Server
 from tiny.captions import canonical_caption

@@ -20,7 +20,7 @@ from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
 from lib.lora.attach import Loras
 from lib.lora.source import Choice, parse
-from lib.models.specs import SPECS, Pace
+from lib.models.specs import SPECS, StepSchedule
 from lib.pipelines.acceleration import Acceleration
 from lib.pipelines.compilation import compile_blocks
 from lib.pipelines.load import load_pipeline
@@ -32,8 +32,8 @@ from tiny.evaluate import DEFAULTS
 SPEC = replace(
     SPECS["tiny-t2v"],
     num_inference_steps=6,
-    balanced=Pace(computed=5, first=2, last=1),
-    fast=Pace(computed=4, first=2, last=1),
+    balanced=StepSchedule(computed=5, first=2, last=1),
+    fast=StepSchedule(computed=4, first=2, last=1),
 )
 """tiny-t2v in few steps."""
 SPEEDS = ("exact", "balanced", "fast")

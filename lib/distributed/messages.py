@@ -6,14 +6,12 @@ from pathlib import Path
 import torch
 
 from lib.distributed.layout import Layout, ParallelPlan
+from lib.generation.prompts import Embeddings
 from lib.generation.request import Request
 from lib.memory.plan import MemoryPlan
 from lib.models.specs import ModelSpec
 from lib.pipelines.acceleration import PLAIN, Acceleration
 from lib.pipelines.machine import Machine
-
-Embeddings = tuple[torch.Tensor, torch.Tensor | None]
-"""Of prompt and negative prompt, [1, tokens, width] each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

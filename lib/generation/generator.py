@@ -1,36 +1,32 @@
-"""From a validated request to frames, each stage timed apart."""
+"""From a validated request to frames, with each stage timed."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 
 from lib.cancellation import Stopped
-from lib.generation.decoding import Collected, FrameSink, decode_latents
+from lib.generation.decoding import FrameCollector, FrameSink, decode_latents
 from lib.generation.footprint import clip_of, lora_bytes
-from lib.generation.prompts import PromptEncoder
+from lib.generation.prompts import Embeddings, PromptEncoder
 from lib.generation.request import Request
-from lib.generation.schedulers import build_scheduler
-from lib.generation.step_cache import applied, steps_to_forecast
+from lib.generation.schedulers import Scheduler, build_scheduler
+from lib.generation.step_cache import forecast
+from lib.memory.plan import MemoryPlan
 from lib.models.specs import ModelSpec
 from lib.pipelines.offload import offload_text_encoder
-from lib.progress import Report, progress_line
+from lib.progress import Report, print_line, progress_line
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from lib.memory.plan import MemoryPlan
-
-Embeddings = "tuple[torch.Tensor, torch.Tensor | None]"
-"""Of prompt and negative prompt, [1, tokens, width] each."""
-SharedDenoising = (
-    "Callable[[Request, Embeddings, threading.Event | None], AbstractContextManager[Callable[[], None]]]"
-)
-"""Inside its block several processes denoise the same request; yields what raises Stopped in all of them."""
+SharedDenoising = Callable[
+    [Request, Embeddings, threading.Event | None], AbstractContextManager[Callable[[], None]]
+]
+"""A block inside which several processes denoise a request. It yields a check that raises Stopped in all."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,14 +34,14 @@ class Generator:
     """A loaded pipeline and its spec; `frames` turns requests into pixels."""
 
     spec: ModelSpec
-    pipeline: "DiffusionPipeline"
-    plan: "MemoryPlan | None" = None
-    """What there is room for; None where nobody asks."""
-    report: Report = print
+    pipeline: DiffusionPipeline
+    plan: MemoryPlan | None = None
+    """Limits what a request may need; None: no limit."""
+    report: Report = print_line
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds of the last request by stage."""
-    _scheduler: object = field(init=False)
-    """The checkpoint's own; a request's choice never outlives it."""
+    _scheduler: Scheduler = field(init=False)
+    """The checkpoint's own, which a request's choice replaces for that request only."""
     _prompts: PromptEncoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,13 +53,13 @@ class Generator:
         request: Request,
         *,
         stop: threading.Event | None = None,
-        embeddings: "tuple[torch.Tensor, torch.Tensor | None] | None" = None,
-        shared_denoising: "SharedDenoising | None" = None,
-    ) -> "np.ndarray":
-        """Generate one clip: uint8 [frames, height, width, 3]. As `stream`, which takes the same settings."""
-        clip = Collected()
-        self.stream(request, clip, stop=stop, embeddings=embeddings, shared_denoising=shared_denoising)
-        return clip.whole()
+        embeddings: Embeddings | None = None,
+        shared_denoising: SharedDenoising | None = None,
+    ) -> np.ndarray:
+        """Generate one clip: uint8 [frames, height, width, 3]. The arguments are those of `stream`."""
+        collector = FrameCollector()
+        self.stream(request, collector, stop=stop, embeddings=embeddings, shared_denoising=shared_denoising)
+        return collector.clip()
 
     def stream(
         self,
@@ -71,20 +67,27 @@ class Generator:
         sink: FrameSink,
         *,
         stop: threading.Event | None = None,
-        embeddings: "tuple[torch.Tensor, torch.Tensor | None] | None" = None,
-        shared_denoising: "SharedDenoising | None" = None,
+        embeddings: Embeddings | None = None,
+        shared_denoising: SharedDenoising | None = None,
     ) -> None:
         """Generate one clip into the sink, frames as soon as they are decoded.
 
-        `embeddings` of prompt and negative prompt, [1, tokens, width] each, spare the text encoder, which the
-        pipeline then need not have. With `shared_denoising` other processes denoise too, each by `latents`.
-        The same request gives the same noise on every machine: it is drawn on the CPU. Reports progress as
-        lines "progress: denoising 3/50". Raises Stopped when `stop` is set: within one step of denoising, one
-        group of frames (or tile) of decoding.
+        The noise is drawn on the CPU, so that a request gives the same noise on every machine. Each step is
+        reported as "progress: denoising 3/50".
+
+        Args:
+            request: What to generate.
+            sink: Takes the frames.
+            stop: Stops the generation within one step, or one group of frames (or tile) of decoding.
+            embeddings: Replace the text encoder, which the pipeline then need not have.
+            shared_denoising: Lets other processes denoise too, each with `latents`.
+
+        Raises:
+            Stopped: `stop` was set.
+            UserError: The clip does not fit into memory.
         """
         self.timings.clear()
         tiled = self.decodes_in_tiles(request)
-        self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
 
         def check(*_: object) -> None:
             if stop is not None and stop.is_set():
@@ -94,44 +97,35 @@ class Generator:
         try:
             with self._without_gradients():
                 with self.timed("text_encoding"):
-                    try:
-                        prompt, negative = embeddings or self._prompts.encode(
-                            request.prompt, request.negative_prompt if request.guidance_scale > 1 else None
-                        )
-                    finally:
-                        offload_text_encoder(self.pipeline)
-                shared = (
-                    shared_denoising(request, (prompt, negative), stop)
-                    if shared_denoising
-                    else nullcontext(check)
-                )
+                    prompt, negative = embeddings or self._encode(request)
+                shared = nullcontext(check)
+                if shared_denoising is not None:
+                    shared = shared_denoising(request, (prompt, negative), stop)
                 with self.timed("denoising"), shared as check_step:
                     latents = self._denoise(request, prompt, negative, check_step)
                 with self.timed("decoding"):
                     self._decode(latents, request.num_frames, sink, tiled=tiled)
         finally:
             decoder_hook.remove()
-            # Also after a failure: a component left on the GPU would meet the next request's.
+            # Also after a failure: a component left on the GPU would take the next request's room.
             self.pipeline.maybe_free_model_hooks()
 
-    def latents(
-        self, request: Request, embeddings: "Embeddings", *, check: Callable[[], None]
-    ) -> "torch.Tensor":
+    def latents(self, request: Request, embeddings: Embeddings, *, check: Callable[[], None]) -> torch.Tensor:
         """Denoise without encoding and decoding: [1, f, C, h, w], for a process whose clip another decodes.
 
         `check` is called before the first step and after each, and may raise.
         """
-        self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
+        prompt, negative = embeddings
         try:
             with self._without_gradients():
-                return self._denoise(request, *embeddings, check)
+                return self._denoise(request, prompt, negative, check)
         finally:
             self.pipeline.maybe_free_model_hooks()
 
     def decodes_in_tiles(self, request: Request) -> bool:
-        """Whether there is no room to decode the request's frames whole, beside the LoRAs attached now.
+        """Return whether the frames fit into memory only in tiles, with the LoRAs attached now.
 
-        Raises UserError when there is no room for it at all.
+        Raises UserError when they do not fit at all.
         """
         if self.plan is None:
             return False
@@ -140,32 +134,39 @@ class Generator:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Record the seconds a stage takes, waiting for the GPU to finish it."""
+        """Record the seconds a stage takes, until the GPU has finished it."""
         started = time.perf_counter()
         yield
-        self._synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.timings[stage] = round(time.perf_counter() - started, 3)
+
+    def _encode(self, request: Request) -> Embeddings:
+        guided = request.guidance_scale > 1
+        try:
+            return self._prompts.encode(request.prompt, request.negative_prompt if guided else None)
+        finally:
+            offload_text_encoder(self.pipeline)
 
     def _denoise(
         self,
         request: Request,
-        prompt: "torch.Tensor",
-        negative: "torch.Tensor | None",
+        prompt: torch.Tensor,
+        negative: torch.Tensor | None,
         check: Callable[[], None],
-    ) -> "torch.Tensor":
-        import torch
-
+    ) -> torch.Tensor:
         check()
 
-        def on_step(pipeline, step: int, timestep: int, tensors: dict) -> dict:
+        def on_step(_pipeline: object, step: int, _timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
             check()
             self.report(progress_line("denoising", step + 1, request.num_inference_steps))
             return tensors
 
+        self.pipeline.scheduler = build_scheduler(request.scheduler, self._scheduler)
         image = {} if request.image is None else {"image": request.image}
-        forecast = steps_to_forecast(self.spec, request.speed, request.num_inference_steps)
-        with applied(self.pipeline, forecast):
-            return self.pipeline(
+        run = cast(Callable[..., Any], self.pipeline)  # DiffusionPipeline itself has no __call__
+        with forecast(self.pipeline, request.forecast_steps):
+            return run(
                 **image,
                 prompt_embeds=prompt,
                 negative_prompt_embeds=negative,
@@ -181,28 +182,18 @@ class Generator:
                 output_type="latent",
             ).frames
 
-    def _decode(self, latents: "torch.Tensor", num_frames: int, sink: FrameSink, *, tiled: bool) -> None:
+    def _decode(self, latents: torch.Tensor, num_frames: int, sink: FrameSink, *, tiled: bool) -> None:
         """Latents [1, f, C, h, w] -> frames. 1.5 pads f to a multiple of its temporal patch, in front."""
-        import torch
-
         kept = (num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
         latents = latents[:, latents.shape[1] - kept :]
         if not torch.isfinite(latents).all():
             raise RuntimeError(
-                f"Denoising gave values that are no numbers in {latents.dtype}; this GPU may lack the type "
-                f"that {self.spec.name} was trained in ({self.spec.dtype})."
+                f"The denoised latents contain NaN or infinity in {latents.dtype}; this GPU may not support "
+                f"the type that {self.spec.name} was trained in ({self.spec.dtype})."
             )
         decode_latents(self.pipeline, latents, sink, tiled=tiled, report=self.report)
 
-    def _without_gradients(self) -> "AbstractContextManager":
-        """inference_mode, or no_grad where weights move meanwhile: quantised ones cannot inside the other."""
-        import torch
-
-        moving = any(hasattr(part, "_hf_hook") for part in self.pipeline.components.values())
-        return torch.no_grad() if moving else torch.inference_mode()
-
-    def _synchronize(self) -> None:
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def _without_gradients(self) -> AbstractContextManager[Any]:
+        """Return inference_mode, or no_grad where weights are moved: quantized ones cannot in the other."""
+        offloaded = any(hasattr(part, "_hf_hook") for part in self.pipeline.components.values())
+        return torch.no_grad() if offloaded else torch.inference_mode()

@@ -1,35 +1,34 @@
-"""Prompts to embeddings, none of them twice: the last ones are kept, and with them the empty one."""
+"""Prompts to embeddings. The most recent ones are kept, the empty prompt's always."""
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DiffusionPipeline
 
 from lib.models.specs import ModelSpec
+from lib.progress import Report, print_line
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import DiffusionPipeline
-
+Embeddings = tuple[torch.Tensor, torch.Tensor | None]
+"""Of prompt and negative prompt, [1, tokens, width] each."""
 KEPT = 32
 """Embeddings of T5-XXL are 1.9 MB each in 16 bits."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PromptEncoder:
-    """The text encoder of one pipeline and what it has made. Not for several threads at once."""
+    """The text encoder of one pipeline, with a cache. Not thread-safe."""
 
     spec: ModelSpec
-    pipeline: "DiffusionPipeline"
-    report: Callable[[str], None] = print
-    _kept: "OrderedDict[str, torch.Tensor]" = field(default_factory=OrderedDict)
+    pipeline: DiffusionPipeline
+    report: Report = print_line
+    _kept: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
     """The least recently used first."""
 
-    def encode(self, prompt: str, negative_prompt: str | None) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Embeddings of both, [1, text tokens, width] each, on the pipeline's device.
+    def encode(self, prompt: str, negative_prompt: str | None) -> Embeddings:
+        """Return both embeddings on the pipeline's device; `negative_prompt` is None without guidance.
 
-        `negative_prompt` is None where guidance needs none. Reports a prompt that is too long to be read
-        whole.
+        Reports a prompt that is longer than the model reads.
         """
         tokens = len(self.pipeline.tokenizer(prompt).input_ids)
         if tokens > self.spec.text_tokens:
@@ -38,17 +37,15 @@ class PromptEncoder:
             )
         return self._embedding(prompt), None if negative_prompt is None else self._embedding(negative_prompt)
 
-    def _embedding(self, text: str) -> "torch.Tensor":
+    def _embedding(self, text: str) -> torch.Tensor:
         if text not in self._kept:
-            # One text at a time, as the pipeline itself does: in a batch the bits would be others.
+            # One text at a time, as the pipeline itself does: a batch would give other bits.
             embedding, _ = self.pipeline.encode_prompt(
                 text, do_classifier_free_guidance=False, max_sequence_length=self.spec.text_tokens
             )
             while len(self._kept) >= KEPT:
-                oldest = next(
-                    (kept for kept in self._kept if kept), ""
-                )  # every request may need the empty one
-                del self._kept[oldest]
+                # The empty prompt stays: any request may need it.
+                del self._kept[next((kept for kept in self._kept if kept), "")]
             self._kept[text] = embedding
         self._kept.move_to_end(text)
         return self._kept[text]

@@ -1,23 +1,23 @@
-"""A request: what a caller asks for, settled and checked at the door against a ModelSpec."""
+"""A request: what a caller asks for, validated against a ModelSpec."""
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from PIL import Image
 
 from lib.errors import UserError
-from lib.generation.step_cache import Speed, check_speed
+from lib.generation.step_schedule import Speed, check_speed, steps_to_forecast
 from lib.lora.source import Address, Choice, parse_choices
 from lib.models.specs import ModelSpec
-
-if TYPE_CHECKING:
-    from PIL import Image
+from lib.video.images import fit_image
 
 MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What to generate; every field settled and checked against a ModelSpec by `build_request`."""
+    """What to generate; `build_request` validates and completes every field."""
 
     prompt: str
     negative_prompt: str
@@ -31,14 +31,20 @@ class Request:
     use_dynamic_cfg: bool
     scheduler: Literal["default", "ddim", "dpm"]
     speed: Speed = "exact"
-    image: "Image.Image | None" = None
+    forecast_steps: tuple[int, ...] = ()
+    """Those that `speed` leaves out, counted from 0."""
+    image: Image.Image | None = None
     """First frame, already of width x height; image-to-video only."""
     image_fit: Literal["crop", "pad", "stretch"] | None = None
-    """How it was brought to that size."""
+    """How it was fitted to that size."""
     loras: tuple[Choice, ...] = ()
 
+    @property
+    def computed_steps(self) -> int:
+        return self.num_inference_steps - len(self.forecast_steps)
+
     def settings(self) -> dict[str, str]:
-        """Everything but the prompts and the image, for the file's metadata."""
+        """Return everything but the prompts and the image, for the file's metadata."""
         names = (
             "num_inference_steps guidance_scale num_frames width height fps seed use_dynamic_cfg scheduler "
             "speed"
@@ -62,7 +68,7 @@ def build_request(
     use_dynamic_cfg: bool,
     scheduler: Literal["default", "ddim", "dpm"],
     speed: Speed = "exact",
-    image: "Image.Image | None" = None,
+    image: Image.Image | None = None,
     image_fit: Literal["crop", "pad", "stretch"] = "crop",
     any_size: bool = False,
     lora_weights: str = "",
@@ -73,9 +79,9 @@ def build_request(
     extra_lora_alpha: float | None = None,
     default_lora: Address | None = None,
 ) -> Request:
-    """Fill what is empty from the spec and check the rest; image is of any size and is fitted here.
+    """Validate inputs and complete empty ones from the spec; an image of any size is fitted.
 
-    `default_lora` is used where lora_weights is empty. Raises UserError naming what was given, what is
+    `default_lora` is used where lora_weights is empty. Raises UserError that says what was given, what is
     allowed and the nearest valid value.
     """
     loras = parse_choices(
@@ -87,6 +93,7 @@ def build_request(
         extra_lora_alpha=extra_lora_alpha,
         default=default_lora,
     )
+    speed = check_speed(speed)
     num_inference_steps = int(num_inference_steps)
     num_frames, width, height, fps, seed = map(_whole, (num_frames, width, height, fps, seed))
     num_frames = spec.frames if num_frames is None else num_frames
@@ -100,10 +107,8 @@ def build_request(
         seed = int.from_bytes(os.urandom(4), "big")
     if not 0 <= seed <= MAX_SEED:
         nearest = min(max(seed, 0), MAX_SEED)
-        raise UserError(f"seed={seed} is out of range: 0 to {MAX_SEED}. The nearest is {nearest}.")
+        raise UserError(f"seed={seed} is out of range: use 0 to {MAX_SEED} (nearest: {nearest}).")
     if image is not None:
-        from lib.video.images import fit_image
-
         image = fit_image(image, width, height, image_fit)
     return Request(
         prompt=prompt,
@@ -117,7 +122,8 @@ def build_request(
         seed=seed,
         use_dynamic_cfg=use_dynamic_cfg,
         scheduler=scheduler,
-        speed=check_speed(speed),
+        speed=speed,
+        forecast_steps=steps_to_forecast(spec, speed, num_inference_steps),
         image=image,
         image_fit=image_fit if image is not None else None,
         loras=tuple(loras),
@@ -125,5 +131,5 @@ def build_request(
 
 
 def _whole(value: int | float | None) -> int | None:
-    """JSON has one kind of number: Cog lets 9.0 through where it asks for an integer."""
+    """Return an integer: JSON has one kind of number, and Cog accepts 9.0 for an integer input."""
     return None if value is None else int(value)

@@ -20,7 +20,7 @@ SizeRule = Literal["fixed", "trained", "short side"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pace:
+class StepSchedule:
     """How many of a request's steps are computed; lib/generation/step_cache.py forecasts the others."""
 
     computed: int
@@ -59,10 +59,10 @@ class ModelSpec:
     recommended_scheduler: Literal["default", "ddim", "dpm"] = "default"
     use_dynamic_cfg: bool = False
     """Whether the authors advise dynamic guidance with the scheduler above."""
-    balanced: Pace = Pace(computed=32, first=6, last=1)
+    balanced: StepSchedule = StepSchedule(computed=32, first=6, last=1)
     """Steps computed with speed=balanced. For released checkpoints not measured, but chosen from published
     figures: TeaCache's two settings make these models 1.4 and 2.4 times as fast."""
-    fast: Pace = Pace(computed=22, first=5, last=1)
+    fast: StepSchedule = StepSchedule(computed=22, first=5, last=1)
     """Steps computed with speed=fast."""
     attention_width: int | None = None
     """Heads times head size, by which a LoRA's base model is recognized; None where no LoRA can be loaded."""
@@ -168,8 +168,8 @@ _TINY = ModelSpec(
     text_tokens=20,
     dtype="float16",
     size_rule="fixed",
-    balanced=Pace(computed=26, first=4, last=1),
-    fast=Pace(computed=12, first=4, last=1),
+    balanced=StepSchedule(computed=26, first=4, last=1),
+    fast=StepSchedule(computed=12, first=4, last=1),
     attention_width=192,
 )
 _COGVIDEOX = ModelSpec(

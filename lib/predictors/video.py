@@ -14,7 +14,6 @@ from lib.distributed.messages import ModelSetup
 from lib.distributed.worker_pool import WorkerPool, create_pool
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
-from lib.generation.step_cache import steps_to_forecast
 from lib.generation.warm_up import warm_up
 from lib.lora.attach import Loras
 from lib.lora.source import Address, Choice
@@ -150,7 +149,6 @@ class VideoPredictor:
                 with self.generator.timed("writing"):
                     video.finish()
         seconds = self.generator.timings | ({"lora": round(lora_seconds, 3)} if lora_metrics else {})
-        forecast = steps_to_forecast(self.spec, request.speed, request.num_inference_steps)
         guided = request.guidance_scale > 1
         return {
             **self.setup_metrics,
@@ -160,7 +158,7 @@ class VideoPredictor:
             "height": request.height,
             "fps": request.fps,
             "speed": request.speed,
-            "computed_steps": request.num_inference_steps - len(forecast),
+            "computed_steps": request.computed_steps,
             **lora_metrics,
             **(self.pool.plan.metrics(guided=guided) if self.pool else {}),
             **{f"{stage}_seconds": value for stage, value in seconds.items()},

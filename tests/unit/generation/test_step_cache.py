@@ -11,12 +11,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from PIL import Image
 
-from bench._levels import paces
+from bench._levels import step_schedules
 from lib.cancellation import Stopped
 from lib.errors import UserError
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
-from lib.generation.step_cache import SPEEDS, applied, steps_to_forecast
+from lib.generation.step_cache import forecast as forecasting
+from lib.generation.step_schedule import SPEEDS, steps_to_forecast
 from lib.lora.attach import Loras
 from lib.lora.source import Choice, parse
 from lib.models.specs import SPECS
@@ -61,7 +62,11 @@ def test_every_model_computes_the_first_two_steps_and_the_last_and_never_more_th
         for speed in SPEEDS:
             for steps in range(1, 101):
                 forecast = steps_to_forecast(spec, speed, steps)
-                assert forecast == sorted(set(forecast) & set(range(2, steps - 1))), (spec.name, speed, steps)
+                assert list(forecast) == sorted(set(forecast) & set(range(2, steps - 1))), (
+                    spec.name,
+                    speed,
+                    steps,
+                )
             counts.append(50 - len(steps_to_forecast(spec, speed, 50)))
         assert counts == [50, spec.balanced.computed, spec.fast.computed]
 
@@ -70,7 +75,7 @@ def test_few_steps_are_all_computed_and_more_than_the_models_own_in_proportion()
     spec = SPECS["tiny-t2v"]
     own, most = spec.num_inference_steps, spec.fast.computed
     for steps in range(1, most + 1):
-        assert steps_to_forecast(spec, "fast", steps) == []
+        assert steps_to_forecast(spec, "fast", steps) == ()
     for steps in range(most, own + 1):
         assert steps - len(steps_to_forecast(spec, "fast", steps)) == most
     assert 2 * own - len(steps_to_forecast(spec, "fast", 2 * own)) == 2 * most
@@ -118,7 +123,7 @@ def test_with_new_noise_in_every_step_the_last_clean_video_is_told_again():
     scheduler = CogVideoXDPMScheduler(**SCHEDULER)
     scheduler.set_timesteps(5)
     transformer = Steady(scheduler)
-    with applied(SimpleNamespace(transformer=transformer, scheduler=scheduler), [2, 3]):
+    with forecasting(SimpleNamespace(transformer=transformer, scheduler=scheduler), [2, 3]):
         for call, timestep in enumerate(scheduler.timesteps):
             states = torch.randn(1, 3, 2, 4, 4)
             out = transformer(hidden_states=states, timestep=timestep[None], call=call)[0]
@@ -133,7 +138,7 @@ def test_a_clean_video_that_changes_steadily_is_forecast_whatever_the_noise(chan
     scheduler.set_timesteps(8)
     transformer = Steady(scheduler)
     pipeline = SimpleNamespace(transformer=transformer, scheduler=scheduler)
-    with applied(pipeline, [2, 3, 5, 6]):
+    with forecasting(pipeline, [2, 3, 5, 6]):
         for call, timestep in enumerate(scheduler.timesteps):
             states = torch.randn(1, 3, channels, 4, 4)  # an image's latents follow those that are denoised
             out = transformer(hidden_states=states, timestep=timestep[None], call=call)[0]
@@ -146,7 +151,7 @@ def test_a_forecast_is_of_the_models_type():
     scheduler = CogVideoXDDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(4)
     transformer = Steady(scheduler, dtype=torch.bfloat16)
-    with applied(SimpleNamespace(transformer=transformer, scheduler=scheduler), [2]):
+    with forecasting(SimpleNamespace(transformer=transformer, scheduler=scheduler), [2]):
         for call, timestep in enumerate(scheduler.timesteps):
             states = torch.randn(1, 3, 2, 4, 4, dtype=torch.bfloat16)
             out = transformer(hidden_states=states, timestep=timestep[None], call=call)[0]
@@ -157,8 +162,8 @@ def test_a_checkpoint_that_predicts_noise_is_refused_and_left_alone():
     scheduler = CogVideoXDDIMScheduler(**SCHEDULER | {"prediction_type": "epsilon"})
     transformer = Steady(scheduler)
     with (
-        pytest.raises(UserError, match="makes a epsilon, not a v_prediction: only speed=exact is possible"),
-        applied(SimpleNamespace(transformer=transformer, scheduler=scheduler), [2]),
+        pytest.raises(UserError, match="makes a epsilon; only speed=exact is supported without v_prediction"),
+        forecasting(SimpleNamespace(transformer=transformer, scheduler=scheduler), [2]),
     ):
         pass
     assert "forward" not in vars(transformer)
@@ -169,10 +174,10 @@ def test_a_checkpoint_that_predicts_noise_is_refused_and_left_alone():
 )
 @pytest.mark.parametrize("speed", ["balanced", "fast"])
 def test_blocks_compute_as_often_as_said(t2v, speed, settings):
-    pace = getattr(t2v.spec, speed)
-    request = request_for(speed=speed, num_inference_steps=pace.computed + 4, **settings)
+    schedule = getattr(t2v.spec, speed)
+    request = request_for(speed=speed, num_inference_steps=schedule.computed + 4, **settings)
     frames, computed = computed_calls(t2v, request)
-    assert computed == pace.computed
+    assert computed == schedule.computed
     assert np.array_equal(frames, t2v.frames(request))
 
 
@@ -229,7 +234,7 @@ def test_a_lora_works_as_in_plain_diffusers_with_the_same_forecasts(
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(file.parent, weight_name=file.name, adapter_name="plain")
     plain.set_adapters(["plain"], [0.7])
-    with applied(plain, steps_to_forecast(t2v.spec, speed, STEPS)):
+    with forecasting(plain, steps_to_forecast(t2v.spec, speed, STEPS)):
         video = plain(
             prompt=request.prompt,
             num_inference_steps=STEPS,
@@ -307,7 +312,7 @@ def test_offloading_that_is_set_up_anew_at_the_end_of_a_pipelines_call_stays(t2v
     transformer, first, second = t2v.pipeline.transformer, Placing(), Placing()
     add_hook_to_module(transformer, first)
     try:
-        with applied(t2v.pipeline, [2]):
+        with forecasting(t2v.pipeline, [2]):
             remove_hook_from_module(transformer)  # what maybe_free_model_hooks does
             add_hook_to_module(transformer, second)
         assert np.array_equal(t2v.frames(request_for()), exact_frames)
@@ -323,4 +328,4 @@ def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
 
 def test_the_page_says_what_every_model_computes():
     page = (WEIGHTS.parent / "docs" / "speed.md").read_text()
-    assert f"<!-- table paces -->\n{paces()}<!-- end -->" in page
+    assert f"<!-- table step schedules -->\n{step_schedules()}<!-- end -->" in page
