@@ -18,9 +18,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from lib.caption.captioner import Captioner, sample_clip
+from lib.caption.config import CaptionConfig
+from lib.caption.model import CaptionModel
+from lib.caption.request import CaptionSettings
+from lib.predictors.caption import load_for_this_machine
+from lib.predictors.model import resolve_model
 from lib.video.writer import write_video
 from tiny import world
+from tiny.captioner import build_caption_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("reading", "1", "8")
@@ -79,9 +87,6 @@ def run(part: str, folder: str) -> dict:
 
 def measure(options: argparse.Namespace) -> dict:
     """Return frames per second over all clips but the first, and peak memory (of the GPU if there is one)."""
-    from lib.caption.captioner import sample_clip
-    from lib.caption.request import CaptionSettings
-
     paths = sorted(options.folder.glob("*.mp4"))
     if options.part == "reading":
         started, frames = time.perf_counter(), 0
@@ -99,25 +104,15 @@ def measure(options: argparse.Namespace) -> dict:
     return _figures(title, sum(len(clip.pixel_values) for clip in clips), seconds)
 
 
-def configured():  # type: ignore[no-untyped-def]
+def configured() -> tuple[Captioner, str]:
     """Load the captioner that COGVIDEOX_MODEL names."""
-    from lib.predictors.caption import load_for_this_machine
-    from lib.predictors.model import resolve_model
-
     model = resolve_model("caption")
     captioner, precision = load_for_this_machine(model)
     return captioner, f"{model.title} on {precision}"
 
 
-def full_size():  # type: ignore[no-untyped-def]
+def full_size() -> tuple[Captioner, str]:
     """Build the released shape with random weights, in bfloat16, and a tokenizer of a few words."""
-    import torch
-
-    from lib.caption.captioner import Captioner
-    from lib.caption.config import CaptionConfig
-    from lib.caption.model import CaptionModel
-    from tiny.captioner import build_caption_tokenizer
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
         model = CaptionModel(CaptionConfig()).to(torch.bfloat16).requires_grad_(False).eval()
@@ -135,11 +130,8 @@ def full_size():  # type: ignore[no-untyped-def]
 
 def _figures(title: str, frames: int, seconds: float) -> dict:
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if "torch" in sys.modules:
-        import torch
-
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            peak = torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
     return {"model": title, "frames_per_second": frames / seconds, "peak_bytes": peak}
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lib.cancellation import check_stop
-from lib.datasets.clips import CAPTION_LINES, VIDEO_LINES, Clip, LeftOut
+from lib.datasets.clips import Clip, LeftOut
+from lib.datasets.listings import CAPTION_LINES, VIDEO_LINES
 from lib.storage.disk import disk_error, require_free_space
 from lib.storage.member import BLOCK_BYTES
 

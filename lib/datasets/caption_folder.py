@@ -22,8 +22,9 @@ from lib.datasets.caption_files import (
     on_one_line,
     sidecar_names,
 )
-from lib.datasets.clips import CAPTION_COLUMNS, CAPTION_LINES, VIDEO_COLUMNS, VIDEO_LINES, Clip, column_of
-from lib.datasets.listings import TABLES, Files, UnreadableError, read_lines, read_table, read_text
+from lib.datasets.clips import Clip
+from lib.datasets.files import TABLES, Files, UnreadableError, read_lines, read_table, read_text
+from lib.datasets.listings import CAPTION_COLUMNS, CAPTION_LINES, VIDEO_COLUMNS, VIDEO_LINES, column_of
 from lib.progress import Report
 from lib.storage.disk import disk_error, require_free_space
 

@@ -9,24 +9,20 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lib.datasets.listings import (
+from lib.datasets.files import (
     FORMS,
     TABLES,
     VIDEO_ENDINGS,
     VIDEO_FORMS,
     Files,
     UnreadableError,
-    read_lines,
-    read_table,
     read_text,
 )
+from lib.datasets.listings import Entry, Listing, find_listing, is_text
 from lib.errors import UserError
 
 TRANSPORT_STREAMS = frozenset({".ts", ".mts", ".m2ts"})
 """Camcorder recordings, which are not accepted."""
-VIDEO_LINES, CAPTION_LINES = ("videos.txt",), ("prompts.txt", "prompt.txt")
-VIDEO_COLUMNS = ("file_name", "video", "video_path", "file", "path", "media")
-CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
 SHOWN = 5
 """How many reasons an error lists."""
 
@@ -52,28 +48,6 @@ class LeftOut:
     """Shown to the user."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
-    """One line of a listing."""
-
-    where: str
-    video: object
-    caption: object = None
-    remedy: str = ""
-    """Where to write a missing caption."""
-    fault: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Listing:
-    """The file that lists the clips of a folder."""
-
-    name: str
-    entries: list[_Entry]
-    readable: bool = True
-    """False where the file cannot be read, so that its captions are unknown."""
-
-
 def find_clips(
     folder: Path, *, video_column: str = "", caption_column: str = "", need_captions: bool = True
 ) -> tuple[list[Clip], list[LeftOut]]:
@@ -94,13 +68,13 @@ def find_clips(
     """
     files = Files(Path(folder))
     found: dict[str, Clip | LeftOut] = {}
-    listings: dict[str, _Listing] = {}
-    for place in files.folders:  # upper folders first
-        if listing := _listing(files, place, video_column, caption_column, need_captions):
-            listings[place] = listing
+    listings: dict[str, Listing] = {}
+    for directory in files.folders:  # upper folders first
+        if listing := find_listing(files, directory, video_column, caption_column, need_captions):
+            listings[directory] = listing
             above = set(found)
             for entry in listing.entries:
-                _add(entry, place, files, found, need_captions, above)
+                _add(entry, directory, files, found, need_captions, above)
     _check_columns(files, listings, video_column, caption_column)
     for name in files.paths:
         if name not in found and (item := _not_listed(name, files, listings, need_captions)) is not None:
@@ -129,118 +103,20 @@ def full_caption(caption: str, *, trigger_word: str, caption_prefix: str, captio
     return f"{text}{joint}{suffix}" if suffix else text
 
 
-def _is_text(column: str) -> bool:
-    return column.lower().endswith(".txt")
-
-
 def _check_columns(
-    files: Files, listings: dict[str, _Listing], video_column: str, caption_column: str
+    files: Files, listings: dict[str, Listing], video_column: str, caption_column: str
 ) -> None:
     tables = [listing for listing in listings.values() if PurePosixPath(listing.name).name.lower() in TABLES]
     for option, given in (("video_column", video_column), ("caption_column", caption_column)):
-        if given and not _is_text(given) and not tables:
+        if given and not is_text(given) and not tables:
             raise UserError(
                 f"{files.root.name} has no metadata.jsonl or metadata.csv, so there is no column {given!r}. "
                 f"Leave {option} empty."
             )
 
 
-def _listing(
-    files: Files, place: str, video_column: str, caption_column: str, need_captions: bool
-) -> _Listing | None:
-    """Return the folder's own listing, None where it has none."""
-    for table in TABLES:
-        if name := files.in_folder(place, table):
-            return _read_table(files.paths[name], name, video_column, caption_column, need_captions)
-    videos = files.in_folder(place, *((video_column,) if _is_text(video_column) else VIDEO_LINES))
-    captions = files.in_folder(place, *((caption_column,) if _is_text(caption_column) else CAPTION_LINES))
-    return _read_line_files(files, videos, captions) if videos and captions else None
-
-
-def _unreadable(listing: str, file: str, error: UnreadableError) -> _Listing:
-    return _Listing(
-        name=listing, entries=[_Entry(where=file, video=None, fault=f"it {error}")], readable=False
-    )
-
-
-def _read_table(
-    path: Path, name: str, video_column: str, caption_column: str, need_captions: bool
-) -> _Listing:
-    try:
-        columns, rows = read_table(path)
-    except UnreadableError as error:
-        return _unreadable(name, name, error)
-    if not columns:
-        damaged = [_Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
-        empty = [_Entry(where=name, video=None, fault="it is empty")]
-        return _Listing(name=name, entries=damaged or empty)
-    video = column_of(columns, video_column, VIDEO_COLUMNS, "video_column", name)
-    caption = column_of(columns, caption_column, CAPTION_COLUMNS, "caption_column", name, need_captions)
-    entries = [
-        _Entry(
-            where=f"{name}, line {row.line}",
-            video=row.values.get(video or ""),
-            caption=row.values.get(caption) if caption else None,
-            remedy=f"write what it shows into column {caption!r} of {name}, line {row.line}",
-            fault=row.fault,
-        )
-        for row in rows
-    ]
-    return _Listing(name=name, entries=entries)
-
-
-def column_of(
-    columns: list[str], given: str, usual: tuple[str, ...], option: str, table: str, needed: bool = True
-) -> str | None:
-    """Return the table's spelling of the `given` column, or of the first `usual` one it has.
-
-    None where it has none of the usual ones and none is `needed`. Raises UserError, which refers to `option`,
-    for a needed or given column that is missing.
-    """
-    known = {column.lower(): column for column in reversed(columns)}
-    wanted = (given,) if given and not _is_text(given) else usual
-    for column in wanted:
-        if column in columns or column.lower() in known:
-            return column if column in columns else known[column.lower()]
-    if wanted == usual and not needed:
-        return None
-    missing = repr(given) if wanted != usual else f"of the usual names ({', '.join(usual)})"
-    raise UserError(
-        f"{table} has no column {missing}. It has: {', '.join(columns)}. Name the right one with {option}."
-    )
-
-
-def _read_line_files(files: Files, videos: str, captions: str) -> _Listing:
-    lines = []
-    for name in (videos, captions):
-        try:
-            lines.append(read_lines(files.paths[name]))
-        except UnreadableError as error:
-            return _unreadable(videos, name, error)
-    paths, texts = lines
-    while paths and not paths[-1]:
-        paths.pop()
-    while len(texts) > len(paths) and not texts[-1]:
-        texts.pop()
-    if len(paths) != len(texts):
-        raise UserError(
-            f"{videos} has {len(paths)} lines and {captions} has {len(texts)}: line N of {captions} is the "
-            f"caption of the video in line N of {videos}, so both need the same number of lines."
-        )
-    entries = [
-        _Entry(
-            where=f"{videos}, line {number}",
-            video=path,
-            caption=text,
-            remedy=f"write what it shows into line {number} of {captions}",
-        )
-        for number, (path, text) in enumerate(zip(paths, texts, strict=True), start=1)
-    ]
-    return _Listing(name=videos, entries=entries)
-
-
 def _add(
-    entry: _Entry, place: str, files: Files, found: dict[str, Clip | LeftOut], need_captions: bool,
+    entry: Entry, directory: str, files: Files, found: dict[str, Clip | LeftOut], need_captions: bool,
     above: set[str],
 ) -> None:  # fmt: skip
     """Add an entry of a listing to `found`: its clip, or why there is none.
@@ -254,7 +130,7 @@ def _add(
         found[entry.where] = LeftOut(name=entry.where, reason="it does not name a video file")
         return
     try:
-        name = files.locate(place, entry.video)
+        name = files.locate(directory, entry.video)
     except LookupError as error:
         found[entry.where] = LeftOut(name=entry.where, reason=f"{entry.video.strip()}: {error}")
         return
@@ -280,7 +156,7 @@ def _without_caption(name: str, files: Files, reason: str, need_captions: bool) 
 
 
 def _not_listed(
-    name: str, files: Files, listings: dict[str, _Listing], need_captions: bool
+    name: str, files: Files, listings: dict[str, Listing], need_captions: bool
 ) -> Clip | LeftOut | None:
     """Return the clip of a file that no listing names, or why it is left out; None if it is not a video."""
     ending = PurePosixPath(name).suffix.lower()
@@ -289,8 +165,8 @@ def _not_listed(
     if ending not in VIDEO_ENDINGS:
         return None
     for above in PurePosixPath(name).parents:
-        place = "" if str(above) == "." else str(above)
-        if listing := listings.get(place):
+        directory = "" if str(above) == "." else str(above)
+        if listing := listings.get(directory):
             reason = f"it is not listed in {listing.name}"
             return _without_caption(name, files, reason, need_captions or not listing.readable)
     own = f"{PurePosixPath(name).with_suffix('')}.txt"

@@ -1,177 +1,129 @@
-"""The files of a data set folder: names and paths, and reading tables, lists and captions."""
+"""Listings of clips in a folder: metadata.jsonl, metadata.csv, or videos.txt with prompts.txt."""
 
-import codecs
-import csv
-import io
-import json
-import os
-import posixpath
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.datasets.files import TABLES, Files, UnreadableError, read_lines, read_table
 from lib.errors import UserError
 
-VIDEO_ENDINGS = frozenset(
-    {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".wmv", ".flv"}
-)
-TABLES = ("metadata.jsonl", "metadata.csv")
-VIDEO_FORMS = "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not"
-FORMS = (
-    f"{VIDEO_FORMS}, each with its caption: in a .txt of the same name next to it, in metadata.jsonl or "
-    "metadata.csv (columns file_name and text), or line by line in prompts.txt next to videos.txt."
-)
-IGNORED = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
-MAX_LISTING_BYTES = 256 << 20
-MAX_CAPTION_BYTES = 1 << 20
-
-
-class UnreadableError(Exception):
-    """A text file cannot be used; the message continues its name: "is not UTF-8 text: ..."."""
+VIDEO_LINES, CAPTION_LINES = ("videos.txt",), ("prompts.txt", "prompt.txt")
+VIDEO_COLUMNS = ("file_name", "video", "video_path", "file", "path", "media")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One entry of a table."""
+class Entry:
+    """One line of a listing."""
 
-    line: int
-    """From 1; the last one of a row with line breaks in quoted fields."""
-    values: dict[str, object]
-    """By column: JSON values, or the text of CSV fields."""
+    where: str
+    video: object
+    caption: object = None
+    remedy: str = ""
+    """Where to write a missing caption."""
     fault: str = ""
-    """Why the row has no values."""
 
 
-def is_ignored(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden or an operating system's."""
-    return name.startswith(".") or name.lower() in IGNORED
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """The file that lists the clips of a folder."""
+
+    name: str
+    entries: list[Entry]
+    readable: bool = True
+    """False where the file cannot be read, so that its captions are unknown."""
 
 
-class Files:
-    """The files in a folder and its subfolders by their paths within it, ignored ones left out.
+def find_listing(
+    files: Files, directory: str, video_column: str, caption_column: str, need_captions: bool
+) -> Listing | None:
+    """Return the folder's own listing, None where it has none."""
+    for table in TABLES:
+        if name := files.in_folder(directory, table):
+            return _read_table(files.paths[name], name, video_column, caption_column, need_captions)
+    videos = files.in_folder(directory, *((video_column,) if is_text(video_column) else VIDEO_LINES))
+    captions = files.in_folder(directory, *((caption_column,) if is_text(caption_column) else CAPTION_LINES))
+    return _read_line_files(files, videos, captions) if videos and captions else None
 
-    Raises UserError if the folder does not exist.
+
+def _unreadable(listing: str, file: str, error: UnreadableError) -> Listing:
+    return Listing(name=listing, entries=[Entry(where=file, video=None, fault=f"it {error}")], readable=False)
+
+
+def _read_table(
+    path: Path, name: str, video_column: str, caption_column: str, need_captions: bool
+) -> Listing:
+    try:
+        columns, rows = read_table(path)
+    except UnreadableError as error:
+        return _unreadable(name, name, error)
+    if not columns:
+        damaged = [Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
+        empty = [Entry(where=name, video=None, fault="it is empty")]
+        return Listing(name=name, entries=damaged or empty)
+    video = column_of(columns, video_column, VIDEO_COLUMNS, "video_column", name)
+    caption = column_of(columns, caption_column, CAPTION_COLUMNS, "caption_column", name, need_captions)
+    entries = [
+        Entry(
+            where=f"{name}, line {row.line}",
+            video=row.values.get(video or ""),
+            caption=row.values.get(caption) if caption else None,
+            remedy=f"write what it shows into column {caption!r} of {name}, line {row.line}",
+            fault=row.fault,
+        )
+        for row in rows
+    ]
+    return Listing(name=name, entries=entries)
+
+
+def column_of(
+    columns: list[str], given: str, usual: tuple[str, ...], option: str, table: str, needed: bool = True
+) -> str | None:
+    """Return the table's spelling of the `given` column, or of the first `usual` one it has.
+
+    None where it has none of the usual ones and none is `needed`. Raises UserError, which refers to `option`,
+    for a needed or given column that is missing.
     """
-
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder.")
-        self.root = root.absolute()
-        self.paths: dict[str, Path] = {}
-        self.folders: list[str] = []
-        for place, below, names in os.walk(self.root):
-            below[:] = sorted(name for name in below if not is_ignored(name))
-            self.folders.append(_within(self.root, Path(place)))
-            for name in sorted(names):
-                path = Path(place, name)
-                if not is_ignored(name) and path.is_file():
-                    self.paths[_within(self.root, path)] = path
-        self._exact = {unicodedata.normalize("NFC", name): name for name in self.paths}
-        self._folded: dict[str, list[str]] = {}
-        for key, name in self._exact.items():
-            self._folded.setdefault(key.casefold(), []).append(name)
-
-    def find(self, name: str) -> str | None:
-        """Return the name as it is on the disk, which may differ in case and in Unicode normalization."""
-        if name in self.paths:
-            return name
-        key = unicodedata.normalize("NFC", name)
-        folded = self._folded.get(key.casefold(), [])
-        return self._exact.get(key) or (folded[0] if len(folded) == 1 else None)
-
-    def in_folder(self, place: str, *names: str) -> str | None:
-        """Return the first of these files that exists in a folder itself."""
-        found = [self.find(posixpath.join(place, name)) for name in names]
-        return next((name for name in found if name and posixpath.dirname(name) == place), None)
-
-    def locate(self, place: str, written: str) -> str:
-        """Return the name of the file that a listing in folder `place` refers to. Raises LookupError."""
-        if (exact := posixpath.join(place, written)) in self.paths:
-            return exact  # names may end in a space or contain a backslash
-        text = written.strip().replace("\\", "/")
-        if text.startswith("/"):
-            text = posixpath.relpath(text, self.root)
-            place = ""
-        name = posixpath.normpath(posixpath.join(place, text))
-        if name.split("/")[0] == "..":
-            raise LookupError("it lies outside of the data set")
-        found = self.find(name)
-        if found is None:
-            raise LookupError("there is no such file in the data set")
-        return found
+    known = {column.lower(): column for column in reversed(columns)}
+    wanted = (given,) if given and not is_text(given) else usual
+    for column in wanted:
+        if column in columns or column.lower() in known:
+            return column if column in columns else known[column.lower()]
+    if wanted == usual and not needed:
+        return None
+    missing = repr(given) if wanted != usual else f"of the usual names ({', '.join(usual)})"
+    raise UserError(
+        f"{table} has no column {missing}. It has: {', '.join(columns)}. Name the right one with {option}."
+    )
 
 
-def _within(root: Path, path: Path) -> str:
-    # Names that are not in the system's encoding could not be printed or stored.
-    name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
-    return "" if name == "." else name
+def _read_line_files(files: Files, videos: str, captions: str) -> Listing:
+    lines = []
+    for name in (videos, captions):
+        try:
+            lines.append(read_lines(files.paths[name]))
+        except UnreadableError as error:
+            return _unreadable(videos, name, error)
+    paths, texts = lines
+    while paths and not paths[-1]:
+        paths.pop()
+    while len(texts) > len(paths) and not texts[-1]:
+        texts.pop()
+    if len(paths) != len(texts):
+        raise UserError(
+            f"{videos} has {len(paths)} lines and {captions} has {len(texts)}: line N of {captions} is the "
+            f"caption of the video in line N of {videos}, so both need the same number of lines."
+        )
+    entries = [
+        Entry(
+            where=f"{videos}, line {number}",
+            video=path,
+            caption=text,
+            remedy=f"write what it shows into line {number} of {captions}",
+        )
+        for number, (path, text) in enumerate(zip(paths, texts, strict=True), start=1)
+    ]
+    return Listing(name=videos, entries=entries)
 
 
-def read_text(path: Path, *, max_bytes: int = MAX_CAPTION_BYTES) -> str:
-    """Return the text of a file in UTF-8, or UTF-16 with a byte order mark. Raises UnreadableError."""
-    with open(path, "rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise UnreadableError(f"is larger than {max_bytes >> 20} MiB")
-    has_utf16_bom = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if has_utf16_bom else "utf-8-sig")
-    except UnicodeDecodeError:
-        raise UnreadableError("is not UTF-8 text: save it in that encoding") from None
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return a file's lines, stripped. Raises UnreadableError."""
-    text = read_text(path, max_bytes=MAX_LISTING_BYTES)
-    # str.splitlines would also split at separators that occur within captions.
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
-    return [line.strip() for line in lines]
-
-
-def read_table(path: Path) -> tuple[list[str], list[Row]]:
-    """Return the columns and rows of a .jsonl or .csv; damaged rows carry a fault. Raises UnreadableError.
-
-    A CSV's first row names the columns; fields are separated by commas, semicolons or tabs.
-    """
-    return _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
-
-
-def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:
-    rows = [_json_row(number, line) for number, line in enumerate(read_lines(path), start=1) if line]
-    return list(dict.fromkeys(name for row in rows for name in row.values)), rows
-
-
-def _json_row(number: int, line: str) -> Row:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Row(line=number, values={}, fault=f"the line is not JSON ({error})")
-    if not isinstance(values, dict):
-        return Row(line=number, values={}, fault="the line is not a JSON object")
-    return Row(line=number, values=values)
-
-
-def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
-    text = read_text(path, max_bytes=MAX_LISTING_BYTES)
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
-    columns: list[str] = []
-    rows = []
-    try:
-        for fields in reader:
-            if not any(field.strip() for field in fields):
-                continue
-            if not columns:
-                columns = [field.strip() for field in fields]
-            elif len(fields) > len(columns):
-                fault = (
-                    f"the row has {len(fields)} fields and the table {len(columns)} columns: "
-                    'put captions with commas in "quotes"'
-                )
-                rows.append(Row(line=reader.line_num, values={}, fault=fault))
-            else:
-                rows.append(Row(line=reader.line_num, values=dict(zip(columns, fields, strict=False))))
-    except csv.Error as error:
-        fault = f"the table cannot be read from here on ({error})"
-        rows.append(Row(line=reader.line_num, values={}, fault=fault))
-    return columns, rows
+def is_text(column: str) -> bool:
+    return column.lower().endswith(".txt")

@@ -5,7 +5,7 @@ import re
 import threading
 from pathlib import Path, PurePosixPath
 
-from lib.datasets.listings import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
+from lib.datasets.files import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
 from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch, sha256_of
@@ -112,11 +112,11 @@ def _is_wanted(path: PurePosixPath) -> bool:
 
 
 def _check_files(repository: str, listed: list[str], wanted: list[str]) -> None:
-    places = [PurePosixPath(path) for path in listed]
-    if any(place.is_absolute() or ".." in place.parts or "\0" in str(place) for place in places):
+    paths = [PurePosixPath(path) for path in listed]
+    if any(path.is_absolute() or ".." in path.parts or "\0" in str(path) for path in paths):
         raise UserError(f"{repository} lists a file outside itself; it is refused.")
     if not any(PurePosixPath(path).suffix.lower() in VIDEO_ENDINGS for path in wanted):
-        packed = sorted({place.suffix.lower() for place in places} & {".parquet", ".arrow", ".zip", ".tar"})
+        packed = sorted({path.suffix.lower() for path in paths} & {".parquet", ".arrow", ".zip", ".tar"})
         kept = (
             f": it keeps its data in {', '.join(packed)} files, which are not read from the Hub"
             if packed

@@ -1,0 +1,177 @@
+"""The files of a data set folder: names and paths, and reading tables, lists and captions."""
+
+import codecs
+import csv
+import io
+import json
+import os
+import posixpath
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import UserError
+
+VIDEO_ENDINGS = frozenset(
+    {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".wmv", ".flv"}
+)
+TABLES = ("metadata.jsonl", "metadata.csv")
+VIDEO_FORMS = "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not"
+FORMS = (
+    f"{VIDEO_FORMS}, each with its caption: in a .txt of the same name next to it, in metadata.jsonl or "
+    "metadata.csv (columns file_name and text), or line by line in prompts.txt next to videos.txt."
+)
+IGNORED = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
+MAX_LISTING_BYTES = 256 << 20
+MAX_CAPTION_BYTES = 1 << 20
+
+
+class UnreadableError(Exception):
+    """A text file cannot be used; the message continues its name: "is not UTF-8 text: ..."."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One entry of a table."""
+
+    line: int
+    """From 1; the last one of a row with line breaks in quoted fields."""
+    values: dict[str, object]
+    """By column: JSON values, or the text of CSV fields."""
+    fault: str = ""
+    """Why the row has no values."""
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden or an operating system's."""
+    return name.startswith(".") or name.lower() in IGNORED
+
+
+class Files:
+    """The files in a folder and its subfolders by their paths within it, ignored ones left out.
+
+    Raises UserError if the folder does not exist.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder.")
+        self.root = root.absolute()
+        self.paths: dict[str, Path] = {}
+        self.folders: list[str] = []
+        for directory, below, names in os.walk(self.root):
+            below[:] = sorted(name for name in below if not is_ignored(name))
+            self.folders.append(_within(self.root, Path(directory)))
+            for name in sorted(names):
+                path = Path(directory, name)
+                if not is_ignored(name) and path.is_file():
+                    self.paths[_within(self.root, path)] = path
+        self._exact = {unicodedata.normalize("NFC", name): name for name in self.paths}
+        self._folded: dict[str, list[str]] = {}
+        for key, name in self._exact.items():
+            self._folded.setdefault(key.casefold(), []).append(name)
+
+    def find(self, name: str) -> str | None:
+        """Return the name as it is on the disk, which may differ in case and in Unicode normalization."""
+        if name in self.paths:
+            return name
+        key = unicodedata.normalize("NFC", name)
+        folded = self._folded.get(key.casefold(), [])
+        return self._exact.get(key) or (folded[0] if len(folded) == 1 else None)
+
+    def in_folder(self, directory: str, *names: str) -> str | None:
+        """Return the first of these files that exists in a folder itself."""
+        found = [self.find(posixpath.join(directory, name)) for name in names]
+        return next((name for name in found if name and posixpath.dirname(name) == directory), None)
+
+    def locate(self, directory: str, written: str) -> str:
+        """Return the name of the file that a listing in folder `directory` refers to. Raises LookupError."""
+        if (exact := posixpath.join(directory, written)) in self.paths:
+            return exact  # names may end in a space or contain a backslash
+        text = written.strip().replace("\\", "/")
+        if text.startswith("/"):
+            text = posixpath.relpath(text, self.root)
+            directory = ""
+        name = posixpath.normpath(posixpath.join(directory, text))
+        if name.split("/")[0] == "..":
+            raise LookupError("it lies outside of the data set")
+        found = self.find(name)
+        if found is None:
+            raise LookupError("there is no such file in the data set")
+        return found
+
+
+def _within(root: Path, path: Path) -> str:
+    # Names that are not in the system's encoding could not be printed or stored.
+    name = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
+    return "" if name == "." else name
+
+
+def read_text(path: Path, *, max_bytes: int = MAX_CAPTION_BYTES) -> str:
+    """Return the text of a file in UTF-8, or UTF-16 with a byte order mark. Raises UnreadableError."""
+    with open(path, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnreadableError(f"is larger than {max_bytes >> 20} MiB")
+    has_utf16_bom = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if has_utf16_bom else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise UnreadableError("is not UTF-8 text: save it in that encoding") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return a file's lines, stripped. Raises UnreadableError."""
+    text = read_text(path, max_bytes=MAX_LISTING_BYTES)
+    # str.splitlines would also split at separators that occur within captions.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return [line.strip() for line in lines]
+
+
+def read_table(path: Path) -> tuple[list[str], list[Row]]:
+    """Return the columns and rows of a .jsonl or .csv; damaged rows carry a fault. Raises UnreadableError.
+
+    A CSV's first row names the columns; fields are separated by commas, semicolons or tabs.
+    """
+    return _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
+
+
+def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:
+    rows = [_json_row(number, line) for number, line in enumerate(read_lines(path), start=1) if line]
+    return list(dict.fromkeys(name for row in rows for name in row.values)), rows
+
+
+def _json_row(number: int, line: str) -> Row:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Row(line=number, values={}, fault=f"the line is not JSON ({error})")
+    if not isinstance(values, dict):
+        return Row(line=number, values={}, fault="the line is not a JSON object")
+    return Row(line=number, values=values)
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
+    text = read_text(path, max_bytes=MAX_LISTING_BYTES)
+    header = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    columns: list[str] = []
+    rows = []
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            if not columns:
+                columns = [field.strip() for field in fields]
+            elif len(fields) > len(columns):
+                fault = (
+                    f"the row has {len(fields)} fields and the table {len(columns)} columns: "
+                    'put captions with commas in "quotes"'
+                )
+                rows.append(Row(line=reader.line_num, values={}, fault=fault))
+            else:
+                rows.append(Row(line=reader.line_num, values=dict(zip(columns, fields, strict=False))))
+    except csv.Error as error:
+        fault = f"the table cannot be read from here on ({error})"
+        rows.append(Row(line=reader.line_num, values={}, fault=fault))
+    return columns, rows
