@@ -1,4 +1,4 @@
-"""The configuration files of a converted model, as diffusers writes them for the released ones.
+"""The configuration of a converted model, without the values that are diffusers' defaults.
 
 What no tensor says (the size of the clips, the VAE's scaling, the noise schedule) comes from the family's
 ModelSpec and can be overridden.
@@ -14,7 +14,7 @@ from lib.models.specs import RELEASED_VAE, SPECS, ModelSpec
 
 VAE_RATIO = 2 ** (len(cast("tuple[int, ...]", RELEASED_VAE["block_out_channels"])) - 1)
 """Pixels per latent, along each side."""
-TEMPORAL_RATIO = RELEASED_VAE["temporal_compression_ratio"]
+TEMPORAL_RATIO = cast("int", RELEASED_VAE["temporal_compression_ratio"])
 TRANSFORMER_OPTIONS = (
     "sample_height",
     "sample_width",
@@ -28,17 +28,8 @@ SCHEDULER_OPTIONS = ("snr_shift_scale",)
 OPTIONS = (*TRANSFORMER_OPTIONS, *VAE_OPTIONS, *SCHEDULER_OPTIONS)
 """Configuration values that can be overridden, because no tensor says them."""
 Options = Mapping[str, float | int | bool]
-DTYPES = ("float16", "bfloat16", "float32")
-
 FAMILIES = {name: spec for name, spec in SPECS.items() if spec.scaling_factor is not None}
 """The released models that weights are converted to, by name."""
-
-
-def family_named(name: str) -> ModelSpec:
-    """Return a family by its name. Raises UserError listing the families."""
-    if name not in FAMILIES:
-        raise UserError(f"family={name} is unknown; allowed are {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
 
 
 def check_options(options: Options) -> None:
@@ -49,12 +40,6 @@ def check_options(options: Options) -> None:
         number = isinstance(value, (int, float)) and (name == "invert_scale_latents" or value > 0)
         if not number:
             raise UserError(f"{name}={value!r} is not supported; it has to be a number above 0.")
-
-
-def check_dtype(dtype: str | None, *, name: str = "dtype") -> None:
-    """Raise UserError for a type that no weights are written in."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"{name}={dtype} is unknown; allowed are {', '.join(DTYPES)}.")
 
 
 def check_alpha(alpha: float | None) -> None:
@@ -70,27 +55,16 @@ def transformer_config(sizes: TransformerSizes, family: ModelSpec, options: Opti
         "attention_head_dim": sizes.head_dim,
         "in_channels": sizes.in_channels,
         "out_channels": sizes.out_channels,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "time_embed_dim": sizes.time_embed_dim,
         "ofs_embed_dim": sizes.ofs_embed_dim,
         "text_embed_dim": sizes.text_embed_dim,
         "num_layers": sizes.layers,
-        "dropout": 0.0,
-        "attention_bias": True,
         "sample_width": family.nominal_sample or family.width // VAE_RATIO,
         "sample_height": family.nominal_sample or family.height // VAE_RATIO,
         "sample_frames": family.frames,
         "patch_size": sizes.patch_size,
         "patch_size_t": sizes.patch_size_t,
-        "temporal_compression_ratio": TEMPORAL_RATIO,
         "max_text_seq_length": family.text_tokens,
-        "activation_fn": "gelu-approximate",
-        "timestep_activation_fn": "silu",
-        "norm_elementwise_affine": True,
-        "norm_eps": 1e-5,
-        "spatial_interpolation_scale": 1.875,
-        "temporal_interpolation_scale": 1.0,
         "use_rotary_positional_embeddings": family.rotary_positions,
         "use_learned_positional_embeddings": sizes.learned_positions,
         "patch_bias": sizes.patch_size_t is None,
@@ -102,7 +76,7 @@ def transformer_config(sizes: TransformerSizes, family: ModelSpec, options: Opti
 
 
 def _check_positions(found: int, config: Mapping[str, Any]) -> None:
-    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    frames = (config["sample_frames"] - 1) // TEMPORAL_RATIO + 1
     height, width = (config[f"sample_{side}"] // config["patch_size"] for side in ("height", "width"))
     expected = config["max_text_seq_length"] + frames * height * width
     if expected != found:
@@ -124,19 +98,8 @@ def vae_config(sizes: VaeSizes, family: ModelSpec, options: Options) -> dict[str
         "block_out_channels": list(sizes.channels),
         "latent_channels": sizes.latent_channels,
         "layers_per_block": sizes.layers_per_block,
-        "act_fn": "silu",
-        "norm_eps": 1e-6,
         "norm_num_groups": 32,
-        "temporal_compression_ratio": TEMPORAL_RATIO,
-        "sample_height": RELEASED_VAE["sample_height"],
-        "sample_width": RELEASED_VAE["sample_width"],
         "scaling_factor": family.scaling_factor,
-        "shift_factor": None,
-        "latents_mean": None,
-        "latents_std": None,
-        "force_upcast": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
         "invert_scale_latents": family.invert_scale_latents,
     }
     config |= {name: options[name] for name in VAE_OPTIONS if name in options}
@@ -152,17 +115,8 @@ def vae_config(sizes: VaeSizes, family: ModelSpec, options: Options) -> dict[str
 def scheduler_config(family: ModelSpec, options: Options) -> dict[str, Any]:
     """Return scheduler/scheduler_config.json: all CogVideoX models have the same noise schedule."""
     return {
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "trained_betas": None,
         "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
         "prediction_type": "v_prediction",
-        "clip_sample_range": 1.0,
-        "sample_max_value": 1.0,
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": True,
         "snr_shift_scale": options.get("snr_shift_scale", family.snr_shift_scale),

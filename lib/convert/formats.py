@@ -6,6 +6,7 @@ numbered storage, and the storages. torch.save would hold every concatenated ten
 beneath it ends the process when the disk is full.
 """
 
+import inspect
 import io
 import json
 import math
@@ -17,9 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import CogVideoXPipeline
-from diffusers import __version__ as diffusers_version
 from safetensors import safe_open
 from torch._utils import _rebuild_tensor_v2
 
@@ -129,8 +129,10 @@ def write_states(
 
 
 def write_config(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write a configuration of the class `kind` as diffusers does: sorted, with its version."""
-    complete = {"_class_name": kind, "_diffusers_version": diffusers_version, **content}
+    """Write a configuration of diffusers' class `kind` as it does: with defaults and its version, sorted."""
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
+    complete = {each.name: each.default for each in parameters if each.default is not each.empty}
+    complete |= {"_class_name": kind, "_diffusers_version": diffusers.__version__, **content}
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(complete, indent=2, sort_keys=True) + "\n")
 
@@ -150,12 +152,12 @@ def check_component(folder: Path, component: str) -> str:
         with safe_open(file, "pt") as opened:
             found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     _compare(found, expected, folder)
-    return f"all {len(expected)} names and shapes match diffusers {diffusers_version}"
+    return f"all {len(expected)} names and shapes match diffusers {diffusers.__version__}"
 
 
 def check_lora(path: Path, planned: Sequence[PlannedTensor]) -> str:
     """Read a LoRA as diffusers' pipeline does and compare its names and shapes."""
-    state: Any = CogVideoXPipeline.lora_state_dict(
+    state: Any = diffusers.CogVideoXPipeline.lora_state_dict(
         str(path.parent), weight_name=path.name, local_files_only=True
     )
     expected = {tensor.name: tensor.shape for tensor in planned}

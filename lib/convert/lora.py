@@ -58,8 +58,6 @@ def convert_lora(
     diffusers LoRA, with the same effect at `alpha`: by default that of the SAT LoRA it was converted from,
     else 1. Raises UserError as to_diffusers does.
     """
-    configs.check_dtype(dtype)
-    configs.check_alpha(alpha)
     to_sat = direction == "to_sat"
     with new_folder(target) as folder:
         with open_checkpoint(source) as opened:

@@ -62,6 +62,8 @@ def to_diffusers(
 ) -> ConversionReport:
     """Convert a SAT transformer, a SAT VAE or both into the new folder `target`, which from_pretrained loads.
 
+    The inputs are checked by lib/convert/request.py.
+
     Args:
         transformer: A checkpoint, which may contain a VAE too, or a folder with 3d-vae.pt next to `latest`.
         vae: A checkpoint, used instead of the transformer's own.
@@ -77,14 +79,7 @@ def to_diffusers(
 
     `target` appears when everything is written and checked, or not at all.
     """
-    if transformer is None and vae is None:
-        raise UserError("Give a transformer, a VAE or both; there is nothing to convert.")
-    configs.check_dtype(dtype)
-    configs.check_dtype(vae_dtype, name="vae_dtype")
     options = options or {}
-    configs.check_options(options)
-    if family is not None:
-        configs.family_named(family)
     result = ConversionReport(direction="to diffusers", variant="")
     with new_folder(target) as folder:
         with ExitStack() as opened:
@@ -118,11 +113,6 @@ def to_sat(
     transformer its VAE is converted too. Dtypes stay as they are unless `dtype` is given. The transformer
     becomes `latest` and 1/mp_rank_00_model_states.pt, the VAE 3d-vae.pt. Raises as to_diffusers does.
     """
-    if transformer is None and vae is None:
-        raise UserError("Give a transformer, a VAE or both; there is nothing to convert.")
-    configs.check_dtype(dtype)
-    options = options or {}
-    configs.check_options(options)
     if vae is None and transformer is not None and (transformer / "vae").is_dir():
         vae = transformer
     paths: dict[Component, Path | None] = {"transformer": transformer, "vae": vae}
@@ -135,7 +125,7 @@ def to_sat(
                 inside = path / component
                 source = opened.enter_context(open_checkpoint(inside if inside.is_dir() else path))
                 detect.require(detect.identify(source.tensors), component, "diffusers", name=source.name)
-                conversions.append(plan_sat(component, source, dtype=dtype, options=options))
+                conversions.append(plan_sat(component, source, dtype=dtype, options=options or {}))
             result = ConversionReport(
                 direction="to SAT", variant=conversions[0].variant, family=conversions[0].family
             )
@@ -255,7 +245,7 @@ def _finish_pipeline(
     result: ConversionReport, conversions: Sequence[Conversion], folder: Path, options: Options
 ) -> None:
     """Write everything but the weights; model_index.json last, so that nothing loads an incomplete folder."""
-    family = configs.family_named(result.family or "")
+    family = configs.FAMILIES[result.family or ""]
     by_component = {conversion.component: conversion for conversion in conversions}
     result.settings = {"family": family.name}
     if (vae := by_component.get("vae")) is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.cancellation import check_stop
 from lib.convert import detect
-from lib.convert.configs import family_named
+from lib.convert.configs import FAMILIES
 from lib.convert.lora import split_base
 from lib.convert.planning import shapes_of
 from lib.convert.reading import open_checkpoint
@@ -58,7 +58,7 @@ def find_text_encoder(
         if found.kind != "transformer" or found.layout != "sat":
             return None  # the conversion refuses it
         sizes = detect.transformer_sizes(shapes_of(base), name=checkpoint.name)
-        spec = family_named(detect.family_of(sizes, given=family))
+        spec = FAMILIES[detect.family_of(sizes, given=family)]
     width, released = sizes.text_embed_dim, RELEASED_TEXT_ENCODER["d_model"]
     for folder in checkpoints.downloaded():
         if has_text_encoder(folder, width):

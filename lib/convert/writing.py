@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch import Tensor
 from lib.cancellation import check_stop
 from lib.convert.report import WrittenFile
 from lib.errors import UserError
-from lib.progress import Report
+from lib.progress import Report, progress_line, throttled
 from lib.storage.disk import disk_error, require_free_space, size_text
 
 BLOCK_ELEMENTS = 4 << 20
@@ -66,20 +65,17 @@ class Progress:
         report: Report,
         stop: threading.Event | None = None,
     ) -> None:
-        self.label, self.report, self.stop = label, report, stop
+        self.label, self.report, self.stop = label, throttled(report, REPORT_SECONDS), stop
         self.ends = list(itertools.accumulate(tensor.nbytes for tensor in planned))
         self.done = 0
-        self._last = time.monotonic()
 
     def add(self, count: int) -> None:
         """Count written bytes. Raises Stopped once `stop` is set."""
         check_stop(self.stop)
         self.done += count
-        if time.monotonic() - self._last < REPORT_SECONDS and self.done < self.ends[-1]:
-            return
-        self._last = time.monotonic()
         written = bisect.bisect_right(self.ends, self.done)
-        self.report(f"progress: converting {self.label} {written}/{len(self.ends)}, {size_text(self.done)}")
+        line = progress_line(f"converting {self.label}", written, len(self.ends), size_text(self.done))
+        self.report(line)
 
 
 @contextmanager
