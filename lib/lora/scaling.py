@@ -53,7 +53,16 @@ def resolve_scaling(
         UserError: two declarations contradict each other, one contradicts the ranks, or `alpha_input` was
             given for a file that declares its own. `name` is what the message calls the file.
     """
-    declared = _declared(metadata, adapter_config, ranks=ranks, alpha_tensors=alpha_tensors, name=name)
+    if BAKED in metadata:
+        declared = Scaling(alphas={module: float(rank) for module, rank in ranks.items()})
+    else:
+        config = (
+            _parse_object(metadata.get("lora_adapter_metadata"), name)
+            or _parse_object(metadata.get("lora_config"), name)
+            or adapter_config
+            or {}
+        )
+        declared = _declared(config, ranks, alpha_tensors, name)
     if declared is None:
         return Scaling(alphas={module: float(alpha_input or rank) for module, rank in ranks.items()})
     if alpha_input is not None:
@@ -80,21 +89,8 @@ def read_alphas(path: Path, keys: Mapping[str, str], name: str) -> dict[str, flo
 
 
 def _declared(
-    metadata: Mapping[str, str],
-    adapter_config: dict[str, Any] | None,
-    *,
-    ranks: Mapping[str, int],
-    alpha_tensors: Mapping[str, float],
-    name: str,
+    config: Mapping[str, Any], ranks: Mapping[str, int], alpha_tensors: Mapping[str, float], name: str
 ) -> Scaling | None:
-    if BAKED in metadata:
-        return Scaling(alphas={module: float(rank) for module, rank in ranks.items()})
-    config = (
-        _parse_object(metadata.get("lora_adapter_metadata"), name)
-        or _parse_object(metadata.get("lora_config"), name)
-        or adapter_config
-        or {}
-    )
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     configured = _from_config(config, ranks, name) if config.get("lora_alpha") is not None else None
     if not alpha_tensors:
