@@ -138,6 +138,11 @@ def test_a_file_travels_as_a_data_uri(url):
     assert base64.b64decode(reply["output"].partition(",")[2]) == b"inside"
 
 
+def test_text_that_is_not_utf8_is_refused_by_the_server(url):
+    with pytest.raises(PredictionError, match="Failed to parse the request body as JSON"):
+        predict(url, {"text": "caf\udce9"})
+
+
 def test_a_request_right_after_a_result_is_served(url):
     for number in range(10):
         assert predict(url, {"text": str(number)})["metrics"]["text"] == str(number)
