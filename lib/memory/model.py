@@ -95,17 +95,17 @@ class MemoryModel:
         process = HEAP_BYTES if device == "cpu" else 0
         return {stage: weights[stage] + needs[stage] + process for stage in weights if stage in needs}
 
-    def waiting_bytes(self, offload: Offload) -> int:
-        """Return the most system memory that weights take which are not on the GPU."""
+    def offloaded_bytes(self, offload: Offload) -> int:
+        """Return the most system memory that weights take while they are not on the GPU."""
         parts = self.part_bytes()
-        waiting = {
+        moved = {
             "resident": (),
             "text": ("text_encoder",),
             "model": tuple(parts),
             "group": ("transformer", "text_encoder"),
             "sequential": tuple(parts),
         }
-        sizes = [parts[name] for name in waiting[offload]]
+        sizes = [parts[name] for name in moved[offload]]
         # Group offloading copies a part to pinned memory before it frees the part as it was loaded.
         return sum(sizes) + (max(sizes) if offload == "group" else 0)
 

@@ -1,10 +1,10 @@
-"""Which plan a model runs under on a machine, and whether a request fits it.
+"""Choose the offload plan for a model on a machine, and check that a request fits it.
 
-memory = MemoryModel.of(spec, folder, machine)
-plan = choose_plan(spec, memory, machine)
-plan.tiled(clip)        # for each request: whether it decodes in tiles; UserError when it cannot fit
+plan = plan_memory(spec, folder, machine)
+plan.tiled(clip)        # for each request: whether to decode in tiles; UserError when it cannot fit
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -19,24 +19,24 @@ from lib.pipelines.machine import Machine
 from lib.settings import Offload
 
 USABLE = 0.95
-"""Of what is free; the rest is left to others."""
+"""Share of the free memory that may be used."""
 GPU_RESERVE = 2**28
-"""Workspaces of cuBLAS and cuDNN, and modules that CUDA loads when they are first used."""
+"""Workspaces of cuBLAS and cuDNN, and modules that CUDA loads at their first use."""
 FRAGMENTS = 0.1
-"""Of a stage's tensors: what PyTorch's allocator on a GPU cannot use between them. Weights lie close."""
+"""Share of a stage's tensors, without weights, that PyTorch's allocator on a GPU loses to gaps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Where weights are between uses, and what there is room for."""
+    """Where weights are while they are not used, and how much memory there is."""
 
     offload: Offload
     tiling: bool
-    """Whether the usual clip decodes in tiles."""
+    """Whether the usual clip is decoded in tiles."""
     need: int
-    """Bytes predicted for it."""
+    """Predicted bytes for the usual clip."""
     room: int | None
-    """Bytes that may be used; None when nobody knows."""
+    """Bytes that may be used; None when unknown."""
     memory: MemoryModel
     spec: ModelSpec
     reason: str
@@ -44,12 +44,12 @@ class MemoryPlan:
     """The longest clip of the usual size that fits, where the usual one does not."""
 
     def __str__(self) -> str:
-        return f"{self.offload}, VAE {'in tiles' if self.tiling else 'whole'} ({self.reason})"
+        return f"{self.offload}, VAE {'in tiles' if self.tiling else 'untiled'} ({self.reason})"
 
     def tiled(self, clip: Clip, *, lora_bytes: int = 0) -> bool:
-        """Whether to decode in tiles: only when the clip does not fit whole.
+        """Return whether to decode in tiles: only when the clip does not fit untiled.
 
-        Raises UserError when it does not fit at all, with what would.
+        Raises UserError when it does not fit at all, with what would fit.
         """
         if self.room is None:
             return self.tiling
@@ -60,7 +60,7 @@ class MemoryPlan:
 
 
 def needed(memory: MemoryModel, clip: Clip, offload: Offload, *, tiled: bool, lora_bytes: int = 0) -> int:
-    """Bytes to have free: the highest of the stages, and what is no tensor."""
+    """Return the bytes that have to be free: for the highest of the stages, with what is not a tensor."""
     peaks = memory.peaks(clip, offload, tiled=tiled, lora_bytes=lora_bytes)
     if memory.device == "cpu":
         return max(peaks.values())
@@ -81,22 +81,21 @@ def plan_memory(
 
 
 def choose_plan(
-    spec: ModelSpec, memory: MemoryModel, machine: Machine, *, forced: str | None = None
+    spec: ModelSpec, memory: MemoryModel, machine: Machine, *, forced: Offload | None = None
 ) -> MemoryPlan:
-    """The fastest plan that the usual clip fits: whole where any plan decodes it whole, else in tiles.
+    """Return the fastest plan that fits the usual clip: untiled if any plan allows that, else in tiles.
 
-    Where it fits none but a shorter clip does, the plan for that one; longer ones are refused when they are
-    asked for. forced is COGVIDEOX_OFFLOAD: that plan is taken, also when it is tight. Raises UserError when
-    it names none, and when no clip fits.
+    Where only a shorter clip fits, the plan is for that one, and longer ones are refused on request. `forced`
+    is COGVIDEOX_OFFLOAD: that plan is taken even if memory is tight. Raises UserError when no clip fits.
     """
-    if forced and forced not in OFFLOADS:
-        raise UserError(f"COGVIDEOX_OFFLOAD={forced} is unknown; allowed are {', '.join(OFFLOADS)}.")
     cpu = machine.device == "cpu"
-    if cpu and forced not in (None, "", "resident"):
+    if cpu and forced not in (None, "resident"):
         raise UserError(f"COGVIDEOX_OFFLOAD={forced} needs a GPU; on this CPU only resident is possible.")
     room = int(USABLE * machine.free_bytes) if machine.free_bytes else None
-    offloads = [forced] if forced else OFFLOADS[:1] if cpu else _waiting_possible(memory, machine)
-    free = "" if room is None else f", {machine.free_bytes / GIB:.1f} GiB free"
+    offloads: Sequence[Offload] = _possible(memory, machine)
+    if cpu or forced:
+        offloads = [forced or "resident"]
+    free = f", {machine.free_bytes / GIB:.1f} GiB free" if machine.free_bytes else ""
     usual = usual_clip(spec)
     plan = partial(MemoryPlan, spec=spec, memory=memory, room=room)
     for clip in (usual, *shorter(spec, usual)):
@@ -117,7 +116,7 @@ def choose_plan(
 
 
 def shorter(spec: ModelSpec, clip: Clip) -> list[Clip]:
-    """Clips of the same size and fewer frames, the longest first."""
+    """Return clips of the same size with fewer frames, the longest first."""
     lengths = range(spec.frame_step + 1, clip.frames, spec.frame_step)
     return [replace(clip, frames=frames) for frames in reversed(lengths)]
 
@@ -126,22 +125,22 @@ def _fits(need: int, room: int | None) -> bool:
     return room is None or need <= room
 
 
-def _waiting_possible(memory: MemoryModel, machine: Machine) -> list[Offload]:
-    """Plans whose waiting weights fit into system memory, or all when nobody knows how much there is.
+def _possible(memory: MemoryModel, machine: Machine) -> list[Offload]:
+    """Return the plans whose offloaded weights fit into system memory; all if its size is unknown.
 
-    Quantised weights cannot be moved layer by layer.
+    Quantized weights cannot be moved layer by layer.
     """
     system = machine.system_bytes
     return [
         name
         for name in OFFLOADS
-        if (system is None or memory.waiting_bytes(name) <= USABLE * system)
+        if (system is None or memory.offloaded_bytes(name) <= USABLE * system)
         and not (name == "sequential" and memory.weights != "none")
     ]
 
 
 def _refusal(plan: MemoryPlan, clip: Clip, lora_bytes: int) -> str:
-    """What is needed, what there is, and what would fit."""
+    """Return what is needed, what is available, and what would fit."""
     spec, memory, room = plan.spec, plan.memory, plan.room or 0
     least = needed(memory, clip, plan.offload, tiled=True, lora_bytes=lora_bytes)
     kind = "system memory" if memory.device == "cpu" else "GPU memory"
@@ -172,7 +171,7 @@ def _refusal(plan: MemoryPlan, clip: Clip, lora_bytes: int) -> str:
 
 
 def _models_that_fit(plan: MemoryPlan) -> list[str]:
-    """Released models of the same task whose usual clip fits under the same plan."""
+    """Return released models for the same task whose usual clip fits under the same plan."""
     memories = {
         spec: replace(plan.memory, name=spec.name, configs=ModelConfigs.from_spec(spec))
         for spec in released(plan.spec.task)

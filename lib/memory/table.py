@@ -1,4 +1,4 @@
-"""The table of plans: every released checkpoint on cards of the usual sizes, from the memory model alone."""
+"""The table of plans: every released checkpoint on GPUs of the usual sizes."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from lib.memory.plan import MemoryPlan, choose_plan
 from lib.pipelines.machine import Machine
 
 CARDS = (6, 8, 12, 16, 24, 40, 48, 80, 141)
-"""GB, as cards are sold: in truth GiB."""
+"""GB as cards are sold, which are GiB."""
 DRIVER_GIB = 0.7
-"""Taken on every card before the first tensor: CUDA's context and what the driver keeps."""
+"""Used on every card before the first tensor: CUDA's context and the driver."""
 
 
 def plan_on_card(name: str, gigabytes: float, weights: Weights = "none") -> MemoryPlan | None:
-    """What the service does with a released checkpoint on an empty card; None when no clip fits."""
+    """Return the plan for a released checkpoint on an empty card, None when no clip fits."""
     spec = next(spec for task in ("t2v", "i2v") for spec in released(task) if spec.name == name)
     free = int((gigabytes - DRIVER_GIB) * GIB)
     machine = Machine(device="cuda", free_bytes=free, dtype=spec.dtype)
@@ -26,7 +26,7 @@ def plan_on_card(name: str, gigabytes: float, weights: Weights = "none") -> Memo
 
 
 def rows(weights: Sequence[Weights] = ("none", "int8")) -> list[dict[str, object]]:
-    """One for each checkpoint, kind of weights and card."""
+    """Return a row for each checkpoint, kind of weights and card."""
     found = []
     for spec in (*reversed(released("t2v")), *reversed(released("i2v"))):
         for kind in weights:
@@ -44,12 +44,12 @@ def _facts(plan: MemoryPlan | None) -> dict[str, object]:
         "tiles": plan.tiling,
         "frames": plan.frames,
         "gib": round(plan.need / GIB, 1),
-        "system_gib": round(plan.memory.waiting_bytes(plan.offload) / GIB, 1),
+        "system_gib": round(plan.memory.offloaded_bytes(plan.offload) / GIB, 1),
     }
 
 
 def markdown(found: Sequence[dict[str, object]]) -> str:
-    """As a table, a line for each checkpoint and kind of weights, a column for each card."""
+    """Return a table with a line for each checkpoint and kind of weights, and a column for each card."""
     cards = list(dict.fromkeys(row["card"] for row in found))
     lines = [
         "| model, weights | " + " | ".join(f"{card} GB" for card in cards) + " |",
