@@ -1,4 +1,4 @@
-"""Video to text: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
+"""Describe a video. The inputs are spelled out because Cog reads them statically."""
 
 from typing import Optional
 
@@ -19,35 +19,35 @@ class Runner(BaseRunner):
             description="What to ask about the clip.", default="Please describe this video in detail."
         ),
         frame_sampling: str = Input(
-            description="Which frames the model sees, at most 24. chat: one a second, the first 24 seconds. base: 24 over the first minute. uniform: 24 over the whole clip. auto: chat for clips of 2 to 24 seconds, uniform for others.",
+            description="Which frames the model sees, at most 24. chat: one per second for the first 24 seconds. base: 24 over the first minute. uniform: 24 over the complete clip. auto: chat for clips of 2 to 24 seconds, otherwise uniform.",
             choices=["auto", "chat", "base", "uniform"],
             default="auto",
         ),
         template: str = Input(
-            description="How the question is put to the model. auto: chat with chat, base with base and uniform. chat numbers the frames; base gives the prompt as it is; vqa asks for a short answer.",
+            description="How the prompt is presented to the model. auto: chat with chat sampling, otherwise base. chat numbers the frames; base is the unchanged prompt; vqa asks for a short answer.",
             choices=["auto", "chat", "base", "vqa"],
             default="auto",
         ),
         max_new_tokens: int = Input(
-            description="Longest caption in tokens, about three quarters of a word each.",
+            description="Maximum length of the caption in tokens, about three quarters of a word each.",
             ge=1,
             le=2048,
             default=2048,
         ),
         temperature: float = Input(
-            description="0 always takes the likeliest word; above it words are drawn, the more freely the higher.",
+            description="0 always takes the likeliest token; above 0 tokens are sampled, more randomly with higher values.",
             ge=0,
             le=5,
             default=0,
         ),
         top_p: float = Input(
-            description="Draw only from the likeliest words that together have this probability. Has an effect only when temperature is above 0.",
+            description="Sample only from the likeliest tokens with this total probability. Only used if temperature is above 0.",
             ge=0.01,
             le=1,
             default=0.9,
         ),
         seed: Optional[int] = Input(
-            description="Same seed and settings, same caption. Matters only when temperature is above 0. Leave empty for a random seed, which the metrics report.",
+            description="The same seed and settings give the same caption. Only used if temperature is above 0. Leave empty for a random seed, which the metrics report.",
             default=None,
         ),
     ) -> str:

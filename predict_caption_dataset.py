@@ -1,4 +1,4 @@
-"""Data sets to captioned data sets: the inputs of Replicate's form, spelled out literally because Cog reads them statically."""
+"""Caption the clips of a data set. The inputs are spelled out because Cog reads them statically."""
 
 from typing import Optional
 
@@ -21,60 +21,60 @@ class Runner(BaseRunner):
             description="What to ask about each clip.", default="Please describe this video in detail."
         ),
         frame_sampling: str = Input(
-            description="Which frames the model sees, at most 24. chat: one a second, the first 24 seconds. base: 24 over the first minute. uniform: 24 over the whole clip. auto: chat for clips of 2 to 24 seconds, uniform for others.",
+            description="Which frames the model sees, at most 24. chat: one per second for the first 24 seconds. base: 24 over the first minute. uniform: 24 over the complete clip. auto: chat for clips of 2 to 24 seconds, otherwise uniform.",
             choices=["auto", "chat", "base", "uniform"],
             default="auto",
         ),
         template: str = Input(
-            description="How the question is put to the model. auto: chat with chat, base with base and uniform. chat numbers the frames; base gives the prompt as it is; vqa asks for a short answer.",
+            description="How the prompt is presented to the model. auto: chat with chat sampling, otherwise base. chat numbers the frames; base is the unchanged prompt; vqa asks for a short answer.",
             choices=["auto", "chat", "base", "vqa"],
             default="auto",
         ),
         max_new_tokens: int = Input(
-            description="Longest caption in tokens, about three quarters of a word each.",
+            description="Maximum length of the caption in tokens, about three quarters of a word each.",
             ge=1,
             le=2048,
             default=2048,
         ),
         temperature: float = Input(
-            description="0 always takes the likeliest word; above it words are drawn, the more freely the higher.",
+            description="0 always takes the likeliest token; above 0 tokens are sampled, more randomly with higher values.",
             ge=0,
             le=5,
             default=0,
         ),
         top_p: float = Input(
-            description="Draw only from the likeliest words that together have this probability. Has an effect only when temperature is above 0.",
+            description="Sample only from the likeliest tokens with this total probability. Only used if temperature is above 0.",
             ge=0.01,
             le=1,
             default=0.9,
         ),
         seed: Optional[int] = Input(
-            description="Same seed, settings and clips, same captions. Matters only when temperature is above 0. Leave empty for a random one.",
+            description="The same seed, settings and clips give the same captions. Only used if temperature is above 0. Leave empty for a random seed.",
             default=None,
         ),
         trigger_word: str = Input(
-            description="Put before every new caption that does not hold it.",
+            description="Word to put before every new caption that does not contain it.",
             default="",
         ),
         caption_prefix: str = Input(
-            description="Put before every new caption, the trigger word included.",
+            description="Text to put before every new caption and its trigger word.",
             default="",
         ),
         caption_suffix: str = Input(
-            description="Put after every new caption.",
+            description="Text to put after every new caption.",
             default="",
         ),
         existing_captions: str = Input(
-            description="Clips that have a caption: keep it as it is, or replace it.",
+            description="Whether to keep existing captions, or to replace them.",
             choices=["keep", "replace"],
             default="keep",
         ),
         include_videos: bool = Input(
-            description="Put the clips beside their captions, so that the result can be trained on.",
+            description="Whether the zip contains the clips too, so that it can be used for training.",
             default=True,
         ),
         batch_size: int = Input(
-            description="How many clips the model describes at once.",
+            description="How many clips the model describes in one batch.",
             ge=1,
             le=64,
             default=8,
