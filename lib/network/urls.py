@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from lib import settings
 from lib.errors import UserError
 from lib.network.http import is_web_address, without_secrets
 from lib.network.transport import Rules
+from lib.settings import current
 
 TOTAL_SECONDS = 600.0  # a fetch occupies the server's only slot
 
@@ -22,17 +22,12 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 _COMPATIBLE = ipaddress.ip_network("::/96")  # RFC 4291, 2.5.5.1
 
 
-def local_sources_allowed() -> bool:
-    """Return whether requests may name files of this machine and private addresses."""
-    return settings.current().local_sources
-
-
 def check_address(url: str) -> None:
     """Raise UserError unless this server may fetch the URL: https, and every address of its host public."""
     shown = repr(without_secrets(url)[:200])
     if not is_web_address(url):
         raise UserError(f"{shown} is not an address this service fetches; give an https:// one.")
-    if local_sources_allowed():
+    if current().local_sources:
         return
     parts = urlsplit(url)
     if parts.scheme != "https":
@@ -52,7 +47,7 @@ def check_public(address: str, url: str) -> None:
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = _embedded(ip) or ip
     internal = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False) or not ip.is_global
-    if internal and not local_sources_allowed():
+    if internal and not current().local_sources:
         raise UserError(
             f"{without_secrets(url)[:200]!r} leads to the private address {address}; only public ones are "
             "fetched."

@@ -18,7 +18,8 @@ import cog.types
 
 from lib.errors import UserError
 from lib.network.http import Source, save
-from lib.network.urls import local_sources_allowed, request_rules
+from lib.network.urls import request_rules
+from lib.settings import current
 from lib.storage.disk import disk_error, size_text
 
 MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
@@ -46,7 +47,7 @@ def install() -> None:
 def check_file(path: Path | str) -> Path:
     """Return the path of an input file. Raises UserError for a path on the server unless it may be read."""
     text = str(path).removeprefix("file://")
-    if text in _fetched or local_sources_allowed():
+    if text in _fetched or current().local_sources:
         _fetched.discard(text)
         return Path(text)
     raise UserError(f"{text!r} is a path on the server; upload the file or give an https:// address.")

@@ -52,7 +52,7 @@ def test_fetches_in_parallel_ranges_that_cover_the_file_once(tmp_path):
     assert len(ranges) == 11 and len(set(ranges)) == 11
 
 
-def test_a_target_that_exists_is_not_asked_for_again(tmp_path):
+def test_an_existing_target_is_not_requested(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"whole")
     with Host() as host:
         assert fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet).read_bytes() == b"whole"
@@ -90,7 +90,7 @@ def child(url: str, target: Path) -> subprocess.Popen:
     )
 
 
-def test_killed_midway_then_resumed_without_fetching_everything_again(tmp_path):
+def test_a_killed_download_is_resumed_without_fetching_everything_again(tmp_path):
     with Host({"/a.bin": Served(BODY, pause=0.03, piece=20_000)}) as host:
         process = child(host.url("/a.bin"), tmp_path / "a.bin")
         while host.sent.get("/a.bin", 0) < len(BODY) // 2:
@@ -109,7 +109,7 @@ def test_killed_midway_then_resumed_without_fetching_everything_again(tmp_path):
     assert again <= len(BODY) * 0.75
 
 
-def test_a_file_that_changed_at_the_host_is_not_continued_with_old_bytes(tmp_path):
+def test_a_file_that_changed_at_the_host_is_not_resumed_with_old_bytes(tmp_path):
     other = bytes(len(BODY))
     with Host({"/a.bin": Served(BODY)}) as host:
         (tmp_path / "a.bin.partial").write_bytes(BODY)
@@ -142,7 +142,7 @@ def test_a_file_that_changes_during_the_download_is_not_mixed(tmp_path):
     assert "starting again in one stream" in lines[-1]
 
 
-def test_a_host_that_stops_giving_ranges_is_begun_anew_in_one_stream(tmp_path):
+def test_a_host_that_stops_serving_ranges_is_read_from_the_start_in_one_stream(tmp_path):
     with Host({"/a.bin": Served(BODY, pause=0.01, piece=20_000)}) as host:
         served = host.files["/a.bin"]
 
@@ -157,12 +157,12 @@ def test_a_host_that_stops_giving_ranges_is_begun_anew_in_one_stream(tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_connection_that_drops_once_is_taken_up_again(tmp_path, ranges):
+def test_a_connection_that_drops_once_is_retried(tmp_path, ranges):
     with Host({"/a.bin": Served(BODY, ranges=ranges, drop_first_at=50_000)}) as host:
         assert fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet).read_bytes() == BODY
 
 
-def test_a_host_that_is_overloaded_for_a_moment_is_asked_again(tmp_path):
+def test_a_host_that_is_overloaded_for_a_moment_is_retried(tmp_path):
     with Host({"/a.bin": Served(BODY, fail_first=2)}) as host:
         assert fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet).read_bytes() == BODY
 
@@ -175,7 +175,7 @@ def test_a_body_that_is_always_truncated_fails_and_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_download_that_can_be_continued_says_so(tmp_path):
+def test_an_error_says_that_the_download_can_be_resumed(tmp_path):
     with Host({"/a.bin": Served(BODY)}) as host:
         served = host.files["/a.bin"]
         reported = []
@@ -221,7 +221,7 @@ def test_a_wrong_length_leaves_nothing(tmp_path, length):
     assert names(tmp_path) == []
 
 
-def test_404_is_told_at_once_and_leaves_nothing(tmp_path):
+def test_404_is_reported_at_once_and_leaves_nothing(tmp_path):
     with Host() as host:
         with pytest.raises(
             FetchError, match=r"nothing at this address \(HTTP 404\)\. Check the address"
@@ -242,7 +242,7 @@ def test_a_slow_but_steady_host_succeeds_although_it_takes_longer_than_the_timeo
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_silent_host_is_given_up_with_the_time_that_was_waited(tmp_path, ranges):
+def test_the_error_for_a_silent_host_names_the_timeout(tmp_path, ranges):
     with (
         Host({"/a.bin": Served(BODY, ranges=ranges, stall_at=0)}) as host,
         pytest.raises(FetchError, match=r"the host sent nothing for 0\.2 s"),
@@ -253,7 +253,7 @@ def test_a_silent_host_is_given_up_with_the_time_that_was_waited(tmp_path, range
     assert names(tmp_path) == []
 
 
-def test_a_refused_connection_is_told(tmp_path):
+def test_a_refused_connection_is_reported(tmp_path):
     with Host() as host:
         url = host.url("/a.bin")
     with pytest.raises(FetchError, match="refuses the connection"):
@@ -261,7 +261,7 @@ def test_a_refused_connection_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_max_bytes_bounds_what_is_taken_even_when_the_length_is_not_announced(tmp_path, length):
+def test_max_bytes_is_enforced_even_when_the_length_is_not_announced(tmp_path, length):
     with (
         Host({"/a.bin": Served(BODY, ranges=False, length=length)}) as host,
         pytest.raises(FetchError, match=r"larger than the 500\.0 kB"),
@@ -276,7 +276,7 @@ def test_only_http_addresses_are_fetched(tmp_path, url):
         fetch(url, tmp_path / "a.bin", report=quiet)
 
 
-def test_messages_keep_the_secrets_of_an_address(tmp_path):
+def test_messages_leave_out_the_secrets_of_an_address(tmp_path):
     with Host() as host, pytest.raises(FetchError) as caught:
         fetch(host.url("/a.bin?token=secret"), tmp_path / "a.bin", report=quiet)
     assert "/a.bin" in str(caught.value) and "secret" not in str(caught.value)
@@ -299,7 +299,7 @@ def test_a_redirect_to_another_kind_of_address_is_refused(tmp_path):
         fetch(host.url("/a"), tmp_path / "a", report=quiet)
 
 
-def test_too_little_room_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_anything_is_fetched(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with Host({"/a.bin": Served(BODY)}) as host:
@@ -309,14 +309,14 @@ def test_too_little_room_is_told_before_anything_is_fetched(tmp_path, monkeypatc
     assert names(tmp_path) == []
 
 
-def test_free_space_is_asked_of_the_disk_that_the_folder_will_be_on(tmp_path):
+def test_free_space_is_that_of_the_disk_that_will_hold_the_folder(tmp_path):
     require_free_space(tmp_path / "not" / "yet" / "there", 1)
     with pytest.raises(NoSpaceError, match="Free some space"):
         require_free_space(tmp_path / "not" / "yet" / "there", 1 << 60)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_disk_that_fills_up_midway_is_told_and_freed(tmp_path, monkeypatch, ranges):
+def test_a_disk_that_fills_up_midway_is_reported_and_freed(tmp_path, monkeypatch, ranges):
     real = os.pwrite
 
     def full(handle: int, block: bytes, at: int) -> int:
@@ -366,7 +366,7 @@ def test_a_pget_that_fails_or_stops_short_is_replaced_by_python(tmp_path, monkey
     assert any("continuing without it" in line for line in lines)
 
 
-def test_pget_is_not_trusted_with_a_bound_or_without_ranges(tmp_path, monkeypatch):
+def test_pget_is_not_used_with_a_size_limit_or_without_ranges(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(install_pget(tmp_path / "bin", "raise SystemExit('must not run')")))
     lines = []
     with Host({"/a": Served(BODY), "/b": Served(BODY, ranges=False)}) as host:
@@ -375,7 +375,7 @@ def test_pget_is_not_trusted_with_a_bound_or_without_ranges(tmp_path, monkeypatc
     assert not any("pget" in line for line in lines)
 
 
-def test_small_documents_are_read_whole_or_refused():
+def test_small_documents_are_read_completely_or_refused():
     with Host({"/a": Served(b"x" * 100), "/b": Served(b"x" * 100, ranges=False, truncate_at=10)}) as host:
         assert read(Source(url=host.url("/a"), max_bytes=100)) == b"x" * 100
         with pytest.raises(FetchError, match="larger"):
@@ -419,14 +419,14 @@ print(sorted(path.name for path in Path(sys.argv[2]).iterdir()))
 """
 
 
-def test_a_really_full_disk_is_told_and_left_empty(tmp_path):
+def test_a_really_full_disk_is_reported_and_left_empty(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=400k tmpfs {disk}"
     path = os.defpath + ":/sbin:/usr/sbin"
     unshare = shutil.which("unshare", path=path)
     if not unshare or subprocess.run([unshare, "-Urm", "sh", "-c", mount], env={"PATH": path}).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("this machine does not allow mounting a small disk")
     files = {"/announced": Served(BODY), "/unannounced": Served(BODY, ranges=False, length=False)}
     with Host(files) as host:
         run = f'{mount} && exec "$0" -c "$1" "$2" "$3"'
@@ -450,7 +450,7 @@ def test_a_really_full_disk_is_told_and_left_empty(tmp_path):
     ],
     ids=["nothing of a range", "some of a range", "some of a stream", "slow"],
 )
-def test_a_stopped_fetch_ends_while_its_host_still_stalls_and_leaves_nothing_unsound(tmp_path, served):
+def test_a_stopped_download_ends_while_its_host_stalls_and_leaves_nothing_invalid(tmp_path, served):
     stop, target = threading.Event(), tmp_path / "out" / "a.bin"
     with Host({"/a.bin": Served(BODY, **served)}) as host:
         threading.Timer(0.3, stop.set).start()
@@ -460,7 +460,7 @@ def test_a_stopped_fetch_ends_while_its_host_still_stalls_and_leaves_nothing_uns
         assert names(target.parent) == []
 
 
-def test_a_stopped_fetch_is_continued_by_the_next(tmp_path):
+def test_a_stopped_download_is_resumed_by_the_next(tmp_path):
     stop, body = threading.Event(), Served(BODY, pause=0.02, piece=CHUNK // 4)
 
     def stop_early(line: str) -> None:

@@ -44,7 +44,7 @@ def publisher(lines: list[str] | None = None, *, active: bool = True, **settings
     )
 
 
-def test_a_result_arrives_whole_in_a_private_repository_that_was_made_for_it(hub, result):
+def test_a_result_is_uploaded_completely_to_a_new_private_repository(hub, result):
     lines: list[str] = []
     made = publisher(lines)
     assert hub.repositories == {"me/star": {}} and hub.private["me/star"]
@@ -54,7 +54,7 @@ def test_a_result_arrives_whole_in_a_private_repository_that_was_made_for_it(hub
     assert hub.messages == ["LoRA, model card and loss curve"]
 
 
-def test_an_earlier_repository_is_used_and_keeps_what_it_has(hub, result):
+def test_an_existing_repository_is_used_and_keeps_its_files(hub, result):
     publisher().result(result)
     hub.repositories["me/star"]["old.txt"] = b"old"
     (result / "README.md").write_text("A better star.\n")
@@ -62,7 +62,7 @@ def test_an_earlier_repository_is_used_and_keeps_what_it_has(hub, result):
     assert hub.repositories["me/star"] == contents(result) | {"old.txt": b"old"}
 
 
-def test_checkpoints_have_folders_of_their_own_and_only_if_asked(hub, tmp_path):
+def test_checkpoints_are_uploaded_to_their_own_folders_only_on_request(hub, tmp_path):
     folder = tmp_path / "step-00000500"
     folder.mkdir()
     for name in ("lora.safetensors", "training.pt", "state.json"):
@@ -75,7 +75,7 @@ def test_checkpoints_have_folders_of_their_own_and_only_if_asked(hub, tmp_path):
     assert hub.messages == ["Checkpoint step-00000500"] and lines == []
 
 
-def test_without_a_repository_or_on_the_other_processes_nothing_is_asked_of_the_hub(hub, result):
+def test_without_a_repository_or_on_other_processes_the_hub_is_not_contacted(hub, result):
     for made in (publisher(active=False, push_checkpoints=True), publisher(hub_model_id="", hub_token="")):
         made.result(result)
         made.checkpoint(result)
@@ -117,12 +117,12 @@ def test_a_token_that_may_not_write_is_refused_before_the_training(hub, kind):
     assert token not in message and constants.HF_HUB_OFFLINE is True
 
 
-def test_a_name_that_the_hub_does_not_take_is_refused(hub):
+def test_a_name_that_the_hub_rejects_is_refused(hub):
     with pytest.raises(UserError, match=r"hub_model_id=me/a\.\.b cannot be written to: "):
         publisher(hub_model_id="me/a..b")
 
 
-def test_a_hub_that_cannot_be_reached_is_told_before_the_training(hub, monkeypatch):
+def test_an_unreachable_hub_is_reported_before_the_training(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"hub_model_id=me/star cannot be written to: .*refused"):
         publisher()
@@ -149,7 +149,7 @@ def test_an_upload_that_fails_is_reported_and_stops_nothing(hub, result, place):
     assert hub.repositories["me/star"] == contents(result)
 
 
-def test_loading_models_stays_offline_around_uploads_and_nothing_else_is_asked(hub, result, capfd):
+def test_loading_models_stays_offline_around_uploads_and_nothing_else_is_requested(hub, result, capfd):
     publisher().result(result)
     assert constants.HF_HUB_OFFLINE is True
     assert not [asked for asked in hub.requests if "agent" in asked or "telemetry" in asked]

@@ -74,7 +74,7 @@ def test_a_public_https_address_is_accepted(strict, monkeypatch, address):
         "https://host:99999/",
     ],
 )
-def test_what_is_no_web_address_is_refused_even_locally(local, url):
+def test_anything_but_a_web_address_is_refused_even_locally(local, url):
     with pytest.raises(UserError, match="is not an address this service fetches"):
         check_address(url)
 
@@ -87,7 +87,7 @@ def test_unencrypted_addresses_need_local_sources(strict, monkeypatch):
     check_address("http://pictures.example/a.png")
 
 
-def test_an_unknown_host_is_said_to_be_unknown(strict, monkeypatch):
+def test_an_unknown_host_is_reported(strict, monkeypatch):
     def unknown(*arguments, **options):
         raise socket.gaierror("no such host")
 
@@ -97,12 +97,12 @@ def test_an_unknown_host_is_said_to_be_unknown(strict, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["https://user:word@pictures.example/", "https://pict%75res.example/"])
-def test_a_host_that_could_be_read_in_two_ways_is_refused(strict, url):
+def test_a_host_that_can_be_parsed_in_two_ways_is_refused(strict, url):
     with pytest.raises(UserError, match="not a plain name"):
         check_address(url)
 
 
-def test_a_name_that_cannot_be_one_is_said_to_be_unknown(strict):
+def test_an_impossible_host_name_is_reported_as_unknown(strict):
     with pytest.raises(UserError, match="cannot be found"):
         check_address(f"https://{'a' * 80}.example/")
 
@@ -182,7 +182,7 @@ def test_a_redirect_away_from_encryption_is_not_followed(strict, monkeypatch):
         assert len(host.requests) == 1
 
 
-def test_a_name_that_leads_inside_once_it_was_checked_is_not_asked(strict, monkeypatch):
+def test_a_name_that_leads_to_a_private_address_after_the_check_is_not_requested(strict, monkeypatch):
     resolve_literally(monkeypatch)
     with Host({"/a.png": Served(b"keys")}) as host:
         connect_to(monkeypatch, host, "127.0.0.1")
@@ -224,7 +224,7 @@ def test_a_redirect_to_a_file_is_not_followed(local, tmp_path):
         fetched(host.url("/moved"))
 
 
-def test_a_body_that_trickles_in_is_given_up(local, monkeypatch):
+def test_a_body_that_trickles_in_is_aborted(local, monkeypatch):
     monkeypatch.setattr(urls, "TOTAL_SECONDS", 0.4)
     with Host({"/slow": Served(bytes(1000), piece=1, pause=0.02)}) as host:
         with pytest.raises(UserError, match="too slow"):
@@ -232,7 +232,7 @@ def test_a_body_that_trickles_in_is_given_up(local, monkeypatch):
         assert len(host.requests) == 1
 
 
-def test_headers_that_trickle_in_are_given_up(local, monkeypatch):
+def test_headers_that_trickle_in_are_aborted(local, monkeypatch):
     monkeypatch.setattr(urls, "TOTAL_SECONDS", 0.4)
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=trickle_headers, args=(server,), daemon=True)
