@@ -88,7 +88,7 @@ def make_clips(
                     folder / f"step-{step:06d}-{number}.mp4",
                     fps=request.fps,
                     format="mp4",
-                    metadata={"prompt": request.prompt, "step": str(step)} | request.settings(),
+                    metadata={"step": str(step)} | request.metadata(),
                 )
                 made.append((path, frames))
     finally:

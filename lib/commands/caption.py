@@ -19,7 +19,7 @@ from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_
 from lib.distributed.accelerate_processes import AccelerateProcesses, FirstProcessError
 from lib.errors import UserError
 from lib.predictors.input_files import check_file
-from lib.progress import LogView, Report
+from lib.progress import LogView, Report, silent
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import input_document
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             print(error, file=sys.stderr)
         return status
     try:
-        result = _run(paths, values, stop, view.line if first else _silent)
+        result = _run(paths, values, stop, view.line if first else silent)
     except UserError as error:
         view.close()
         print(error if first else f"process {rank}: {error}", file=sys.stderr)
@@ -117,10 +117,6 @@ def _pairs(arguments: list[str]) -> list[str]:
     if not any(pair.startswith(f"{SOURCE}=") for pair in pairs):
         raise UserError(f"a folder or archive is missing; usage: {USAGE}")
     return pairs
-
-
-def _silent(line: str) -> None:
-    """Report nothing: the first process reports for all."""
 
 
 if __name__ == "__main__":

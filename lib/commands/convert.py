@@ -24,7 +24,7 @@ from lib.errors import UserError
 from lib.network import offline
 from lib.predictors.convert import UPLOAD_MESSAGE, convert_lora, convert_model
 from lib.predictors.convert_files import CheckpointInput
-from lib.progress import LogView, Report
+from lib.progress import LogView, Report, silent
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import input_document
@@ -154,7 +154,7 @@ def _exclusive(target: Path) -> Iterator[Path]:
     work = target.with_name(f"{target.name}.work.partial")
     with ExitStack() as held:
         try:
-            acquired = held.enter_context(lock(target, lambda line: None, wait=False))
+            acquired = held.enter_context(lock(target, silent, wait=False))
         except OSError as error:
             raise disk_error(error, target) from error
         if not acquired:

@@ -62,7 +62,7 @@ def denoising_job(request: Request, embeddings: Embeddings, plan: ParallelPlan) 
     return DenoisingJob(
         request=request,
         embeddings=(_on_cpu(prompt), None if negative is None else _on_cpu(negative)),
-        layout=plan.layout(guided=request.guidance_scale > 1),
+        layout=plan.layout(guided=request.guided),
     )
 
 

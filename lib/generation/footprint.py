@@ -12,7 +12,7 @@ def clip_of(request: Request, transformer: CogVideoXTransformer3DModel) -> Clip:
         width=request.width,
         height=request.height,
         frames=request.num_frames,
-        guided=request.guidance_scale > 1,
+        guided=request.guided,
         adapted=_adapted_layers(_lora_weights(transformer)),
     )
 

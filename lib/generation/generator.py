@@ -142,9 +142,8 @@ class Generator:
         self.timings[stage] = round(time.perf_counter() - started, 3)
 
     def _encode(self, request: Request) -> Embeddings:
-        guided = request.guidance_scale > 1
         try:
-            return self._prompts.encode(request.prompt, request.negative_prompt if guided else None)
+            return self._prompts.encode(request.prompt, request.negative_prompt if request.guided else None)
         finally:
             offload_text_encoder(self.pipeline)
 

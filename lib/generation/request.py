@@ -43,14 +43,19 @@ class Request:
     def computed_steps(self) -> int:
         return self.num_inference_steps - len(self.forecast_steps)
 
-    def settings(self) -> dict[str, str]:
-        """Return everything but the prompts and the image, for the file's metadata."""
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt is used: 1 is no classifier-free guidance."""
+        return self.guidance_scale > 1
+
+    def metadata(self) -> dict[str, str]:
+        """Return what repeats the clip, except image and LoRAs, for the file's metadata."""
         names = (
-            "num_inference_steps guidance_scale num_frames width height fps seed use_dynamic_cfg scheduler "
-            "speed"
+            "prompt negative_prompt num_inference_steps guidance_scale num_frames width height fps seed "
+            "use_dynamic_cfg scheduler speed"
         )
-        settings = {name: str(getattr(self, name)) for name in names.split()}
-        return settings | ({"image_fit": self.image_fit} if self.image_fit else {})
+        metadata = {name: str(getattr(self, name)) for name in names.split()}
+        return metadata | ({"image_fit": self.image_fit} if self.image_fit else {})
 
 
 def build_request(

@@ -5,6 +5,7 @@ from PIL import Image
 
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
+from lib.progress import silent
 
 
 def warm_up(generator: Generator) -> None:
@@ -32,7 +33,7 @@ def warm_up(generator: Generator) -> None:
     transformer = generator.pipeline.transformer
     shape = (1, spec.text_tokens, transformer.config.text_embed_dim)
     zeros = torch.zeros(shape, device=generator.pipeline._execution_device, dtype=transformer.dtype)
-    report, generator.report = generator.report, lambda line: None
+    report, generator.report = generator.report, silent
     try:
         generator.latents(request, (zeros, zeros), check=lambda: None)
     finally:

@@ -24,7 +24,7 @@ from lib.lora.source import HUB_HOSTS
 from lib.network.download import fetch
 from lib.network.urls import request_rules
 from lib.predictors.input_files import check_file
-from lib.progress import Report
+from lib.progress import Report, silent
 from lib.settings import current
 from lib.storage import zip_archive
 from lib.storage.archive import archive_kind, extract_archive
@@ -175,7 +175,7 @@ def _remove_old_downloads(folder: Path, entry: Path) -> None:
     others = [path for path in folder.iterdir() if path.is_dir() and path != entry]
     others.sort(key=lambda path: path.stat().st_mtime)
     for path in others[: max(0, len(others) - KEPT + 1)]:
-        with lock(path, lambda line: None, wait=False) as unowned:
+        with lock(path, silent, wait=False) as unowned:
             if unowned:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -134,9 +134,7 @@ class VideoPredictor:
             lora_seconds = time.perf_counter() - started
             metadata = {
                 "model": str(self.setup_metrics["model"]),
-                "prompt": request.prompt,
-                "negative_prompt": request.negative_prompt,
-                **request.settings(),
+                **request.metadata(),
                 **{name: str(value) for name, value in lora_metrics.items()},
             }
             format = cast("VideoFormat", path.suffix.removeprefix("."))
@@ -149,7 +147,6 @@ class VideoPredictor:
                 with self.generator.timed("writing"):
                     video.finish()
         seconds = self.generator.timings | ({"lora": round(lora_seconds, 3)} if lora_metrics else {})
-        guided = request.guidance_scale > 1
         return {
             **self.setup_metrics,
             "seed": request.seed,
@@ -160,7 +157,7 @@ class VideoPredictor:
             "speed": request.speed,
             "computed_steps": request.computed_steps,
             **lora_metrics,
-            **(self.pool.plan.metrics(guided=guided) if self.pool else {}),
+            **(self.pool.plan.metrics(guided=request.guided) if self.pool else {}),
             **{f"{stage}_seconds": value for stage, value in seconds.items()},
         }
 

@@ -53,7 +53,7 @@ def prepared(generator: Generator, **inputs) -> tuple[Request, Embeddings]:
     image = red_circle() if generator.spec.task == "i2v" else None
     defaults = {"prompt": "a red circle moves right", "seed": 3, "num_inference_steps": 2, "image": image}
     request = build_request(generator.spec, **DEFAULTS | defaults | inputs)
-    negative = request.negative_prompt if request.guidance_scale > 1 else None
+    negative = request.negative_prompt if request.guided else None
     with torch.inference_mode():
         return request, generator._prompts.encode(request.prompt, negative)
 
@@ -172,7 +172,7 @@ def test_a_worker_pool_computes_the_frames_of_one_process(pool, inputs, layout):
     generator, _ = loaded(WEIGHTS / "tiny-t2v")
     request, embeddings = prepared(generator, **inputs)
     alone = generator.latents(request, embeddings, check=lambda: None)
-    assert str(pool.plan.layout(guided=request.guidance_scale > 1)) == layout
+    assert str(pool.plan.layout(guided=request.guided)) == layout
     transformer = generator.pipeline.transformer
     with pool.shared_denoising(request, embeddings, None, transformer=transformer) as check:
         shared = generator.latents(request, embeddings, check=check)

@@ -231,8 +231,8 @@ def test_an_image_decides_the_size_where_the_model_leaves_it_open():
     assert given.image.size == (1024, 768)
 
 
-def test_settings_for_the_file_hold_everything_that_repeats_a_clip():
+def test_a_files_metadata_has_everything_that_repeats_a_clip():
     request = request_for("tiny-t2v")
     changed = replace(request, seed=9)
-    assert set(request.settings()) >= {"seed", "num_inference_steps", "guidance_scale", "scheduler", "fps"}
-    assert request.settings() != changed.settings()
+    assert set(request.metadata()) >= {"seed", "num_inference_steps", "guidance_scale", "scheduler", "fps"}
+    assert request.metadata() != changed.metadata()
