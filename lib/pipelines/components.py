@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 OFFLINE = {"local_files_only": True}
 
@@ -24,7 +24,10 @@ def load_components(
     classes = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     # from_pretrained changes process-wide state of torch, so that only files may be read in another thread.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        reading = pool.submit(_read_tensors, folder / "text_encoder", device) if text_encoder else None
+        reading = None
+        if text_encoder:
+            encoder_class = getattr(transformers, classes["text_encoder"][1])
+            reading = pool.submit(_read_tensors, folder / "text_encoder", encoder_class, dtype, device)
         options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": dtype, **OFFLINE}
         if device != "cpu":
             options["device_map"] = {"": device}
@@ -34,35 +37,45 @@ def load_components(
         }
         scheduler = getattr(diffusers, classes["scheduler"][1])
         components["scheduler"] = scheduler.from_pretrained(folder / "scheduler", **OFFLINE)
-        if reading is None:
+        if not reading:
             return components | {"tokenizer": None, "text_encoder": None}
         components["tokenizer"] = getattr(transformers, classes["tokenizer"][1]).from_pretrained(
             folder / "tokenizer", **OFFLINE
         )
         components["text_encoder"] = _build_text_encoder(
-            folder / "text_encoder", classes["text_encoder"][1], reading.result(), dtype=dtype, device=device
+            folder / "text_encoder", encoder_class, reading.result()
         )
     return components
 
 
-def _read_tensors(folder: Path, device: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of all safetensors files of a folder, as they are stored, on `device`."""
+def _read_tensors(folder: Path, model_class: Any, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of all safetensors files of a folder, in `dtype` on `device`."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise OSError(f"{folder} has no safetensors file.")
-    return {name: tensor for file in files for name, tensor in load_file(file, device=device).items()}
+    # T5's output projections overflow in float16: https://github.com/huggingface/transformers/issues/20287
+    exact = set(model_class._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    tensors = {}
+    for file in files:
+        with safe_open(file, framework="pt", device=device) as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                kept = torch.float32 if exact & set(name.split(".")) else dtype
+                tensors[name] = opened.get_tensor(name).to(kept)
+    return tensors
 
 
-def _build_text_encoder(
-    folder: Path, kind: str, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, device: str
-) -> Any:
-    """Return transformers' model `kind` with these weights. Raises RuntimeError where some are missing."""
-    options: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
-    model_class = getattr(transformers, kind)
-    config = model_class.config_class.from_pretrained(folder, **OFFLINE)
-    model, loading = model_class.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
-    )
-    if missing := sorted(loading["missing_keys"]):
+def _build_text_encoder(folder: Path, model_class: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return transformers' model with these tensors as its weights, on their device.
+
+    from_pretrained would reserve the GPU memory a second time. Raises RuntimeError for missing weights.
+    """
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_pretrained(folder, **OFFLINE))
+    for alias, name in (model._tied_weights_keys or {}).items():  # files may have either name
+        if alias in tensors:
+            tensors.setdefault(name, tensors[alias])
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    if missing := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise RuntimeError(f"{folder} is incomplete: it has no {', '.join(missing[:5])}.")
-    return model
+    return model.eval().requires_grad_(False)

@@ -85,3 +85,14 @@ def test_a_text_encoder_that_lacks_a_tensor_is_an_error(folder):
     save_file(tensors, file)
     with pytest.raises(RuntimeError, match=r"it has no encoder\.final_layer_norm\.weight"):
         load_components(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("stored", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_a_text_encoder_takes_its_embeddings_by_either_name_and_ignores_a_decoder(folder, stored):
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    embeddings = tensors.pop("shared.weight")
+    save_file(tensors | {stored: embeddings, "decoder.final_layer_norm.weight": torch.ones(64)}, file)
+    encoder = load_components(folder, dtype=torch.float32)["text_encoder"]
+    assert torch.equal(encoder.shared.weight, embeddings)
+    assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
