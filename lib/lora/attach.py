@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from lib.cancellation import check_stop
 from lib.errors import UserError
-from lib.lora.cache import locate
-from lib.lora.keys import LoraFile, read_lora
+from lib.lora.cache import open_lora
+from lib.lora.keys import LoraFile
 from lib.lora.source import Choice
 from lib.models.specs import ModelSpec
 from lib.pipelines.offload import unhooked
@@ -77,7 +77,10 @@ class Loras:
         checked but not applied: the frames are bit-equal to the base's. Raises UserError for a LoRA that
         cannot be used, and Stopped.
         """
-        files = [self._read(choice, stop) for choice in choices]
+        files = [
+            open_lora(choice, shapes=self._shapes, spec=self.spec, stop=stop, report=self.report)
+            for choice in choices
+        ]
         keys = [_content_key(file) for file in files]
         try:
             strengths: dict[str, float] = {}
@@ -94,24 +97,6 @@ class Loras:
         """Attach a LoRA for later requests. Raises as `applied` does."""
         with self.applied([choice], stop=stop):
             pass
-
-    def _read(self, choice: Choice, stop: Event | None) -> LoraFile:
-        try:
-            return self._read_once(choice, stop)
-        except FileNotFoundError:  # another process has just removed it from the cache
-            return self._read_once(choice, stop)
-
-    def _read_once(self, choice: Choice, stop: Event | None) -> LoraFile:
-        found = locate(choice.address, stop=stop, report=self.report)
-        return read_lora(
-            found.file,
-            name=choice.address.name,
-            shapes=self._shapes,
-            spec=self.spec,
-            adapter_config=found.config,
-            alpha=choice.alpha,
-            alpha_name=f"{choice.slot}_alpha",
-        )
 
     def _attach(
         self, key: str, file: LoraFile, label: str, stop: Event | None, *, keep: Sequence[str]

@@ -18,8 +18,10 @@ from typing import Any
 
 from lib.cancellation import Stopped
 from lib.errors import UserError
-from lib.lora.file import PICKLES, kind_of
-from lib.lora.source import REPLICATE_HINT, Address, max_bytes
+from lib.lora.file import kind_of
+from lib.lora.keys import LoraFile, Shapes, read_lora
+from lib.lora.source import PICKLES, REPLICATE_HINT, Address, Choice, max_bytes
+from lib.models.specs import ModelSpec
 from lib.network import hub
 from lib.network.download import sha256_of
 from lib.network.http import FetchError, Source, read, save
@@ -46,6 +48,29 @@ class LocalLora:
 
     file: Path
     config: dict[str, Any] | None = None
+
+
+def open_lora(
+    choice: Choice, *, shapes: Shapes, spec: ModelSpec, stop: threading.Event | None, report: Report
+) -> LoraFile:
+    """Locate a request's LoRA and read its file. Raises as `locate` and `read_lora` do."""
+
+    def read() -> LoraFile:
+        found = locate(choice.address, stop=stop, report=report)
+        return read_lora(
+            found.file,
+            name=choice.address.name,
+            shapes=shapes,
+            spec=spec,
+            adapter_config=found.config,
+            alpha=choice.alpha,
+            alpha_name=f"{choice.slot}_alpha",
+        )
+
+    try:
+        return read()
+    except FileNotFoundError:  # another process has just removed it to make room
+        return read()
 
 
 def locate(address: Address, *, stop: threading.Event | None = None, report: Report = print) -> LocalLora:

@@ -18,7 +18,6 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 50_000
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 TAR_MAGIC_AT = 257
@@ -38,16 +37,6 @@ class Header:
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-
-
-def refuse_pickle(path: str, *, name: str) -> None:
-    """Raise UserError when a path ends like a pickle's; `name` is what the message calls the file."""
-    if path.lower().endswith(PICKLES):
-        raise UserError(
-            f"{name} is a pickle by its name, and loading one could run any code: give a .safetensors file. "
-            "Most repositories hold both. script/export-lora, or the predictor predict_export_lora, converts "
-            "a SAT LoRA to one."
-        )
 
 
 def kind_of(path: Path, *, name: str) -> Kind:

@@ -20,7 +20,6 @@ from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from lib.errors import UserError
-from lib.lora.file import refuse_pickle
 from lib.network import hub
 from lib.network.http import without_secrets
 from lib.settings import current
@@ -43,6 +42,7 @@ REPLICATE_HINT = (
     "For a model trained on Replicate give the address of its weights, "
     "https://replicate.delivery/.../trained_model.tar, which is the output of its training."
 )
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHOWN_CHARACTERS = 200
 # A LoRA of rank 128 on four projections of 5B has 132 M parameters: 0.5 GB in float32.
 MAX_FILE_BYTES = 4 * 10**9
@@ -179,7 +179,7 @@ def _local(source: str, trusted: bool) -> Address:
     path = path.expanduser()
     if not path.exists():
         raise UserError(f"{_cut(source)!r} does not exist on the server; give the absolute path of a LoRA.")
-    refuse_pickle(path.name, name=repr(_cut(source)))
+    _refuse_pickle(path.name, name=repr(_cut(source)))
     status = path.stat()
     return Address(
         place="local",
@@ -208,7 +208,7 @@ def _url(source: str, scheme: str, trusted: bool) -> Address:
     ours = f"{scheme}://{parts.netloc}".rstrip("/") == hub.endpoint()
     if (host in HUB_HOSTS or ours) and len(steps) >= 2 and steps[0] not in ("datasets", "spaces", "api"):
         return _hub_page(steps, source, trusted)
-    refuse_pickle(parts.path, name=name)
+    _refuse_pickle(parts.path, name=name)
     url = source.partition("#")[0]
     return Address(
         place="url", name=name, label=_cut(without_secrets(url)), key=f"url:{url}", trusted=trusted, url=url
@@ -245,7 +245,7 @@ def _hub_page(steps: list[str], source: str, trusted: bool) -> Address:
 
 def _hub(repository: str, revision: str | None, path: str | None, source: str, trusted: bool) -> Address:
     name, path = repr(_cut(source)), (path or "").strip("/")
-    refuse_pickle(path, name=name)
+    _refuse_pickle(path, name=name)
     revision = revision or "main"
     label = repository + (f"@{revision}" if revision != "main" else "") + (f"/{path}" if path else "")
     return Address(
@@ -258,3 +258,13 @@ def _hub(repository: str, revision: str | None, path: str | None, source: str, t
         revision=revision,
         path=path,
     )
+
+
+def _refuse_pickle(path: str, *, name: str) -> None:
+    """Raise UserError when a path ends like a pickle's; `name` is what the message calls the file."""
+    if path.lower().endswith(PICKLES):
+        raise UserError(
+            f"{name} is a pickle by its name, and loading one could run any code: give a .safetensors file. "
+            "Most repositories hold both. script/export-lora, or the predictor predict_export_lora, converts "
+            "a SAT LoRA to one."
+        )

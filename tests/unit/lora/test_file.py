@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from lib.errors import UserError
-from lib.lora.file import MAX_HEADER_BYTES, kind_of, read_header, refuse_pickle
+from lib.lora.file import MAX_HEADER_BYTES, kind_of, read_header
 
 
 def with_header(header: object, body: bytes = b"") -> bytes:
@@ -86,22 +86,6 @@ def test_other_files_are_named_for_what_they_are(tmp_path, content, message):
     with pytest.raises(UserError, match=r"it is .*Give a \.safetensors file") as caught:
         kind_of(tmp_path / "a", name="it")
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["a.bin", "dir/a.PT", "a.ckpt", "a.pth", "a.pkl"])
-def test_a_pickles_file_name_is_refused(name):
-    with pytest.raises(UserError, match="pickle by its name"):
-        refuse_pickle(name, name="it")
-
-
-def test_a_pickle_is_refused_with_the_command_that_converts_a_sat_lora():
-    with pytest.raises(UserError) as caught:
-        refuse_pickle("1/mp_rank_00_model_states.pt", name="owner/name")
-    assert str(caught.value) == (
-        "owner/name is a pickle by its name, and loading one could run any code: give a .safetensors file. "
-        "Most repositories hold both. script/export-lora, or the predictor predict_export_lora, converts a "
-        "SAT LoRA to one."
-    )
 
 
 SOUND = save({"a": torch.zeros(8, 8), "b": torch.zeros(8)})

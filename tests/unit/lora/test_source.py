@@ -154,3 +154,16 @@ def test_a_relative_path_is_a_hub_name_where_files_are_not_allowed(tmp_path, mon
 def test_replicate_versions_are_refused_without_asking_the_hub(given):
     with pytest.raises(UserError, match="is a version of a model on Replicate"):
         parse(given)
+
+
+@pytest.mark.parametrize("name", ["a.bin", "dir/a.PT", "a.ckpt", "a.pth", "a.pkl"])
+def test_a_pickles_file_name_is_refused(name):
+    assert "is a pickle by its name" in refused(f"owner/name/{name}")
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_a_sat_lora():
+    assert refused("owner/name/1/mp_rank_00_model_states.pt") == (
+        "'owner/name/1/mp_rank_00_model_states.pt' is a pickle by its name, and loading one could run any "
+        "code: give a .safetensors file. Most repositories hold both. script/export-lora, or the predictor "
+        "predict_export_lora, converts a SAT LoRA to one."
+    )
