@@ -37,7 +37,7 @@ NEW_TOKENS = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="script/bench caption", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="script/bench caption", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--size", default="640x480")
     parser.add_argument("--frames", type=int, default=49)
