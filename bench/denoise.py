@@ -75,11 +75,11 @@ def measure(task: str, rounds: int, steps: int) -> dict[str, list[dict[str, floa
             }
             if task == "i2v":
                 asked["image"] = Image.fromarray(render(sample_scene(combination, rng, from_start=True))[0])
-            # A new one for each plain clip: nothing that was made before is at hand.
+            # A new generator for each plain clip, so that no prompt is cached.
             plain = Generator(spec=spec, pipeline=pipeline, report=lambda line: None)
             generator = plain if name == "plain" else service
             generator.frames(build_request(spec, **DEFAULTS | asked | settings))
-            if turn:  # the first round warms up, and meets the prompt that is repeated
+            if turn:  # the first round warms up and encodes the repeated prompt
                 rows[name].append(dict(generator.timings))
     return rows
 

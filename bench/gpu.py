@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "fast": {},
     "fast, compiled": {"COGVIDEOX_COMPILE": "1"},
 }
-"""What each sets for the server; the first word that names one is the request's speed."""
+"""Variables of the server; a speed in the name is the request's."""
 COLUMNS = ("variant", "s a step", "s a clip", "of plain", "peak GiB", "of the ceiling")
 PROMPT = "A red fox trots along a snowy forest path at dawn."
 CEILING_SIZE = 8192

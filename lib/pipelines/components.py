@@ -24,9 +24,8 @@ def load_components(
     classes = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     # from_pretrained changes process-wide state of torch, so that only files may be read in another thread.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        reading = None
+        reading, encoder_class = None, getattr(transformers, classes["text_encoder"][1])
         if text_encoder:
-            encoder_class = getattr(transformers, classes["text_encoder"][1])
             reading = pool.submit(_read_tensors, folder / "text_encoder", encoder_class, dtype, device)
         options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": dtype, **OFFLINE}
         if device != "cpu":

@@ -41,7 +41,7 @@ def i2v():
 
 
 def plain_frames(kind: type, folder: Path, request, scheduler: str = "default", **extra) -> np.ndarray:
-    """What someone gets who calls diffusers directly."""
+    """Return the frames of plain diffusers."""
     pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if scheduler == "dpm":
@@ -103,7 +103,7 @@ def test_same_request_gives_same_frames_and_another_seed_others(t2v):
     assert not np.array_equal(first, t2v.frames(request_for("tiny-t2v", seed=8)))
 
 
-def test_a_requests_scheduler_does_not_outlive_it(t2v):
+def test_a_scheduler_applies_to_its_request_only(t2v):
     before = t2v.frames(request_for("tiny-t2v"))
     dpm = t2v.frames(request_for("tiny-t2v", scheduler="dpm"))
     assert not np.array_equal(before, dpm)
@@ -155,7 +155,7 @@ def test_stopping_after_the_last_step_takes_effect_before_decoding_ends(t2v):
     assert not t2v.pipeline.vae.decoder._forward_pre_hooks
 
 
-def test_components_leave_the_gpu_after_a_stopped_request_too(t2v, monkeypatch):
+def test_components_also_leave_the_gpu_after_a_stopped_request(t2v, monkeypatch):
     freed, stop = [], threading.Event()
     monkeypatch.setattr(t2v.pipeline, "maybe_free_model_hooks", lambda: freed.append(True))
     stop.set()
@@ -164,7 +164,7 @@ def test_components_leave_the_gpu_after_a_stopped_request_too(t2v, monkeypatch):
     assert freed
 
 
-def test_values_that_are_no_numbers_are_an_error_not_a_video(t2v, monkeypatch):
+def test_latents_with_nan_are_an_error_instead_of_a_video(t2v, monkeypatch):
     monkeypatch.setattr(
         t2v.pipeline.scheduler, "step", lambda noise, t, latents, **options: (latents * float("nan"),)
     )
@@ -172,7 +172,7 @@ def test_values_that_are_no_numbers_are_an_error_not_a_video(t2v, monkeypatch):
         t2v.frames(request_for("tiny-t2v"))
 
 
-def test_decoding_falls_back_to_tiles_when_memory_runs_out_and_goes_back_after(t2v, monkeypatch):
+def test_decoding_falls_back_to_tiles_for_one_request_when_memory_runs_out(t2v, monkeypatch):
     request = request_for("tiny-t2v")
     expected = t2v.frames(request)
     decode, calls, held = t2v.pipeline.decode_latents, [], []
@@ -222,7 +222,7 @@ def test_size_zero_is_refused_not_replaced_by_the_default():
         request_for("tiny-t2v", width=0)
 
 
-def test_an_image_decides_the_size_where_the_model_leaves_it_open():
+def test_an_image_sets_the_size_where_the_model_allows_several():
     portrait = Image.new("RGB", (900, 1600))
     request = request_for("cogvideox1.5-5b-i2v", image=portrait)
     assert (request.width, request.height) == (768, 1360)

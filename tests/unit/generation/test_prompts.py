@@ -20,7 +20,7 @@ def pipeline():
 
 @pytest.fixture
 def runs(pipeline):
-    """The texts' token counts as the text encoder meets them."""
+    """Return how often the text encoder has run, as a list that grows."""
     seen: list[int] = []
     hook = pipeline.text_encoder.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     yield seen
@@ -40,7 +40,7 @@ def test_embeddings_are_the_pipelines_own_bit_for_bit(encoder, pipeline):
             assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_a_text_is_encoded_once_and_the_empty_one_once_for_all(encoder, runs):
+def test_a_text_is_encoded_only_once_while_it_is_kept(encoder, runs):
     with torch.inference_mode():
         for prompt in ("a red circle", "a green circle", "a red circle"):
             encoder.encode(prompt, "")
@@ -53,7 +53,7 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(encoder, runs):
     assert len(runs) == 1
 
 
-def test_the_last_texts_are_kept_and_the_empty_one_with_them(encoder, runs, monkeypatch):
+def test_the_most_recent_texts_and_the_empty_one_are_kept(encoder, runs, monkeypatch):
     monkeypatch.setattr(prompts, "KEPT", 3)
     with torch.inference_mode():
         for prompt in ("one", "two", "three", "four"):

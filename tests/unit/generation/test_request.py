@@ -1,4 +1,4 @@
-"""What a request hands to the model, pixel by pixel."""
+"""The image that a request passes to the model, pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_stretch_draws_the_strip_across_the_whole_width():
 
 
 @pytest.mark.parametrize("image_fit", ["crop", "pad", "stretch"])
-def test_a_picture_of_the_right_size_is_left_as_it_is(image_fit):
+def test_a_picture_of_the_right_size_is_unchanged(image_fit):
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     settings = DEFAULTS | {"prompt": "x", "seed": 0, "image": Image.fromarray(pixels), "image_fit": image_fit}
     assert np.array_equal(np.asarray(build_request(SPECS["tiny-i2v"], **settings).image), pixels)

@@ -1,4 +1,4 @@
-"""Speed levels compute the steps they say, forecast the others, and are gone when their request is."""
+"""Speed levels compute the steps of their schedule, forecast the others, and leave nothing behind."""
 
 import math
 import threading
@@ -56,7 +56,7 @@ def computed_calls(generator, request) -> tuple[np.ndarray, int]:
         hook.remove()
 
 
-def test_every_model_computes_the_first_two_steps_and_the_last_and_never_more_than_are_asked_for():
+def test_every_model_computes_the_first_two_steps_and_the_last():
     for spec in SPECS.values():
         counts = []
         for speed in SPEEDS:
@@ -71,7 +71,7 @@ def test_every_model_computes_the_first_two_steps_and_the_last_and_never_more_th
         assert counts == [50, spec.balanced.computed, spec.fast.computed]
 
 
-def test_few_steps_are_all_computed_and_more_than_the_models_own_in_proportion():
+def test_few_steps_are_all_computed_and_many_in_proportion():
     spec = SPECS["tiny-t2v"]
     own, most = spec.num_inference_steps, spec.fast.computed
     for steps in range(1, most + 1):
@@ -89,7 +89,7 @@ def test_forecast_steps_lie_evenly_between_computed_ones():
             assert gaps.max() - gaps.min() <= 1, (spec.name, speed)
 
 
-def test_an_unknown_level_is_refused_with_those_there_are():
+def test_an_unknown_level_is_refused_with_the_allowed_ones():
     with pytest.raises(UserError, match=r"^speed=turbo is unknown; allowed are exact, balanced, fast\.$"):
         request_for(speed="turbo")
 
@@ -119,7 +119,7 @@ class Steady(torch.nn.Module):
         return (self.velocity(hidden_states[:, :, :2], timestep[0], call).to(self.dtype),)
 
 
-def test_with_new_noise_in_every_step_the_last_clean_video_is_told_again():
+def test_with_new_noise_in_every_step_the_last_clean_video_is_repeated():
     scheduler = CogVideoXDPMScheduler(**SCHEDULER)
     scheduler.set_timesteps(5)
     transformer = Steady(scheduler)
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_predicts_noise_is_refused_and_left_alone():
     "settings", [{}, {"guidance_scale": 1.0}, {"scheduler": "dpm", "use_dynamic_cfg": True}]
 )
 @pytest.mark.parametrize("speed", ["balanced", "fast"])
-def test_blocks_compute_as_often_as_said(t2v, speed, settings):
+def test_blocks_run_as_often_as_the_schedule_has_computed_steps(t2v, speed, settings):
     schedule = getattr(t2v.spec, speed)
     request = request_for(speed=speed, num_inference_steps=schedule.computed + 4, **settings)
     frames, computed = computed_calls(t2v, request)
@@ -191,9 +191,7 @@ def test_the_first_frame_of_image_to_video_stays_the_images():
     assert abs(fast[0].astype(float) - exact[0]).mean() < 2
 
 
-def test_exact_stays_exact_after_every_level_also_when_it_was_stopped_or_failed(
-    t2v, exact_frames, monkeypatch
-):
+def test_exact_stays_exact_after_every_level_even_a_stopped_or_failed_one(t2v, exact_frames, monkeypatch):
     transformer = t2v.pipeline.transformer
     for speed in ("balanced", "fast"):
         t2v.frames(request_for(speed=speed, num_inference_steps=30))
@@ -308,7 +306,7 @@ def test_offloading_is_used_in_computed_steps_alone_and_is_there_afterwards(t2v,
         remove_hook_from_module(transformer)
 
 
-def test_offloading_that_is_set_up_anew_at_the_end_of_a_pipelines_call_stays(t2v, exact_frames):
+def test_offloading_that_is_set_up_again_at_the_end_of_a_pipelines_call_stays(t2v, exact_frames):
     transformer, first, second = t2v.pipeline.transformer, Placing(), Placing()
     add_hook_to_module(transformer, first)
     try:
@@ -326,6 +324,6 @@ def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def test_the_page_says_what_every_model_computes():
+def test_the_docs_list_the_computed_steps_of_every_model():
     page = (WEIGHTS.parent / "docs" / "speed.md").read_text()
     assert f"<!-- table step schedules -->\n{step_schedules()}<!-- end -->" in page

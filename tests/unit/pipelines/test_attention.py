@@ -120,7 +120,7 @@ def test_the_processor_takes_diffusers_call_and_its_mask():
     assert not torch.equal(unmasked[0], expected[0])
 
 
-def test_a_chosen_backend_is_the_one_that_runs(monkeypatch):
+def test_the_backend_that_is_set_is_the_one_that_runs(monkeypatch):
     model = build("2b")
     install(model)
     expected = run(model, "2b")

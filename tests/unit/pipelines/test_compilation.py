@@ -1,4 +1,4 @@
-"""Compiled blocks: the same values, one compilation for all, kept on disk, and nothing after a failure."""
+"""Compiled blocks: the same values, one compilation for all, kept on disk, and no trace of a failure."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Counting:
-    """A compiler that generates no code, counts what it is given, and fails when it is told to."""
+    """A compiler that generates no code, counts what it is given, and fails on request."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -47,7 +47,7 @@ def compiler() -> Counting:
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """What one test compiled is not there for the next."""
+    """Forget what the previous test compiled."""
     torch._dynamo.reset()
 
 
@@ -61,7 +61,7 @@ def test_all_blocks_share_one_compilation_for_each_kind_of_request(compiler):
     assert compiler.graphs == 2
 
 
-def test_a_lora_is_compiled_in_when_it_comes_and_out_when_it_goes(compiler):
+def test_a_lora_is_compiled_in_when_it_is_attached_and_left_out_when_it_is_off(compiler):
     model, stock = build("5b"), build("5b")
     install(model)
     base = run(model, "5b")
@@ -78,7 +78,7 @@ def test_a_lora_is_compiled_in_when_it_comes_and_out_when_it_goes(compiler):
     assert compiler.graphs == 3  # without a LoRA, with it, with one that is off
 
 
-def test_a_failed_compilation_fails_this_call_alone_and_leaves_nothing(compiler):
+def test_a_failed_compilation_fails_only_its_call_and_leaves_nothing(compiler):
     model = build("5b")
     install(model)
     expected = run(model, "5b")
@@ -95,7 +95,7 @@ def test_a_failed_compilation_fails_this_call_alone_and_leaves_nothing(compiler)
     assert compiler.graphs == 1
 
 
-def test_hooks_that_come_and_go_around_a_block_are_heard(compiler):
+def test_hooks_added_to_and_removed_from_a_block_take_effect(compiler):
     model = build("5b")
     install(model)
     expected = run(model, "5b")
@@ -123,7 +123,7 @@ def test_after_the_warm_up_a_usual_request_compiles_nothing(compiler, model):
 
 
 @pytest.mark.parametrize(("frames", "latent_frames"), [(None, 3), (17, 5)])
-def test_warming_up_takes_one_guided_step_of_the_length_there_is_room_for(frames, latent_frames):
+def test_warming_up_takes_one_guided_step_of_the_length_that_fits(frames, latent_frames):
     generator = load_generator(WEIGHTS / "tiny-t2v")
     machine = Machine(device="cpu", free_bytes=None, dtype="float32")
     plan = plan_memory(generator.spec, WEIGHTS / "tiny-t2v", machine)
@@ -136,8 +136,8 @@ def test_warming_up_takes_one_guided_step_of_the_length_there_is_room_for(frames
     warm_up(generator)
     assert [shape[:2] for shape in shapes] == [(2, latent_frames)]
     assert lines == []
-    generator.report("heard again")
-    assert lines == ["heard again"]
+    generator.report("reported again")
+    assert lines == ["reported again"]
 
 
 def test_compilations_are_kept_in_the_cache_unless_the_user_says_where(monkeypatch, tmp_path):
@@ -172,7 +172,7 @@ print(json.dumps([difference, counters["inductor"]["fxgraph_cache_hit"]]))
 
 
 @pytest.mark.slow
-def test_real_code_computes_the_same_to_rounding_and_the_next_process_need_not_make_it(tmp_path):
+def test_generated_code_computes_the_same_to_rounding_and_is_reused_by_the_next_process(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != compilation.CACHE_VARIABLE}
     environment |= {"PYTHONPATH": str(ROOT), "COGVIDEOX_CACHE": str(tmp_path)}
     found = []

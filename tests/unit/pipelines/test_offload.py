@@ -1,4 +1,4 @@
-"""Each plan on a CPU: parts come and go there as they would on a GPU, and the frames stay the same bits."""
+"""Each plan on a CPU: components are moved as they would be on a GPU, and frames stay the same bits."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_frames_are_the_same_bits_under_every_plan_and_again(offload, expected):
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_a_lora_works_under_every_plan_and_leaves_the_base_as_it_was(offload, tmp_path):
+def test_a_lora_works_under_every_plan_and_leaves_the_base_unchanged(offload, tmp_path):
     lora = save_lora(tmp_path / "lora.safetensors")
     changed, *_ = frames_with(generator_under("resident"), "resident", lora)
     with_lora, after, removed, without = frames_with(generator_under(offload), offload, lora)
@@ -69,7 +69,7 @@ def frames_with(generator: Generator, offload: str, lora: Path) -> tuple[np.ndar
 
 
 @pytest.mark.parametrize("offload", ["text", "model"])
-def test_the_text_encoder_makes_room_once_prompts_are_encoded(offload):
+def test_the_text_encoder_leaves_the_gpu_once_prompts_are_encoded(offload):
     generator = generator_under(offload)
     encoder, left = generator.pipeline.text_encoder, []
     encoder.to = lambda device: left.append(device)
@@ -78,13 +78,13 @@ def test_the_text_encoder_makes_room_once_prompts_are_encoded(offload):
 
 
 @pytest.mark.parametrize("offload", ["resident", "group", "sequential"])
-def test_elsewhere_the_text_encoder_is_left_alone(offload):
+def test_other_plans_do_not_move_the_text_encoder_back(offload):
     generator = generator_under(offload)
     generator.pipeline.text_encoder.to = lambda device: pytest.fail("moved")
     offload_text_encoder(generator.pipeline)
 
 
-def test_a_request_in_tiles_leaves_the_vae_decoding_whole():
+def test_a_request_in_tiles_leaves_the_vae_untiled_afterwards():
     generator = generator_under("resident")
     vae, seen = generator.pipeline.vae, []
     vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32)

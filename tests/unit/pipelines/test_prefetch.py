@@ -8,7 +8,7 @@ from lib.pipelines.prefetch import prefetch, weight_files
 EMBEDDED = Path(__file__).resolve().parents[3] / "weights" / "tiny-t2v"
 
 
-def test_files_come_in_the_order_in_which_they_are_loaded(tmp_path):
+def test_files_are_in_the_order_in_which_they_are_loaded(tmp_path):
     for name in ("text_encoder/model-2", "text_encoder/model-1", "vae/a", "transformer/b", "other/c"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.safetensors").touch()
@@ -18,7 +18,7 @@ def test_files_come_in_the_order_in_which_they_are_loaded(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
-def test_asking_ends_by_itself_also_where_a_file_is_gone(tmp_path):
+def test_prefetching_ends_by_itself_even_if_a_file_is_missing(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     for folder in (EMBEDDED, tmp_path):

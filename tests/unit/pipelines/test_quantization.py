@@ -1,4 +1,4 @@
-"""Quantised weights with the real torchao, which is installed apart (.venv/extras): hence a process."""
+"""Quantized weights with the real torchao, which only a process with .venv/extras on its path can import."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def report(measured) -> dict:
 @pytest.mark.parametrize(
     ("kind", "tensor"), [("int8", "Int8Tensor"), ("int8-dynamic", "Int8Tensor"), ("fp8", "Float8Tensor")]
 )
-def test_the_layers_of_the_blocks_are_quantised_and_what_is_around_them_is_not(report, kind, tensor):
+def test_only_the_layers_of_the_blocks_are_quantized(report, kind, tensor):
     assert report[kind]["kinds"] == {
         "transformer": [tensor],
         "modulation": [tensor],
@@ -121,14 +121,14 @@ def test_frames_stay_close_to_those_of_full_weights(report, kind, least):
     assert report[kind]["decibels"] > least
 
 
-def test_each_layers_weights_are_gone_before_the_next_is_quantised(report):
+def test_each_layers_weights_are_freed_before_the_next_is_quantized(report):
     found = report["originals"]
     assert found == list(range(len(found) - 1, -1, -1))
 
 
-def test_nothing_is_said_about_what_was_not_asked_for(measured):
+def test_torchao_and_peft_print_no_warnings(measured):
     assert measured.stderr == ""
 
 
-def test_the_kind_that_needs_a_gpu_is_the_only_one_not_tried_here(report):
+def test_only_the_kind_that_needs_a_gpu_is_not_tried_here(report):
     assert set(QUANTIZATIONS) - set(report) == {"fp8-dynamic"}
