@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import tarfile
 import termios
 from pathlib import Path
@@ -66,6 +67,16 @@ def test_help_lists_every_setting(folder, environment):
     for _, each in all_settings():
         assert f"\n  {each.name}  (" in out
     assert finished(folder, environment)[:2] == (2, out)
+
+
+def test_the_help_and_refused_settings_do_not_wait_for_torch(folder, environment):
+    code = "import sys; from training.__main__ import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    for argument in ("--help", "rank=0"):
+        command = [sys.executable, "-P", "-c", code, argument]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 WRONG = {
