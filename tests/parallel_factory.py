@@ -24,7 +24,7 @@ KINDS = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline}
 
 
 def save_model(folder: Path, task: str = "t2v", *, heads: int = 4, second_family: bool = False) -> Path:
-    """A pipeline with random weights, in the layout of 1.0 (rotary, 5B) or of 1.5."""
+    """Save a pipeline with random weights, of the architecture of 5B or of 1.5."""
     torch.manual_seed(0)
     tokenizer, vae = build_tokenizer(), build_vae(0.7)
     i2v = task == "i2v"
@@ -63,23 +63,23 @@ def save_model(folder: Path, task: str = "t2v", *, heads: int = 4, second_family
 RANK = """
 import pickle, sys
 from importlib import import_module
-module, name, arguments, rank, count, meeting, result = pickle.load(open(sys.argv[1], "rb"))[int(sys.argv[2])]
+module, name, arguments, rank, count, store, result = pickle.load(open(sys.argv[1], "rb"))[int(sys.argv[2])]
 import torch
 from lib.distributed.process_group import ProcessGroup
 torch.set_num_threads(1)
 work = getattr(import_module(module), name)
-group = ProcessGroup.join(rank=rank, count=count, device="cpu", store=meeting, seconds=60)
-made = work(group, *arguments)
+group = ProcessGroup.join(rank=rank, count=count, device="cpu", store=store, seconds=300)
+output = work(group, *arguments)
 group.close()
-pickle.dump(made, open(result, "wb"))
+pickle.dump(output, open(result, "wb"))
 """
 
 
 def in_processes(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(group, *arguments)`, a function of a test's module, returns in each of so many processes."""
+    """Call `work(group, *arguments)`, a function of a test module, in `count` processes; return all results."""
     results = [folder / f"result{rank}" for rank in range(count)]
     tasks = [
-        (work.__module__, work.__name__, arguments, rank, count, folder / "meeting", results[rank])
+        (work.__module__, work.__name__, arguments, rank, count, folder / "store", results[rank])
         for rank in range(count)
     ]
     (folder / "tasks").write_bytes(pickle.dumps(tasks))
