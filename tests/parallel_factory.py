@@ -76,7 +76,7 @@ pickle.dump(output, open(result, "wb"))
 
 
 def in_processes(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `work(group, *arguments)`, a function of a test module, in `count` processes; return all results."""
+    """Call `work(group, *arguments)`, of a test module, in `count` processes, and return all results."""
     results = [folder / f"result{rank}" for rank in range(count)]
     tasks = [
         (work.__module__, work.__name__, arguments, rank, count, folder / "store", results[rank])
