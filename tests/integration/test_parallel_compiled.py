@@ -1,5 +1,7 @@
 """Compiled blocks in two processes that share a forward pass, by branch and by sequence."""
 
+import pytest
+
 from lib.distributed.layout import Layout
 from lib.distributed.process_group import ProcessGroup
 from lib.pipelines.attention import install
@@ -29,6 +31,7 @@ def distances_and_graphs(group: ProcessGroup) -> list[tuple[float, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_match_one_and_stop_compiling_after_each_kind_was_seen(tmp_path):
     for found in in_processes(2, tmp_path, distances_and_graphs):
         assert max(distance for distance, _ in found) < 1e-5
