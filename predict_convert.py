@@ -36,7 +36,7 @@ class Runner(BaseRunner):
             default="to_diffusers",
         ),
         family: str = Input(
-            description="The model that a VAE belongs to, needed for a VAE alone because no tensor says its scaling. auto: detected from the transformer.",
+            description="The model that a VAE belongs to, needed for a VAE alone because its scaling cannot be read from the weights. auto: detected from the transformer.",
             choices=[
                 "auto",
                 "cogvideox-2b",
@@ -62,7 +62,7 @@ class Runner(BaseRunner):
             default=False,
         ),
         overrides: str = Input(
-            description="Configuration values that no tensor says, where they differ from the family's: name=value, separated by commas. Allowed: sample_height, sample_width (in latents, 8 pixels each), sample_frames, max_text_seq_length, spatial_interpolation_scale, temporal_interpolation_scale, norm_num_groups, scaling_factor, invert_scale_latents, snr_shift_scale.",
+            description="Configuration values that cannot be read from the weights, where they differ from the family's: name=value, separated by commas. Allowed: sample_height, sample_width (in latents, 8 pixels each), sample_frames, max_text_seq_length, spatial_interpolation_scale, temporal_interpolation_scale, norm_num_groups, scaling_factor, invert_scale_latents, snr_shift_scale.",
             default="",
         ),
         hub_repository: str = Input(

@@ -43,7 +43,7 @@ def inputs_and_outputs(name: str) -> State:
 
 
 def options(name: str) -> dict:
-    """Return the options that no tensor of these tiny models says."""
+    """Return the options that cannot be read from these tiny models' weights."""
     frames = expected_config(name)["sample_frames"]
     sizes = {"sample_height": 6, "sample_width": 8, "sample_frames": frames, "max_text_seq_length": 6}
     return sizes | {"norm_num_groups": 2}

@@ -108,14 +108,14 @@ def outcome(kind: str, computed: str, offload: str, speed: str, file: Path) -> d
     base, with_lora = (expected(kind, speed, each) for each in (None, file))
     before = latents(generator, speed)
     with loras.applied([choice]):
-        heard = latents(generator, speed)
+        applied = latents(generator, speed)
     after = latents(generator, speed)
     for key in list(loras._attached):
         loras._detach(loras._attached.pop(key).name)
     unloaded = latents(generator, speed)
     return {
         "base": _distance(before, base),
-        "lora": _distance(heard, with_lora),
+        "lora": _distance(applied, with_lora),
         "after": _distance(after, before),
         "unloaded": _distance(unloaded, before),
         "lora changes": _distance(with_lora, base),

@@ -39,7 +39,7 @@ LOCALLY = {
     "a zip or tar of its folder": "its folder, also as a zip or tar",
     "an archive of a diffusers folder": "a diffusers folder",
 }
-"""What the predictors' inputs say of uploads -> what is true of the commands."""
+"""Text about uploads in the predictors' descriptions -> its replacement for the commands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +99,8 @@ def settings_of(command: Command) -> dict[str, Any]:
     properties = document["components"]["schemas"]["Input"]["properties"]
     for name in command.sources:
         del properties[f"{name}_url"], properties[name]["format"]
-        for said, meant in LOCALLY.items():
-            properties[name]["description"] = properties[name]["description"].replace(said, meant)
+        for text, replacement in LOCALLY.items():
+            properties[name]["description"] = properties[name]["description"].replace(text, replacement)
     return document
 
 

@@ -1,7 +1,7 @@
 """The configuration of a converted model, without the values that are diffusers' defaults.
 
-What no tensor says (the size of the clips, the VAE's scaling, the noise schedule) comes from the family's
-ModelSpec and can be overridden.
+What cannot be read from the weights (the size of the clips, the VAE's scaling, the noise schedule) comes from
+the family's ModelSpec and can be overridden.
 """
 
 import math
@@ -26,7 +26,7 @@ TRANSFORMER_OPTIONS = (
 VAE_OPTIONS = ("norm_num_groups", "scaling_factor", "invert_scale_latents")
 SCHEDULER_OPTIONS = ("snr_shift_scale",)
 OPTIONS = (*TRANSFORMER_OPTIONS, *VAE_OPTIONS, *SCHEDULER_OPTIONS)
-"""Configuration values that can be overridden, because no tensor says them."""
+"""Configuration values that can be overridden, because they cannot be read from the weights."""
 Options = Mapping[str, float | int | bool]
 FAMILIES = {name: spec for name, spec in SPECS.items() if spec.scaling_factor is not None}
 """The released models that weights are converted to, by name."""

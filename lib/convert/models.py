@@ -67,11 +67,11 @@ def to_diffusers(
     Args:
         transformer: A checkpoint, which may contain a VAE too, or a folder with 3d-vae.pt next to `latest`.
         vae: A checkpoint, used instead of the transformer's own.
-        family: Needed for a VAE alone, because no tensor says its scaling.
+        family: Needed for a VAE alone, because its scaling cannot be read from the weights.
         dtype: The transformer's; by default the one its family is released in.
         vae_dtype: The VAE's; by default float32.
         text_encoder: A diffusers folder whose text_encoder and tokenizer are included.
-        options: Configuration values that no tensor says (configs.OPTIONS).
+        options: Configuration values that cannot be read from the weights (configs.OPTIONS).
 
     Raises:
         UserError: Names the file and the reason, before anything is written where possible.
@@ -179,8 +179,8 @@ def _plan(
         family = conversions[0].family
     if family is None:
         raise UserError(
-            "family is needed for a VAE alone, because no tensor says its scaling. Allowed are "
-            f"{', '.join(configs.FAMILIES)}."
+            "family is needed for a VAE alone, because its scaling cannot be read from the weights. Allowed "
+            f"are {', '.join(configs.FAMILIES)}."
         )
     if vae is not None:
         conversion = plan_vae(vae.tensors, name=vae.name, family=family, dtype=vae_dtype, options=options)

@@ -77,7 +77,7 @@ class ConversionReport:
     """Components of the pipeline that are not in the folder."""
     notes: list[str] = field(default_factory=list)
     settings: dict[str, float | int | bool | str] = field(default_factory=dict)
-    """Values used that no tensor says: scaling factor, alpha and so on."""
+    """Values used that cannot be read from the weights: scaling factor, alpha and so on."""
 
     def lines(self) -> list[str]:
         """Return the report in a few lines, for a terminal or a log."""

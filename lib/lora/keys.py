@@ -255,7 +255,7 @@ def _check_base(
 ) -> None:
     """Raise UserError, naming both bases, unless the LoRA's modules are the transformer's.
 
-    Bases with the same shapes (text-to-video and image-to-video 5B) are told apart by the trainer's record.
+    Bases with the same shapes (text-to-video and image-to-video 5B) differ in the trainer's record.
     """
     reason = _mismatch(found, shapes)
     base, task = _known_base(recorded.get("base")), str(recorded.get("task") or "")

@@ -237,7 +237,10 @@ def test_every_refusal_names_the_file_and_the_reason_and_the_next_request_works(
         ({**big, "transformer_url": host.url(STATES)}, "Give transformer or transformer_url, not both."),
         ({"transformer": upload(VAE_FILE), "vae": upload(source(NAME))}, "The two files are swapped: "),
         ({"transformer": upload(VAE_FILE)}, "transformer.bin is a SAT video VAE; a CogVideoX transformer"),
-        ({"vae": upload(VAE_FILE)}, "family is needed for a VAE alone, because no tensor says its scaling."),
+        (
+            {"vae": upload(VAE_FILE)},
+            "family is needed for a VAE alone, because its scaling cannot be read from the weights.",
+        ),
         ({**big, "family": "cogvideox-5b"}, "family=cogvideox-5b was given, but its tensors show"),
         ({**big, "direction": "to_sat"}, "is already in the SAT layout"),
         ({**big, "overrides": "layers=3"}, "layers=3 cannot be overridden; allowed are sample_height"),

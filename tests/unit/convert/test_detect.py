@@ -103,7 +103,7 @@ def test_a_family_that_contradicts_the_tensors_is_refused(tmp_path):
 def test_a_vae_alone_needs_its_family(tmp_path):
     told = refusal(vae=factory.VAE_FILE, target=tmp_path / "out")
     assert told.startswith(
-        "family is needed for a VAE alone, because no tensor says its scaling. Allowed are cogvideo"
+        "family is needed for a VAE alone, because its scaling cannot be read from the weights. Allowed are "
     )
     to_diffusers(vae=factory.VAE_FILE, target=tmp_path / "out", family="cogvideox-2b", report=silent,
                  options={"norm_num_groups": 2})  # fmt: skip
