@@ -180,7 +180,7 @@ def test_a_worker_pool_computes_the_frames_of_one_process(pool, inputs, layout):
 
 
 def stopped_at(group: ProcessGroup, folder: Path) -> int:
-    """The step after which every process stopped, because the first was told to."""
+    """The step after which every process stopped, because the stop of the first was set."""
     generator = load_generator(folder)
     request, embeddings = prepared(generator, num_inference_steps=50)
     stop, steps = threading.Event(), 0

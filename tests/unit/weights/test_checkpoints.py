@@ -377,7 +377,7 @@ def test_every_kind_of_source_is_checked_by_its_index(tmp_path, hub):
         folder = locate(name, check=seen.append, **options)
         assert seen and all(index == json.loads(model_files()["model_index.json"]) for index in seen)
         with pytest.raises(WrongTaskError, match="CogVideoXPipeline is another task"):
-            locate(name, check=refuse, **options)  # also of what is whole and here
+            locate(name, check=refuse, **options)  # also if it is complete already
         assert is_complete(folder) or is_complete(folder.parent)
 
 
