@@ -22,8 +22,8 @@ from lib.predictors.caption import load_for_this_machine
 from lib.predictors.model import Model
 from lib.progress import Report
 from training import checkpoints
-from training.config import DataConfig
 from training.devices import free_memory, from_main, gather_in_order
+from training.groups import DataConfig
 from training.plan import Plan, captioner_name, label, locate_captioner
 from training.prepare import WITHOUT_CAPTION, check_left_out, report_left_out
 

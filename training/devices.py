@@ -17,7 +17,8 @@ from lib.errors import UserError
 from lib.progress import Report
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock
-from training.config import PublishingConfig, TrainingConfig
+from training.config import TrainingConfig
+from training.groups import PublishingConfig
 from training.plan import resolve_precision
 
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lib.errors import UserError
-from training.config import OptimizerConfig
+from training.groups import OptimizerConfig
 
 DEFAULT_STEPS = 1500
 MAX_WARMUP_STEPS = 500

@@ -18,7 +18,8 @@ from lib.progress import Report, print_line
 from lib.settings import current
 from lib.weights import checkpoints
 from training.clips import Sampling
-from training.config import ComputeConfig, DataConfig, TrainingConfig, ValidationConfig
+from training.config import TrainingConfig
+from training.groups import ComputeConfig, DataConfig, ValidationConfig
 
 TRAINABLE: tuple[Task, ...] = ("i2v", "t2v")
 CAPTIONER = "cogvlm2-caption"

@@ -19,8 +19,9 @@ from lib.pipelines.library_logs import silence_libraries
 from lib.progress import Report, progress_line
 from lib.weights.cache import cache_folder
 from training.base import load_text_encoder, load_vae, scaling_factor
-from training.config import DataConfig, TrainingConfig
+from training.config import TrainingConfig
 from training.devices import free_memory, from_main, gather_in_order
+from training.groups import DataConfig
 from training.latents import Encodings, LatentCache, Section, encode_clip, encode_prompts, model_digest
 from training.plan import Plan
 

@@ -20,7 +20,8 @@ from lib.storage.disk import disk_error
 from training import checkpoints
 from training.autocaption import as_lines
 from training.checkpoints import State
-from training.config import PublishingConfig, TrainingConfig
+from training.config import TrainingConfig
+from training.groups import PublishingConfig
 from training.losses import write_losses
 from training.plan import Plan, captioner_name, label
 from training.prepare import Data

@@ -1,4 +1,4 @@
-"""Writes training/train.py from the settings in training/config.py:
+"""Writes training/train.py from the settings in training/groups.py:
 
     python -m training.signature
 
@@ -9,9 +9,8 @@ import ast
 import itertools
 from pathlib import Path
 
-from training import config
-from training.config import all_settings
-from training.fields import Setting
+from training import groups
+from training.config import Setting, all_settings
 
 TARGET = Path(__file__).with_name("train.py")
 LAST = ("nccl_timeout",)
@@ -19,7 +18,7 @@ LAST = ("nccl_timeout",)
 HEADER = '''\
 """The trainer's Cog entry, whose inputs Cog reads statically.
 
-Written by `python -m training.signature` from training/config.py; edit that instead.
+Written by `python -m training.signature` from training/groups.py; edit that instead.
 """
 
 # fmt: off
@@ -57,7 +56,7 @@ def train_source() -> str:
 def field_docstrings() -> dict[str, str]:
     """Return the docstring under each field of the config groups, on one line."""
     found = {}
-    for group in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
+    for group in ast.parse(Path(groups.__file__).read_text(encoding="utf-8")).body:
         for node, after in itertools.pairwise(getattr(group, "body", [])):
             match node, after:
                 case (

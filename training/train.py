@@ -1,6 +1,6 @@
 """The trainer's Cog entry, whose inputs Cog reads statically.
 
-Written by `python -m training.signature` from training/config.py; edit that instead.
+Written by `python -m training.signature` from training/groups.py; edit that instead.
 """
 
 # fmt: off

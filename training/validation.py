@@ -16,8 +16,8 @@ from lib.progress import Report, progress_line, silent
 from lib.video.images import read_image
 from lib.video.writer import write_video
 from training.base import load_scheduler, load_vae
-from training.config import ComputeConfig, ValidationConfig
 from training.devices import free_memory
+from training.groups import ComputeConfig, ValidationConfig
 from training.latents import Encodings
 from training.plan import Plan
 

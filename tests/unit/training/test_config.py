@@ -9,7 +9,8 @@ from lib.serving.schema import input_document
 from lib.serving.signature import read_signature
 from tests.training_factory import config
 from training import train as cog_entry
-from training.config import MAX_SEED, TrainingConfig, all_settings, digest
+from training.config import TrainingConfig, all_settings, digest
+from training.groups import MAX_SEED
 from training.signature import TARGET, field_docstrings, train_source
 
 TRAIN = PROJECT / "training" / "train.py"
