@@ -163,6 +163,6 @@ def test_rows_of_an_output_are_used_only_if_they_are_captions_of_the_same_clip(t
 def test_a_captioner_that_cannot_be_loaded_is_reported_with_the_setting(
     tmp_path, clips, captioner, monkeypatch
 ):
-    monkeypatch.setenv("COGVIDEOX_QUANTIZATION", "2bit")
-    with pytest.raises(UserError, match=r"autocaption with talker: COGVIDEOX_QUANTIZATION=2bit"):
+    monkeypatch.setenv("COGVIDEOX_QUANTIZATION", "fp8")
+    with pytest.raises(UserError, match=r"autocaption with talker: COGVIDEOX_QUANTIZATION=fp8"):
         captioned(clips, tmp_path / "run", captioner)
