@@ -37,29 +37,29 @@ class DataConfig:
     dataset_name: str = setting("")
     """In place of input_videos: a Hugging Face dataset, owner/name or owner/name@revision."""
     video_column: str = setting("")
-    """Column of metadata.jsonl or .csv with the clips' paths; empty: the usual names are looked for."""
+    """Column of metadata.jsonl or .csv with the clips' paths; empty: the usual names are tried."""
     caption_column: str = setting("")
-    """Column with the captions; empty: the usual names are looked for."""
+    """Column with the captions; empty: the usual names are tried."""
     trigger_word: str = setting("")
-    """Put before every caption that does not hold it."""
+    """Put before every caption that does not contain it."""
     caption_prefix: str = setting("")
-    """Put before every caption, the trigger word included."""
+    """Put before every caption, in front of the trigger word."""
     caption_suffix: str = setting("")
     """Put after every caption."""
     autocaption: bool = setting(False)
     """Let a captioning model describe the clips that have no caption, before anything else is computed."""
     autocaption_prompt: str = setting("")
-    """What it is asked about each clip; empty: to describe it in detail."""
+    """Prompt for the captioning model; empty: describe the clip in detail."""
     autocaption_model: str = setting("", role="path")
-    """Its name or Hub repository; empty: cogvlm2-caption, beside an embedded base tiny-caption."""
+    """Its name or Hub repository; empty: cogvlm2-caption, or tiny-caption for an embedded base."""
     fps: int | None = setting(None, ge=1, le=60)
-    """Clips are resampled to this rate, by default the base's: another one teaches another pace."""
+    """Clips are resampled to this rate, by default the base's; another rate changes the learned speed."""
     max_num_frames: int | None = setting(None, ge=5, le=1000)
     """Longest sample in frames, by default the base's length; shorter clips give shorter samples."""
     height: int | None = setting(None, ge=16, le=4096)
-    """Of the samples, by default the base's."""
+    """Height of the samples, by default the base's."""
     width: int | None = setting(None, ge=16, le=4096)
-    """Of the samples, by default the base's."""
+    """Width of the samples, by default the base's."""
     skip_frames_start: int = setting(0, ge=0, le=100_000)
     """Frames of each file that are left out at its beginning."""
     skip_frames_end: int = setting(0, ge=0, le=100_000)
@@ -73,7 +73,7 @@ class DataConfig:
     long_clips: Literal["split", "cut"] = setting("split")
     """A clip longer than a sample: split it into several, or cut it after the first."""
     on_bad_clip: Literal["skip", "stop"] = setting("skip")
-    """A clip that cannot be used: train on the rest, or stop and list them all."""
+    """Clips that cannot be used: skip them, or stop and list them all."""
 
     def __post_init__(self) -> None:
         require(
@@ -96,7 +96,7 @@ class AdapterConfig:
     """The LoRA's shape."""
 
     rank: int = setting(128, ge=1, le=1024)
-    """Of the LoRA matrices."""
+    """Rank of the LoRA matrices."""
     lora_alpha: float | None = setting(None, ge=1e-4, le=8192)
     """The update is scaled by lora_alpha / rank; by default the rank, which every loader assumes."""
     target_modules: str = setting("to_q,to_k,to_v,to_out.0")
@@ -125,7 +125,7 @@ class OptimizerConfig:
     num_train_epochs: int | None = setting(None, ge=1, le=100_000)
     """In place of max_train_steps: passes over the samples."""
     train_batch_size: int = setting(1, ge=1, le=1024)
-    """Samples a step on each device."""
+    """Samples per batch on each device."""
     gradient_accumulation_steps: int = setting(1, ge=1, le=1024)
     """Batches whose gradients make one optimizer step."""
     learning_rate: float = setting(1e-4, ge=0, le=10)
@@ -153,7 +153,7 @@ class OptimizerConfig:
     adam_epsilon: float = setting(1e-8, ge=1e-16, le=1)
     """Added to the denominator; also prodigy's."""
     prodigy_beta3: float | None = setting(None, ge=0, le=0.999999)
-    """Decay of prodigy's step size estimate; by default the root of beta2."""
+    """Decay of prodigy's step size estimate; by default the square root of beta2."""
     prodigy_decouple: bool = setting(True)
     """Weight decay as in adamw."""
     prodigy_use_bias_correction: bool = setting(True)
@@ -173,17 +173,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegularizationConfig:
-    """Conditions that are dropped, and what of the base is kept."""
+    """Dropout of conditions, and preservation of what the base knows."""
 
     noised_image_dropout: float = setting(0.05, ge=0, le=1)
     """Share of samples whose image condition is zero; image to video only."""
     caption_dropout: float = setting(0.1, ge=0, le=1)
-    """Share of samples with the empty caption, which guidance compares with at prediction."""
+    """Share of samples trained with an empty caption, for classifier-free guidance."""
     prior_preservation: float = setting(0.0, ge=0, le=0.9)
-    """Share of samples that keep what the base knows: prompted by one of prior_prompts, the LoRA is to answer
-    as the base does. Needs no other clips."""
+    """Share of samples that preserve what the base knows: with one of prior_prompts, the LoRA learns to
+    predict what the base predicts. Needs no additional clips."""
     prior_prompts: str = setting("")
-    """For prior_preservation, separated by validation_prompt_separator; without any, the empty prompt."""
+    """Prompts for prior_preservation, separated by validation_prompt_separator; by default the empty
+    prompt."""
 
     def __post_init__(self) -> None:
         require(
@@ -194,14 +195,14 @@ class RegularizationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeConfig:
-    """Memory, precision, the seed, and what processes allow one another."""
+    """Memory, precision, the seed, and the timeout between processes."""
 
     gradient_checkpointing: bool | None = setting(None)
-    """Compute activations again in the backward pass: far less memory, a third more work. By default on a
-    GPU only."""
+    """Recompute activations in the backward pass: far less memory, a third more work. By default only on a
+    GPU."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto")
-    """What the base computes in; the LoRA matrices are float32 throughout. auto: bf16 on a GPU that has it,
-    fp16 on an older one, no on a CPU."""
+    """Type that the base computes in; the LoRA matrices are always float32. auto: bf16 on a GPU that supports
+    it, fp16 on an older one, no on a CPU."""
     base_precision: Literal["auto", "fp8"] = setting("auto")
     """fp8: keep the frozen base's linear layers in 8 bits, half the memory, and compute as before."""
     allow_tf32: bool = setting(False)
@@ -209,9 +210,10 @@ class ComputeConfig:
     enable_slicing: bool = setting(False)
     """Decode validation clips one after the other."""
     enable_tiling: bool = setting(False)
-    """Encode and decode in tiles: less memory, slightly other latents."""
+    """Encode and decode in tiles: less memory, slightly different latents."""
     seed: int | None = setting(None, ge=0, le=MAX_SEED)
-    """Same seed, settings and clips, same losses. Empty: a random one, which the model card records."""
+    """The same seed, settings and clips give the same losses. Empty: a random seed, recorded in the model
+    card."""
     nccl_timeout: int = setting(600, ge=1, le=86_400)
     """Seconds that one process of several waits for the others."""
 
@@ -221,14 +223,14 @@ class CheckpointsConfig:
     """When checkpoints are written, and what a run resumes from."""
 
     checkpointing_steps: int = setting(500, ge=1, le=1_000_000)
-    """A checkpoint every so many steps; a kill loses at most the steps since the last."""
+    """Steps between checkpoints; a killed run loses at most the steps since its last checkpoint."""
     checkpoints_total_limit: int = setting(3, ge=1, le=1000)
-    """How many of the newest are kept."""
+    """How many of the newest checkpoints are kept."""
     resume_from: str = setting("", role="path")
-    """URL of an earlier output (tar) to go on from; exactly, optimizer and all, if that was made with
+    """URL of an earlier output (tar) to resume from; exactly, optimizer included, if it was made with
     save_training_state."""
     save_training_state: bool = setting(False)
-    """Put the last checkpoint, optimizer included, into the output, so that resume_from can go on exactly."""
+    """Put the last checkpoint, optimizer included, into the output, so that resume_from continues exactly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,11 +242,11 @@ class ValidationConfig:
     validation_images: tuple[str, ...] = setting((), role="file")
     """First frame of each prompt's clips; image to video only."""
     validation_prompt_separator: str = setting(":::")
-    """Between several validation prompts."""
+    """Text that separates several validation prompts."""
     num_validation_videos: int = setting(1, ge=1, le=16)
     """Clips of each prompt, each with a seed of its own."""
     validation_steps: int = setting(500, ge=1, le=1_000_000)
-    """Clips are made every so many steps, and at the end."""
+    """Steps between validation clips, which are also made at the end."""
     validation_inference_steps: int = setting(50, ge=1, le=500)
     """Denoising steps of validation clips."""
     guidance_scale: float = setting(6.0, ge=1, le=20)
@@ -276,7 +278,8 @@ class PublishingConfig:
     wandb_api_key: str = setting("", role="secret")
     """Key for report_to wandb."""
     hub_model_id: str = setting("")
-    """Hugging Face repository (owner/name) that receives the result; made, private, if it is not there."""
+    """Hugging Face repository (owner/name) that receives the result; created, as private, if it does not
+    exist."""
     hub_token: str = setting("", role="secret")
     """Hugging Face token with write access, for hub_model_id."""
     push_checkpoints: bool = setting(False)

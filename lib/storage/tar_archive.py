@@ -36,7 +36,7 @@ def opened(archive: Path) -> Iterator[tarfile.TarFile]:
     except UserError:
         raise
     except FAULTS as error:
-        raise UserError(f"{archive.name} is not a whole tar archive: {error}.") from error
+        raise UserError(f"{archive.name} is not a complete tar archive: {error}.") from error
 
 
 def members(file: tarfile.TarFile) -> Iterator[Member]:

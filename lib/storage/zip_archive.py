@@ -35,7 +35,7 @@ def opened(archive: Path) -> Iterator[zipfile.ZipFile]:
         try:
             members = zipfile.ZipFile(file)
         except FAULTS as error:
-            raise UserError(f"{archive.name} is not a whole zip archive: {error}.") from error
+            raise UserError(f"{archive.name} is not a complete zip archive: {error}.") from error
         with members:
             yield members
 
@@ -93,7 +93,7 @@ def _blocks(file: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, archive: P
             f"{archive.name}: {name!r} holds more than the {announced:,} bytes it announces; it is refused."
         )
     if count < announced:
-        raise UserError(f"{archive.name}: {name!r} ends early; the archive is not whole.")
+        raise UserError(f"{archive.name}: {name!r} ends early; the archive is incomplete.")
     if checksum != entry.CRC:
         raise UserError(f"{archive.name}: {name!r} is damaged: its checksum is not the one announced.")
 

@@ -115,14 +115,14 @@ def test_bounds_the_number_of_members(tmp_path, monkeypatch):
 def test_an_archive_that_was_cut_off_leaves_nothing(tmp_path, mode):
     path = make(tmp_path / "a.tar", ("file", os.urandom(100_000)), mode=mode)
     path.write_bytes(path.read_bytes()[:50_000])
-    with pytest.raises(UserError, match=r"a\.tar is not a whole tar archive"):
+    with pytest.raises(UserError, match=r"a\.tar is not a complete tar archive"):
         extract_tar(path, tmp_path / "target")
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
 def test_a_file_that_is_not_an_archive_is_refused(tmp_path):
     (tmp_path / "page.tar").write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(UserError, match=r"page\.tar is not a whole tar archive"):
+    with pytest.raises(UserError, match=r"page\.tar is not a complete tar archive"):
         extract_tar(tmp_path / "page.tar", tmp_path / "target")
 
 
@@ -352,7 +352,7 @@ def test_a_zip_whose_header_lies_writes_no_more_than_it_announced(tmp_path):
 def test_a_zip_member_that_is_short_or_damaged_is_refused(tmp_path):
     path = zip_of(tmp_path / "a.zip", ("clip.mp4", b"content" * 100))
     patch_sizes(path, size=5000)
-    with pytest.raises(UserError, match=r"a\.zip: 'clip\.mp4' ends early; the archive is not whole"):
+    with pytest.raises(UserError, match=r"a\.zip: 'clip\.mp4' ends early; the archive is incomplete"):
         extract_archive(path, tmp_path / "target")
     patch_sizes(path, size=700, crc=1)
     with pytest.raises(UserError, match=r"a\.zip: 'clip\.mp4' is damaged: its checksum is not the one"):
@@ -362,7 +362,7 @@ def test_a_zip_member_that_is_short_or_damaged_is_refused(tmp_path):
 def test_a_zip_that_was_cut_off_leaves_nothing(tmp_path):
     path = zip_of(tmp_path / "a.zip", ("file", os.urandom(100_000)))
     path.write_bytes(path.read_bytes()[:50_000])
-    with pytest.raises(UserError, match=r"a\.zip is not a whole zip archive"):
+    with pytest.raises(UserError, match=r"a\.zip is not a complete zip archive"):
         extract_archive(path, tmp_path / "target")
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 

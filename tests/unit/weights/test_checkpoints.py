@@ -230,7 +230,7 @@ def test_a_truncated_archive_leaves_nothing(tmp_path):
 
 
 def test_a_complete_download_of_a_truncated_archive_leaves_nothing(tmp_path):
-    fails_and_leaves_nothing(tmp_path, Served(tar_of(model_files())[:90_000]), "not a whole tar archive")
+    fails_and_leaves_nothing(tmp_path, Served(tar_of(model_files())[:90_000]), "not a complete tar archive")
 
 
 def test_an_archive_without_a_model_leaves_nothing(tmp_path):
