@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from lib.models.specs import SPECS
@@ -132,7 +133,7 @@ def measure(setting: Setting) -> dict:
     """Load, generate, and return [predicted, measured] bytes by stage, and the bytes of the weights."""
     import torch
 
-    from lib.generation.footprint import clip_of, lora_bytes
+    from lib.lora.attach import attached_loras
     from lib.memory.model import MemoryModel
     from lib.pipelines.machine import Machine
 
@@ -147,10 +148,12 @@ def measure(setting: Setting) -> dict:
         pipeline = load(folder, machine, setting, meter)
         request = request_for(setting)
         generator = _measured_generator()(spec=spec, pipeline=pipeline, report=lambda line: None)
-        generator.meter, generator.tiled = meter, setting.tiled
+        generator.meter = meter
+        generator.plan = SimpleNamespace(tiled=lambda clip, lora_bytes: setting.tiled)
         generator.frames(request)
-    clip, lora = clip_of(request, pipeline.transformer), lora_bytes(pipeline.transformer)
-    peaks = memory.peaks(clip, setting.offload, tiled=setting.tiled, lora_bytes=lora)
+    adapted, lora_bytes = attached_loras(pipeline.transformer)
+    clip = request.clip(adapted=adapted)
+    peaks = memory.peaks(clip, setting.offload, tiled=setting.tiled, lora_bytes=lora_bytes)
     peaks["denoising"] = max(peaks["denoising"], peaks.pop("image_encoding", 0))  # the pipeline does both
     return {
         "stages": {stage: [peaks[stage], meter.peaks[stage]] for stage in peaks},
@@ -229,10 +232,6 @@ def _measured_generator() -> type:
         """A generator that reports to a meter when stages start and end."""
 
         meter: Meter
-        tiled: bool
-
-        def decodes_in_tiles(self, request: "Request") -> bool:
-            return self.tiled
 
         @contextmanager
         def timed(self, stage: str) -> Iterator[None]:

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline
 
 from lib.cancellation import Stopped
 from lib.generation.decoding import FrameCollector, FrameSink, decode_latents
-from lib.generation.footprint import clip_of, lora_bytes
 from lib.generation.prompts import Embeddings, PromptEncoder
 from lib.generation.request import Request
 from lib.generation.schedulers import Scheduler, build_scheduler
 from lib.generation.step_cache import forecast
+from lib.lora.attach import attached_loras
 from lib.memory.plan import MemoryPlan
 from lib.models.specs import ModelSpec
 from lib.pipelines.offload import offload_text_encoder
@@ -87,7 +87,10 @@ class Generator:
             UserError: The clip does not fit into memory.
         """
         self.timings.clear()
-        tiled = self.decodes_in_tiles(request)
+        adapted, lora_bytes = attached_loras(self.pipeline.transformer)
+        tiled = self.plan is not None and self.plan.tiled(
+            request.clip(adapted=adapted), lora_bytes=lora_bytes
+        )
 
         def check(*_: object) -> None:
             if stop is not None and stop.is_set():
@@ -121,16 +124,6 @@ class Generator:
                 return self._denoise(request, prompt, negative, check)
         finally:
             self.pipeline.maybe_free_model_hooks()
-
-    def decodes_in_tiles(self, request: Request) -> bool:
-        """Return whether the frames fit into memory only in tiles, with the LoRAs attached now.
-
-        Raises UserError when they do not fit at all.
-        """
-        if self.plan is None:
-            return False
-        transformer = self.pipeline.transformer
-        return self.plan.tiled(clip_of(request, transformer), lora_bytes=lora_bytes(transformer))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -9,6 +9,8 @@ from PIL import Image
 from lib.errors import UserError
 from lib.generation.step_schedule import Speed, check_speed, steps_to_forecast
 from lib.lora.source import Address, Choice, parse_choices
+from lib.memory.plan import MemoryPlan
+from lib.memory.stages import Adapted, Clip
 from lib.models.specs import ModelSpec
 from lib.video.images import fit_image
 
@@ -48,6 +50,12 @@ class Request:
         """Whether the negative prompt is used: 1 is no classifier-free guidance."""
         return self.guidance_scale > 1
 
+    def clip(self, *, adapted: Adapted = "none") -> Clip:
+        """Return what the memory that it takes depends on; `adapted` says which layers have LoRAs."""
+        return Clip(
+            width=self.width, height=self.height, frames=self.num_frames, guided=self.guided, adapted=adapted
+        )
+
     def metadata(self) -> dict[str, str]:
         """Return what repeats the clip, except image and LoRAs, for the file's metadata."""
         names = (
@@ -83,11 +91,12 @@ def build_request(
     extra_lora_scale: float = 1.0,
     extra_lora_alpha: float | None = None,
     default_lora: Address | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Request:
     """Validate inputs and complete empty ones from the spec; an image of any size is fitted.
 
-    `default_lora` is used where lora_weights is empty. Raises UserError that says what was given, what is
-    allowed and the nearest valid value.
+    `default_lora` is used where lora_weights is empty; `plan` limits what the clip may take of memory. Raises
+    UserError that says what was given, what is allowed and the nearest valid value.
     """
     loras = parse_choices(
         lora_weights=lora_weights,
@@ -115,7 +124,7 @@ def build_request(
         raise UserError(f"seed={seed} is out of range: use 0 to {MAX_SEED} (nearest: {nearest}).")
     if image is not None:
         image = fit_image(image, width, height, image_fit)
-    return Request(
+    request = Request(
         prompt=prompt,
         negative_prompt=negative_prompt,
         num_inference_steps=num_inference_steps,
@@ -133,6 +142,9 @@ def build_request(
         image_fit=image_fit if image is not None else None,
         loras=tuple(loras),
     )
+    if plan is not None:
+        plan.tiled(request.clip())  # refuses a clip that does not fit
+    return request
 
 
 def _whole(value: int | float | None) -> int | None:

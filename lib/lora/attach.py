@@ -27,6 +27,7 @@ from lib.errors import UserError
 from lib.lora.cache import open_lora
 from lib.lora.keys import LoraFile
 from lib.lora.source import Choice
+from lib.memory.stages import Adapted
 from lib.models.specs import ModelSpec
 from lib.pipelines.offload import unhooked
 from lib.progress import Report
@@ -212,6 +213,15 @@ def _adapter_config(file: LoraFile) -> dict[str, object]:
         "use_rslora": file.scaling.rslora,
     }
     return {f"transformer.{key}": value for key, value in config.items()}
+
+
+def attached_loras(transformer: torch.nn.Module) -> tuple[Adapted, int]:
+    """Return which layers have LoRAs attached, and the bytes of all of them, in use or not."""
+    if not getattr(transformer, "peft_config", None):
+        return "none", 0
+    weights = {name: weight.nbytes for name, weight in transformer.named_parameters() if ".lora_" in name}
+    feed_forward = any(".ff." in name for name in weights)
+    return "everything" if feed_forward else "attention" if weights else "none", sum(weights.values())
 
 
 def _facts(choices: Sequence[Choice], files: Sequence[LoraFile]) -> dict[str, object]:

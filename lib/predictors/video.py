@@ -116,9 +116,12 @@ class VideoPredictor:
         if image is not None:
             inputs["image"] = read_image(input_files.check_file(image), name="the given image")
         request = build_request(
-            self.spec, any_size=settings.current().any_size, default_lora=self.default_lora, **inputs
+            self.spec,
+            any_size=settings.current().any_size,
+            default_lora=self.default_lora,
+            plan=self.generator.plan,
+            **inputs,
         )
-        self.generator.decodes_in_tiles(request)  # refuse a clip that memory is too small for before any work
         stop = threading.Event()
         with self.scratch.request() as folder:
             path = folder / f"output.{output_format}"
