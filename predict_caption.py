@@ -1,4 +1,4 @@
-"""Describe a video. The inputs are spelled out because Cog reads them statically."""
+"""Describe a video: the inputs, spelled out literally because Cog reads them statically."""
 
 from typing import Optional
 

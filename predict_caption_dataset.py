@@ -1,4 +1,4 @@
-"""Caption the clips of a data set. The inputs are spelled out because Cog reads them statically."""
+"""Caption the clips of a data set: the inputs, spelled out literally because Cog reads them statically."""
 
 from typing import Optional
 

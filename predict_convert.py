@@ -1,4 +1,4 @@
-"""Convert SAT checkpoints to diffusers and back. The inputs are written literally because Cog reads them statically."""
+"""Convert SAT checkpoints to diffusers and back: the inputs, written literally because Cog reads them."""
 
 from typing import Optional
 

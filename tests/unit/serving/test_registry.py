@@ -23,6 +23,17 @@ def test_every_file_names_a_predictor_that_exists():
         assert config.train is None or config.train.is_file()
 
 
+def test_a_summary_says_in_a_few_words_what_a_predictor_does_and_nothing_about_its_code():
+    assert {name: config.summary() for name, config in predictors().items()} == {
+        "caption": "Describe a video",
+        "caption_dataset": "Caption the clips of a data set",
+        "convert": "Convert SAT checkpoints to diffusers and back",
+        "export_lora": "Convert SAT LoRAs to diffusers and back",
+        "i2v": "Image to video",
+        "t2v": "Text to video",
+    }
+
+
 def test_images_get_a_released_model_but_local_servers_do_not(monkeypatch, tmp_path):
     monkeypatch.delenv("COGVIDEOX_STEPS", raising=False)
     assert predictors()["t2v"].environment["COGVIDEOX_MODEL"] == "cogvideox-5b"
