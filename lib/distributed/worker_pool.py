@@ -188,8 +188,9 @@ class WorkerPool:
             self._losses.append((False, f"{name} failed ({message.error})"))
         elif isinstance(message, Exited):
             self._losses.append((True, f"{name} {message.how}"))
-        if self._group is not None:
-            self._group.abort()
+        group = self._group  # the thread of requests may leave it at any time
+        if group is not None:
+            group.abort()
 
     def _wait_for_loss(self) -> str | None:
         """Return what happened to another process, if that is why an exchange with it failed."""

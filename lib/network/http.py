@@ -143,8 +143,11 @@ class Source:
             if response.status_code not in REDIRECTS or not location or hop == MAX_REDIRECTS:
                 return response
             response.close()
-            target = urljoin(url, location)
-            old, new = urlsplit(url), urlsplit(target)
+            try:
+                target = urljoin(url, location)
+                old, new = urlsplit(url), urlsplit(target)
+            except ValueError:
+                raise self.error("it redirects to a malformed address", CHECK) from None
             if new.scheme not in ("https", old.scheme):
                 raise self.error(f"it redirects to {without_secrets(target)}, not to https", CHECK)
             if new.netloc != old.netloc:

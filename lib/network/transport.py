@@ -15,6 +15,7 @@ import httpcore2
 import httpx2
 
 from lib.cancellation import check_stop
+from lib.errors import UserError
 
 STOP_POLL_SECONDS = 0.2
 READ_BYTES = 256 << 10  # four times what httpcore asks for: a fifth less work for each byte
@@ -96,7 +97,13 @@ def _pool(url: httpx2.URL, rules: Rules) -> httpcore2.ConnectionPool:
     if not address or urllib.request.proxy_bypass(url.host):
         backend = _Backend(rules, lambda peer: rules.check_peer(peer, str(url)))
         return httpcore2.ConnectionPool(ssl_context=_ssl_context(), network_backend=backend)
-    proxy = httpx2.Proxy(address if "://" in address else f"http://{address}")
+    try:
+        proxy = httpx2.Proxy(address if "://" in address else f"http://{address}")
+        if not proxy.url.host or proxy.url.scheme not in ("http", "https"):
+            raise ValueError
+    except (ValueError, httpx2.InvalidURL):
+        variable = f"{url.scheme}_proxy"
+        raise UserError(f"{variable} is not the address of an http or https proxy; correct it.") from None
     return httpcore2.HTTPProxy(
         proxy_url=str(proxy.url),
         proxy_auth=proxy.raw_auth,
@@ -164,7 +171,7 @@ class _Stream(httpcore2.NetworkStream):
         return self._stream.get_extra_info(info)
 
     def _wait(self, seconds: float) -> None:
-        """Return when there is something to read or `seconds` are over. Raises Stopped."""
+        """Return when there is something to read. Raises ReadTimeout after `seconds`, and Stopped."""
         if self._rules.stop is None:
             return
         socket, tls = self.get_extra_info("socket"), self.get_extra_info("ssl_object")
@@ -174,7 +181,10 @@ class _Stream(httpcore2.NetworkStream):
         ready = select.poll()
         ready.register(socket, select.POLLIN)
         # What TLS has decrypted already does not show on the socket.
-        while not (isinstance(socket, ssl.SSLSocket) and socket.pending()) and time.monotonic() < end:
+        while not (isinstance(socket, ssl.SSLSocket) and socket.pending()):
             check_stop(self._rules.stop)
-            if ready.poll(1000 * STOP_POLL_SECONDS):
+            left = end - time.monotonic()
+            if left <= 0:
+                raise httpcore2.ReadTimeout
+            if ready.poll(1000 * min(left, STOP_POLL_SECONDS)):
                 return

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import httpx2
+
 from lib.errors import UserError
 from lib.network.http import is_web_address, without_secrets
 from lib.network.transport import Rules
@@ -64,7 +66,8 @@ def request_rules(
 
     def unless_trusted(check: Callable[..., None]) -> Callable[..., None]:
         def checked(*arguments: str) -> None:
-            if trusted is None or not arguments[-1].startswith(f"{trusted}/"):
+            # As they are sent: without a default port, dot segments or upper case in the host.
+            if trusted is None or not str(httpx2.URL(arguments[-1])).startswith(f"{httpx2.URL(trusted)}/"):
                 check(*arguments)
 
         return checked

@@ -217,6 +217,38 @@ def test_a_proxy_of_the_environment_is_used_and_is_not_checked_as_a_peer(monkeyp
         assert proxy.requests[0][2]["Host"] == "pictures.example"
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "ftp://127.0.0.1", "http://"])
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, proxy):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(UserError, match="http_proxy is not the address of an http or https proxy"):
+        read(Source(url="http://pictures.example/a.png"))
+
+
+def test_the_operators_hub_is_trusted_however_its_address_is_spelled(strict):
+    with Host({"/a.json": Served(b"{}")}) as host:
+        hub = host.address.replace("127.0.0.1", "LOCALHOST")
+        assert read(Source(url=f"{hub}/a.json", rules=request_rules(trusted=hub))) == b"{}"
+        with pytest.raises(UserError, match="not encrypted"):
+            read(Source(url=f"{hub}/api/../a.json", rules=request_rules(trusted=f"{hub}/api")))
+
+
+def test_a_redirect_to_a_malformed_address_is_reported(local):
+    with Host({"/moved": Served(b"", status=302, headers={"Location": "https://[bad/"})}) as host:
+        with pytest.raises(UserError, match="redirects to a malformed address"):
+            fetched(host.url("/moved"))
+
+
+def test_a_silent_host_is_given_up_after_the_timeout_also_where_a_stop_is_awaited(monkeypatch):
+    monkeypatch.setattr(http, "ATTEMPTS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        started = time.monotonic()
+        with pytest.raises(UserError, match="the host sent nothing for 1 s"):
+            read(Source(url=url, timeout=1, rules=Rules(stop=threading.Event())))
+        assert time.monotonic() - started < 1.8
+
+
 def test_a_redirect_to_a_file_is_not_followed(local, tmp_path):
     (tmp_path / "secret").write_text("keys")
     moved = Served(b"", status=302, headers={"Location": (tmp_path / "secret").as_uri()})
