@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 
 from lib.cancellation import Stopped
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
+from lib.commands.common import (
+    FAILED,
+    INTERRUPTED,
+    MISUSED,
+    allow_local_sources,
+    help_status,
+    stop_on_signals,
+)
 from lib.errors import UserError
 from lib.progress import LogView
 from lib.serving.inputs import parse_inputs
@@ -33,6 +40,7 @@ def main(arguments: list[str]) -> int:
     sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record sys.argv
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
+    allow_local_sources()
     stop = stop_on_signals("stopping after this step; once more: without a checkpoint" if first else "")
     view = LogView()
     try:

@@ -15,7 +15,14 @@ from typing import Any
 
 from lib.cancellation import Stopped
 from lib.commands.caption_paths import CaptionPaths, resolve_paths
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
+from lib.commands.common import (
+    FAILED,
+    INTERRUPTED,
+    MISUSED,
+    allow_local_sources,
+    help_status,
+    stop_on_signals,
+)
 from lib.distributed.accelerate_processes import AccelerateProcesses, FirstProcessError
 from lib.errors import UserError
 from lib.predictors.input_files import check_file
@@ -36,6 +43,7 @@ def main(arguments: list[str]) -> int:
         return status
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
+    allow_local_sources()
     stop = stop_on_signals("stopping" if first else "")
     view = LogView()
     status = MISUSED

@@ -63,13 +63,16 @@ def help_status(arguments: list[str], *, usage: str, about: str, document: dict[
     return 0 if arguments else MISUSED
 
 
+def allow_local_sources() -> None:
+    """Let the caller of a command name local files and http addresses, unless the variable forbids it."""
+    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
+
+
 def stop_on_signals(message: str) -> threading.Event:
     """Return an event that the first Ctrl-C or SIGTERM sets; the second raises KeyboardInterrupt.
 
-    `message` is printed at the first, unless it is empty. Local files are allowed as inputs from now on.
-    Must be called in the main thread.
+    `message` is printed at the first, unless it is empty. Must be called in the main thread.
     """
-    os.environ.setdefault("COGVIDEOX_LOCAL_SOURCES", "1")
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

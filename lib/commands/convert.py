@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lib.cancellation import Stopped
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
+from lib.commands.common import (
+    FAILED,
+    INTERRUPTED,
+    MISUSED,
+    allow_local_sources,
+    help_status,
+    stop_on_signals,
+)
 from lib.convert.request import LoraRequest, ModelRequest, lora_request, model_request
 from lib.errors import UserError
 from lib.network import offline
@@ -70,6 +77,7 @@ def main(arguments: list[str]) -> int:
     status = help_status(arguments, usage=command.usage, about=__doc__ or "", document=document)
     if status is not None:
         return status
+    allow_local_sources()
     stop, view = stop_on_signals("stopping"), LogView()
     try:
         pairs, output = _split(arguments, command)

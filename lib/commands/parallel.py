@@ -22,7 +22,14 @@ from lib.batch.clip import make_clip
 from lib.batch.rows import Row, read_rows, resolve_row
 from lib.batch.run import make_list
 from lib.cancellation import Stopped
-from lib.commands.common import FAILED, INTERRUPTED, MISUSED, help_status, stop_on_signals
+from lib.commands.common import (
+    FAILED,
+    INTERRUPTED,
+    MISUSED,
+    allow_local_sources,
+    help_status,
+    stop_on_signals,
+)
 from lib.distributed.layout import VARIABLE, parse_layout
 from lib.errors import UserError
 from lib.models.specs import VideoTask
@@ -78,6 +85,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _make_list(command: CommandLine, view: LogView) -> int:
+    allow_local_sources()
     stop = stop_on_signals("stopping")
     gpus = _available_gpus(command.processes)
     failed = make_list(
@@ -94,7 +102,7 @@ def _make_list(command: CommandLine, view: LogView) -> int:
 
 def _make_clip(command: CommandLine, view: LogView) -> int:
     """Make one clip as a server would: this process is the first, a worker pool has the others."""
-    stop_on_signals("")
+    allow_local_sources()
     _interrupt_once()
     _set_processes(command.processes)
     _available_gpus(command.processes)

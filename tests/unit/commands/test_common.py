@@ -14,9 +14,8 @@ DOCUMENT = {
 
 
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch):
-    """Restore the signals and variables of the tests' own process."""
-    monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
+def handlers():
+    """Restore the signals of the tests' own process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():

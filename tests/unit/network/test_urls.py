@@ -234,9 +234,9 @@ def test_the_operators_hub_is_trusted_however_its_address_is_spelled(strict):
 
 
 def test_a_redirect_to_a_malformed_address_is_reported(local):
-    with Host({"/moved": Served(b"", status=302, headers={"Location": "https://[bad/"})}) as host:
-        with pytest.raises(UserError, match="redirects to a malformed address"):
-            fetched(host.url("/moved"))
+    moved = Served(b"", status=302, headers={"Location": "https://[bad/"})
+    with Host({"/moved": moved}) as host, pytest.raises(UserError, match="redirects to a malformed address"):
+        fetched(host.url("/moved"))
 
 
 def test_a_silent_host_is_given_up_after_the_timeout_also_where_a_stop_is_awaited(monkeypatch):

@@ -1,3 +1,4 @@
+import gc
 import socket
 import sys
 from pathlib import Path
@@ -59,3 +60,22 @@ def test_a_variable_with_an_unknown_value_is_refused_before_torch_is_imported(
     for start in (start_caption, lambda: start_video("t2v")):
         with pytest.raises(UserError, match=f"{variable}={value} is"):
             start()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_failed_start_leaves_the_garbage_collector_as_it_was(monkeypatch, enabled):
+    seen = []
+
+    def refuse(_task: str) -> None:
+        seen.append(gc.isenabled())
+        raise UserError("no such model")
+
+    monkeypatch.setattr("lib.predictors.start.resolve_model", refuse)
+    was_enabled = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(UserError, match="no such model"):
+            start_video("t2v")
+        assert seen == [False] and gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
