@@ -26,6 +26,7 @@ from lib.caption.model import CaptionModel
 from lib.caption.request import CaptionSettings
 from lib.predictors.caption import load_for_this_machine
 from lib.predictors.model import resolve_model
+from lib.video.reader import open_video
 from lib.video.writer import write_video
 from tiny import world
 from tiny.captioner import build_caption_tokenizer
@@ -91,11 +92,15 @@ def measure(options: argparse.Namespace) -> dict:
     if options.part == "reading":
         started, frames = time.perf_counter(), 0
         for path in paths:
-            frames += len(sample_clip(path, sampling="uniform", size=224).pixel_values)
+            with open_video(path) as video:
+                frames += len(sample_clip(video, sampling="uniform", size=224).pixel_values)
         return _figures("no model", frames, time.perf_counter() - started)
     captioner, title = full_size() if options.full_size else configured()
     settings = CaptionSettings(frame_sampling="uniform", max_new_tokens=NEW_TOKENS)
-    clips = [captioner.sample(path, settings) for path in paths]
+    clips = []
+    for path in paths:
+        with open_video(path) as video:
+            clips.append(captioner.sample(video, settings))
     captioner.caption(clips[:1], settings)
     started, batch = time.perf_counter(), int(options.part)
     for first in range(0, len(clips), batch):

@@ -8,6 +8,7 @@ import numpy as np
 
 from lib.caption.captioner import Captioner
 from lib.caption.request import CaptionSettings
+from lib.video.reader import open_video
 from lib.video.writer import write_video
 from tiny import world
 from tiny.judge import ATTRIBUTE_NAMES
@@ -78,7 +79,11 @@ def describe(
     found = []
     for start in range(0, len(clips), BATCH):
         batch = clips[start : start + BATCH]
-        captions = captioner.caption([captioner.sample(path, asked) for path, _ in batch], asked)
+        samples = []
+        for path, _ in batch:
+            with open_video(path) as video:
+                samples.append(captioner.sample(video, asked))
+        captions = captioner.caption(samples, asked)
         found += [
             Described(asked=attributes, text=caption.text)
             for (_, attributes), caption in zip(batch, captions, strict=True)

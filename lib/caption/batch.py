@@ -18,6 +18,7 @@ from lib.caption.request import CaptionSettings
 from lib.datasets.clips import Clip
 from lib.errors import UserError
 from lib.progress import Report, progress_line
+from lib.video.reader import open_video
 
 READERS = max(1, min(4, (os.cpu_count() or 2) - 1))
 """Clips that are decoded at the same time, each in a process of its own."""
@@ -91,7 +92,8 @@ def _read_ahead(
     def read(clip: Clip) -> SampledClip | UserError:
         check_stop(stop)
         try:
-            return captioner.sample(clip.path, settings, stop=stop)
+            with open_video(clip.path, stop=stop) as video:
+                return captioner.sample(video, settings)
         except UserError as error:
             return error
 

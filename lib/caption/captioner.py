@@ -18,10 +18,8 @@ from lib.caption.model import CaptionModel
 from lib.caption.precision import Quantization
 from lib.caption.request import CaptionSettings, FrameSampling, Template
 from lib.errors import UserError
-from lib.video.reader import open_video
+from lib.video.reader import OpenVideo
 
-DECODING_SECONDS = 120.0
-"""How long the decoder may take for a file."""
 MAX_PROMPT_TOKENS = 2048
 MAX_ASPECT_RATIO = 50
 """Scaling the shorter side of a narrower frame would make it too large for memory."""
@@ -47,25 +45,16 @@ class Caption:
     """False where max_new_tokens cut it off."""
 
 
-def sample_clip(
-    path: Path, *, sampling: FrameSampling, size: int, stop: threading.Event | None = None
-) -> SampledClip:
-    """Read the frames of a video file that `sampling` selects, scaled to `size`.
-
-    Raises UserError for a file that is not a video, is damaged, or takes too long; Stopped.
-    """
-    with open_video(path, timeout=DECODING_SECONDS, stop=stop) as video:
-        info = video.info
-        if max(info.width, info.height) > MAX_ASPECT_RATIO * min(info.width, info.height):
-            raise UserError(
-                f"video {path.name} is {info.width}x{info.height}: "
-                f"its longer side may be at most {MAX_ASPECT_RATIO} times its shorter side"
-            )
-        chosen, used = choose_frames(
-            video.timestamps, fps=info.fps, duration=info.duration, sampling=sampling
+def sample_clip(video: OpenVideo, *, sampling: FrameSampling, size: int) -> SampledClip:
+    """Read the frames that `sampling` selects, scaled to `size`. Raises UserError as `video.read` does."""
+    info = video.info
+    if max(info.width, info.height) > MAX_ASPECT_RATIO * min(info.width, info.height):
+        raise UserError(
+            f"video {video.name} is {info.width}x{info.height}: "
+            f"its longer side may be at most {MAX_ASPECT_RATIO} times its shorter side"
         )
-        frames = clip_pixel_values(video.read(chosen), size)
-    return SampledClip(pixel_values=frames, sampling=used)
+    chosen, used = choose_frames(video.timestamps, fps=info.fps, duration=info.duration, sampling=sampling)
+    return SampledClip(pixel_values=clip_pixel_values(video.read(chosen), size), sampling=used)
 
 
 class Captioner:
@@ -74,12 +63,10 @@ class Captioner:
     def __init__(self, model: CaptionModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
 
-    def sample(
-        self, path: Path, settings: CaptionSettings, *, stop: threading.Event | None = None
-    ) -> SampledClip:
+    def sample(self, video: OpenVideo, settings: CaptionSettings) -> SampledClip:
         """Read a clip's frames at the model's size; see sample_clip."""
         size = self.model.config.vision_config.image_size
-        return sample_clip(path, sampling=settings.frame_sampling, size=size, stop=stop)
+        return sample_clip(video, sampling=settings.frame_sampling, size=size)
 
     def check(self, settings: CaptionSettings) -> None:
         """Raise UserError if the prompt has too many tokens."""

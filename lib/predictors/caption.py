@@ -22,6 +22,7 @@ from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.model import MetricSink, Model
 from lib.progress import print_line, progress_line, throttled
 from lib.storage.scratch import Scratch
+from lib.video.reader import open_video
 
 REPORT_SECONDS = 1.0
 
@@ -70,12 +71,12 @@ class CaptionPredictor(CaptionService):
     def __call__(self, metrics: MetricSink, *, video: Path, seed: int | None = None, **inputs: Any) -> str:
         """Return the caption of a clip. `inputs` are those of CaptionSettings. Raises UserError."""
         self.scratch.clear()
-        path = input_files.check_file(video)
         seed = secrets.randbits(31) if seed is None else seed
         request = CaptionSettings(seed=seed, **inputs)
         self.captioner.check(request)
         stop, started = threading.Event(), time.perf_counter()
-        clip = self.captioner.sample(path, request)
+        with open_video(input_files.check_file(video)) as opened:
+            clip = self.captioner.sample(opened, request)
         read = time.perf_counter()
         report, longest = throttled(print_line, REPORT_SECONDS), request.max_new_tokens
         [caption], _ = self.compute.run(

@@ -49,7 +49,7 @@ class VideoInfo:
 
 @contextlib.contextmanager
 def open_video(
-    path: str | Path, *, timeout: float = 60.0, stop: threading.Event | None = None
+    path: str | Path, *, timeout: float = 120.0, stop: threading.Event | None = None
 ) -> Iterator["OpenVideo"]:
     """Open a video for reading frame by frame; memory does not grow with its length.
 
@@ -103,7 +103,7 @@ def _check_is_binary_file(path: Path) -> None:
 
 
 class OpenVideo:
-    """An open video file: `info`, `timestamps` (float64 [frames], seconds), and a single `read`."""
+    """An open video file: `name`, `info`, `timestamps` (float64 [frames], seconds), and a single `read`."""
 
     info: VideoInfo
     timestamps: np.ndarray
@@ -112,7 +112,8 @@ class OpenVideo:
         self, path: Path, process: subprocess.Popen[bytes], requests: FileIO, messages: FileIO, *,
         timeout: float, stop: threading.Event | None,
     ) -> None:  # fmt: skip
-        self._path, self._process, self._requests, self._messages = path, process, requests, messages
+        self.name = path.name
+        self._process, self._requests, self._messages = process, requests, messages
         self._timeout, self._left, self._stop = timeout, timeout, stop
         self._poll = select.poll()
         self._poll.register(messages, select.POLLIN)
@@ -170,7 +171,7 @@ class OpenVideo:
         return self._error(f"the decoder crashed on it ({cause}): it is damaged, or not a video")
 
     def _bug(self, reason: str) -> RuntimeError:
-        return RuntimeError(f"the decoding process failed on {self._path.name}: {reason}")
+        return RuntimeError(f"the decoding process failed on {self.name}: {reason}")
 
     def _error(self, reason: str) -> UserError:
-        return UserError(f"video {self._path.name} cannot be decoded: {reason}")
+        return UserError(f"video {self.name} cannot be decoded: {reason}")
