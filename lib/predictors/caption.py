@@ -122,9 +122,10 @@ def model_fingerprint(model: Model) -> str:
     """Return what captions depend on apart from clip and question: the weights and how they are loaded.
 
     A precision that was chosen because of the memory that happened to be free is not part of it: a run that
-    is resumed would start from scratch.
+    is resumed would start from scratch. A new format invalidates existing journals.
     """
     files = [(path.name, path.stat()) for path in sorted(model.folder.iterdir()) if path.is_file()]
     written = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
     chosen = settings.current()
-    return f"{model.label} {chosen.dtype} {chosen.quantization} {written}"
+    requested = [chosen.dtype or "", chosen.quantization or ""]
+    return f"{model.label} {requested} {written}"
