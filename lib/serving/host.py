@@ -20,7 +20,7 @@ GRACE_SECONDS = 10.0
 def main(scratch: Path, host: str, mode: str) -> None:
     """Serve until asked to stop. The caller must have made this process the leader of a process group."""
     threading.Thread(target=_stop_with_parent, args=(scratch,), daemon=True).start()
-    import coglet
+    import coglet  # not at the top: importing it takes a while, in which the parent may end
 
     training = mode == "train"
     try:
