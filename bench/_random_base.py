@@ -18,11 +18,11 @@ class Shape:
     """An image-to-video model."""
 
     transformer: dict
-    """What its configuration has besides diffusers' defaults, which are those of CogVideoX-2B."""
+    """Its settings that differ from diffusers' defaults, which are those of CogVideoX-2B."""
     vae: dict
-    """The same of the VAE."""
+    """The same for the VAE."""
     text_width: int
-    """Of what the text encoder gives the transformer."""
+    """Width of the text encoder's output."""
 
 
 _BOTH = {

@@ -27,7 +27,7 @@ def main() -> None:
     print(json.dumps({"ready_seconds": time.perf_counter() - started}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         frames = pipeline(
             prompt=request["prompt"],
             num_inference_steps=request["num_inference_steps"],
@@ -37,7 +37,7 @@ def main() -> None:
             generator=torch.Generator().manual_seed(request["seed"]),
         ).frames[0]
         export_to_video(frames, output, fps=8)
-        print(json.dumps({"request_seconds": time.perf_counter() - begun}), flush=True)
+        print(json.dumps({"request_seconds": time.perf_counter() - start}), flush=True)
 
 
 if __name__ == "__main__":

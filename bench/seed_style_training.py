@@ -103,11 +103,11 @@ def main() -> None:
     schedule = get_scheduler("constant", optimizer=optimizer)
     transformer, optimizer, loader, schedule = accelerator.prepare(transformer, optimizer, loader, schedule)
     transformer.train()
-    done, begun = 0, 0.0
+    done, start = 0, 0.0
     while done < steps + WARM_UP:
         for examples in loader:
             if done == WARM_UP:
-                begun = time.perf_counter()
+                start = time.perf_counter()
             with accelerator.accumulate(transformer):
                 video, image = examples["videos"], examples["images"]
                 ids = tokenizer(
@@ -151,7 +151,7 @@ def main() -> None:
             done += 1
             if done >= steps + WARM_UP:
                 break
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"steps_per_second": steps / seconds, "peak_bytes": peak}))
 

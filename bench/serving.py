@@ -79,9 +79,9 @@ def time_service(requests: list[dict]) -> list[float]:
     with Server("t2v", on_log=lambda line: None, environment=SAME_FOR_BOTH) as server:
         seconds = []
         for request in requests:
-            begun = time.perf_counter() if seconds else started
+            start = time.perf_counter() if seconds else started
             predict(server.url, request)
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
     return seconds
 
 
@@ -102,12 +102,12 @@ def time_seed_style(requests: list[dict]) -> list[float]:
             process.stdout.readline()
             seconds = []
             for request in requests:
-                begun = time.perf_counter() if seconds else started
+                start = time.perf_counter() if seconds else started
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
                 if not process.stdout.readline():
                     raise RuntimeError("bench/seed_style.py ended early; run it by hand to see why")
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - start)
             process.stdin.close()
     return seconds
 

@@ -128,7 +128,7 @@ def seconds_per_step(
 
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder) / "run", report=report)
-    # A line comes at most once a second: of quick steps there is none of the last to warm up.
+    # At most one line a second is printed: if steps are quick, none ends exactly at the warm-up.
     first, began = [moment for moment in moments if moment[0] <= WARM_UP][-1]
     last, ended = moments[-1]
     return (ended - began) / (last - first)
@@ -142,7 +142,7 @@ def measure_shape(options: argparse.Namespace) -> None:
 
     shape, device = (SMALL, "cpu") if options.try_out else (FIVE_B, "cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--gpu needs an NVIDIA GPU; there is none that torch sees.")
+        raise SystemExit("--gpu needs an NVIDIA GPU; torch finds none.")
     layers = options.layers or shape.transformer["num_layers"]
     shape = replace(shape, transformer=shape.transformer | {"num_layers": layers})
     ceiling = None if options.try_out else matmul_ceiling(device, torch.bfloat16)
@@ -183,11 +183,11 @@ def matmul_ceiling(device: str, dtype: object) -> float:
     for _ in range(3):
         a @ b
     torch.cuda.synchronize()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(20):
         a @ b
     torch.cuda.synchronize()
-    return 20 * 2 * size**3 / (time.perf_counter() - begun)
+    return 20 * 2 * size**3 / (time.perf_counter() - start)
 
 
 def render_clips(folder: Path, count: int, frames: int) -> None:

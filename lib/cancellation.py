@@ -1,4 +1,4 @@
-"""Stop work early, from whichever thread hears that it is no longer wanted.
+"""Stop work early when another thread asks for it: on a cancel, Ctrl-C or a signal.
 
 What happens on cancel:
 1. The client closes the connection or posts /predictions/ID/cancel. coglet raises its CancelationException in

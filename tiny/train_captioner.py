@@ -100,7 +100,7 @@ def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) ->
         start = state["step"]
         if state["steps"] != steps:
             raise SystemExit(
-                f"{checkpoint} was begun with {state['steps']} steps in all; give the same number."
+                f"{checkpoint} was started with {state['steps']} steps in all; give the same number."
             )
     log, losses = loop.Log(folder / "caption.jsonl", worker), []
     seeing = int(SEEING_SHARE * steps)
@@ -229,17 +229,17 @@ def _losses(student: Student, lesson: Lesson, device: str) -> tuple[torch.Tensor
     mask = (torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]).long()
     embeds = model.language.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((types == 1)[..., None], seen.to(embeds.dtype))
-    said = model.language(
+    outputs = model.language(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=positions,
         use_cache=False,
         output_hidden_states=True,
     )
-    first_layer = said.hidden_states[1][types == 1].reshape(*lesson.frames.shape[:2], seen.shape[1], -1)
+    first_layer = outputs.hidden_states[1][types == 1].reshape(*lesson.frames.shape[:2], seen.shape[1], -1)
     centres = _centres(lesson.frames.flatten(0, 1)).reshape(*lesson.frames.shape[:2], 2)
     hint = hint + student.hints.travel_loss(first_layer[:, :, 1:-1].mean(2), centres)
-    logits = said.logits
+    logits = outputs.logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted[:, 1:].flatten(), ignore_index=-100)
     return loss, hint
 
@@ -284,10 +284,10 @@ def _right(model: CaptionModel, tokenizer: PreTrainedTokenizerFast, pool: Captio
             frames.append(pixel_values(clip[picks], size))
             prompts.append(_prompt("Please describe this video in detail.", count, template, tokenizer, None))
             answers.append(canonical_caption(attributes))
-        said = model.generate(prompts, frames, max_new_tokens=20)
+        outputs = model.generate(prompts, frames, max_new_tokens=20)
         right = [
             tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
-            for ids, answer in zip(said, answers, strict=True)
+            for ids, answer in zip(outputs, answers, strict=True)
         ]
         shares[f"{template}_{count}"] = float(np.mean(right))
     return shares

@@ -87,7 +87,7 @@ def train_transformer(worker: loop.Worker, folder: Path, task: str, steps: int, 
         start, factor = state["step"], state["scaling_factor"]
         if state.get("steps", steps) != steps:
             raise SystemExit(
-                f"{checkpoint} was begun with {state['steps']} steps in all; give the same number."
+                f"{checkpoint} was started with {state['steps']} steps in all; give the same number."
             )
     elif task == "i2v":
         factor = loop.load_checkpoint(folder / "t2v.pt")["scaling_factor"]

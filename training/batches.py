@@ -44,7 +44,7 @@ class ImageCondition:
     image_deviation: torch.Tensor
     """Standard deviation of that noise in pixels of -1..1, [B]."""
     latent_noise: torch.Tensor
-    """What samples the images' latents from their posterior, [B, 1, C, h, w]."""
+    """Noise that samples the images' latents from their posterior, [B, 1, C, h, w]."""
     image_kept: torch.Tensor
     """bool [B]; False where the image condition is dropped."""
 
@@ -149,9 +149,9 @@ class Inputs:
     """float32, like `noise`; hidden_states were made of both."""
     noise: torch.Tensor
     alphas_cumprod: torch.Tensor
-    """Of the timesteps, [B]."""
+    """Cumulative alphas of the timesteps, [B]."""
     prior: bool
-    """The target is the base's answer, not the clip."""
+    """The target is the base's prediction, not the clip."""
 
 
 class Feeder:

@@ -20,29 +20,29 @@ LORA = "lora.safetensors"
 TENSORS = "training.pt"
 STATE = "state.json"
 CAPTIONS = "autocaptions.jsonl"
-"""With autocaption, here and in results: the captions that a resumed run need not make again."""
+"""The captions made by autocaption, also in results, so that a resumed run does not make them again."""
 TENSOR_KEYS = frozenset({"optimizer", "schedule", "scaler", "random"})
 
 
 @dataclass(kw_only=True, slots=True)
 class State:
-    """A checkpoint's content besides its tensors. The names of its fields are those of state.json."""
+    """A checkpoint's content except its tensors. The names of its fields are those of state.json."""
 
     step: int
     """Optimizer steps done."""
     seed: int
     base: str
     fits: dict[str, Any]
-    """What a run that resumes from it must share (TrainingConfig.fixed), by input names."""
+    """Settings by input name (TrainingConfig.fixed) that a resumed run must have too."""
     data: str
-    """Digest of the samples: with the same ones, a resumed run has the losses of an uninterrupted one."""
+    """Digest of the samples; if it is the same, a resumed run has the losses of an uninterrupted one."""
     global_batch: int
     losses: list[float] = field(default_factory=list)
-    """Of every step so far."""
+    """Losses of all steps so far."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return where a run's checkpoint of a step is."""
+    """Return the folder of a run's checkpoint at a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -55,7 +55,7 @@ def save(
     `write_lora` writes the LoRA to a path; `captions` is the content of CAPTIONS. Raises UserError when the
     disk is full.
     """
-    if is_checkpoint(target):  # a stop right after a checkpoint asks for the same one again
+    if is_checkpoint(target):  # the run was stopped right after it
         return target
     partial = target.with_name(target.name + ".partial")
     try:
@@ -110,7 +110,7 @@ def read_state(folder: Path) -> State:
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
-    """Read optimizer, schedule and random state. Raises UserError for a file that is damaged or has code."""
+    """Read optimizer, schedule and random state. Raises UserError if it is damaged or contains code."""
     try:
         tensors = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
         missing = TENSOR_KEYS - set(tensors if isinstance(tensors, dict) else ())
@@ -138,8 +138,8 @@ def with_seed_of(config: TrainingConfig, state: State) -> TrainingConfig:
     ]
     if differing:
         raise UserError(
-            f"the checkpoint of step {state.step} does not fit: {', '.join(differing)}. Give what it was "
-            "made with, or another output_dir to start from scratch."
+            f"the checkpoint of step {state.step} does not fit: {', '.join(differing)}. Use the settings "
+            "it was made with, or another output_dir to start from scratch."
         )
     if config.compute.seed is not None:
         return config

@@ -49,7 +49,7 @@ class Sampling:
     long_clips: Literal["split", "cut"]
     """Split a clip that is longer than a sample into several that cover it, or cut it after the first."""
     seed: int
-    """Of the random crops."""
+    """Seed of the random crops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -151,7 +151,7 @@ def sections(timestamps: np.ndarray, duration: float, sampling: Sampling) -> lis
 
 
 def _rounding(timestamps: np.ndarray) -> float:
-    """Return by how many seconds a timestamp may be rounded up: frames are looked for that much later."""
+    """Return by how many seconds a timestamp may be rounded up: frames are searched that much later."""
     exact = 1e-6
     if len(timestamps) < 3:
         return exact

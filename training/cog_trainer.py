@@ -1,4 +1,4 @@
-"""What runs behind training/train.py: one training at a time, packed as a tar."""
+"""Run the trainings of training/train.py, one at a time, and pack their results as a tar."""
 
 import shutil
 import threading
@@ -24,7 +24,7 @@ KEPT_RUNS = 3
 
 
 class CogTrainer:
-    """What stays between the trainings of a server: the compute thread and the last output."""
+    """State that a server keeps between trainings: the compute thread and the last output."""
 
     def __init__(self) -> None:
         self.compute, self.scratch = ComputeThread(), Scratch()

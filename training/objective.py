@@ -17,7 +17,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 OFS = 2.0
 """The one value that CogVideoX1.5-5B-I2V was trained with, and that its pipeline feeds."""
 IMAGE_NOISE_MEAN, IMAGE_NOISE_DEVIATION = -3.0, 0.5
-"""Of the logarithm of the noise's deviation on the first frame, in pixels of -1..1 (CogVideoX paper, 3.2)."""
+"""Of the logarithm of the first frame's noise level, in pixels of -1..1 (CogVideoX paper, section 3.2)."""
 
 
 def noised(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:

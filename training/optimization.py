@@ -15,7 +15,7 @@ from training.groups import OptimizerConfig
 DEFAULT_STEPS = 1500
 MAX_WARMUP_STEPS = 500
 PROGRESS = frozenset({"k", "d", "d_max", "d_numerator"})
-"""What prodigy learns for all parameters together."""
+"""Prodigy's state that all parameters share."""
 BLOCKWISE = ("qmap", "absmax")
 QUANTILES, BLOCK = 256, 256
 """bitsandbytes' 8-bit means: a table of values, and one scale for each block of numbers."""

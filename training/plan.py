@@ -43,10 +43,10 @@ class Plan:
     base: str
     """The base's name without a path of this machine."""
     folder: Path
-    """Its complete diffusers folder."""
+    """The base's complete diffusers folder."""
     device: str
     precision: Precision
-    """What the base computes in."""
+    """Type that the base computes in."""
     gradient_checkpointing: bool
     sampling: Sampling
     seed: int

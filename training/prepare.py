@@ -39,7 +39,7 @@ class Data:
     vae: AutoencoderKLCogVideoX | None
     """For the image condition, without its decoder; None for text to video."""
     scaling_factor: float
-    """Of the latents."""
+    """The VAE's, by which latents are multiplied."""
     captions: list[Row] = field(default_factory=list)
     """With autocaption, the origin of every clip's caption."""
 

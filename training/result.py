@@ -1,4 +1,4 @@
-"""What a run leaves: LoRA, model card, captions, loss curve and clips, in a folder and on the Hub."""
+"""Write and upload a run's results: LoRA, model card, captions, loss curve and clips."""
 
 import itertools
 import json

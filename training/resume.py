@@ -1,4 +1,4 @@
-"""What a run resumes from: its own newest checkpoint, or an earlier output that resume_from names."""
+"""Find what a run resumes from: its own newest checkpoint, or the earlier output in resume_from."""
 
 import contextlib
 import os

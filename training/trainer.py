@@ -105,12 +105,12 @@ def train(
 
 
 class Denoiser(nn.Module):
-    """The module that accelerate wraps; the transformer in it stays as validation and saving need it."""
+    """The module that accelerate wraps; the transformer inside stays unwrapped for validation and saving."""
 
     def __init__(self, transformer: CogVideoXTransformer3DModel) -> None:
         super().__init__()
         self.transformer = transformer
-        # The frozen base is the same in all processes: it need not be compared or sent.
+        # The frozen base is the same in all processes: it need not be synchronized.
         frozen = [n for n, p in self.named_parameters() if not p.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen + [n for n, _ in self.named_buffers()]
 
@@ -198,7 +198,9 @@ class Trainer:
         check_unfinished(state, origin, base=self.plan.base, steps=self.steps)
         for name, what in CHANGES.items():
             if getattr(state, name) != getattr(fresh, name):
-                self.report(f"{what} changed since the checkpoint: losses are not those of an unbroken run")
+                self.report(
+                    f"{what} changed since the checkpoint: losses will differ from an uninterrupted run"
+                )
         tensors = checkpoints.read_tensors(origin)
         load_states(self.optimizer, self.schedule, self.accelerator.scaler, tensors)
         self.report(f"continuing at step {state.step} of {self.steps}")
@@ -296,7 +298,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def save_lora(self, path: Path, dtype: torch.dtype) -> None:
-        """Write the LoRA with its facts."""
+        """Write the LoRA with the run's facts as metadata."""
         recorded = facts(self.config, self.plan, self.state, self.steps)
         save_adapter(self.transformer, path, recorded, dtype=dtype)
 
@@ -332,7 +334,7 @@ class Trainer:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes files."""
         return self.accelerator.is_main_process
 
     def _initial_state(self) -> State:

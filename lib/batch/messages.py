@@ -1,4 +1,4 @@
-"""What the process that distributes a list and its batch workers send each other."""
+"""Messages between the process that distributes a list and its batch workers."""
 
 from dataclasses import dataclass
 from pathlib import Path

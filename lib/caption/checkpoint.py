@@ -45,7 +45,7 @@ OTHER_NAMES = {
     "lm_head.weight": "language.lm_head.weight",
 }
 INV_FREQ = "self_attn.rotary_emb.inv_freq"
-"""The same in every layer of a checkpoint; a CaptionModel has it once."""
+"""A buffer that is the same in every layer of a checkpoint; a CaptionModel has it once."""
 OUR_INV_FREQ = "language.model.rotary_emb.inv_freq"
 
 

@@ -1,6 +1,6 @@
-"""A clip and a question as the model takes them: frames, pixel values, and tokens with types and positions.
+"""Turn a clip and a question into the model's inputs: pixel values, and tokens with types and positions.
 
-All as the original code computes them (tests/data/caption has its values).
+Everything is computed as in the original code, whose values are in tests/data/caption.
 """
 
 import math
@@ -22,7 +22,7 @@ AUTO_SECONDS = (2.0, 24.0)
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's."""
+"""CLIP's normalization of pixel values."""
 CHUNK_BYTES = 64 << 20
 """Size of the float32 frames that are scaled at once: 24 frames of 1080p would take 570 MB. A clip that fits
 is scaled in one call, as in the original, since torch's rounding depends on the number of frames."""
@@ -50,8 +50,8 @@ def choose_frames(
 ) -> tuple[list[int], Literal["chat", "base", "uniform"]]:
     """Return the indices of at most 24 distinct frames in order, and the sampling used (auto resolved).
 
-    chat: the frames nearest to seconds 0 to 23. base: 24 evenly over the first 60 seconds. uniform: 24 evenly
-    over the whole clip. auto: chat for clips of 2 to 24 seconds, otherwise uniform.
+    chat: the frames nearest to seconds 0 to 23. base: 24 evenly spaced over the first 60 seconds. uniform: 24
+    evenly spaced over the clip. auto: chat for clips of 2 to 24 seconds, otherwise uniform.
 
     Args:
         timestamps: float64 [T], seconds from the first frame.
@@ -88,7 +88,7 @@ def pixel_values(frames: np.ndarray, size: int) -> torch.Tensor:
 
     Returns float32 [T, 3, size, size].
     """
-    # Normalizing before scaling, the floor of the longer side and the crop's rounding are the original's.
+    # As in the original: normalize before scaling, round the longer side down, round the crop's corner.
     values = torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)
     values = values.to(torch.float32, memory_format=torch.contiguous_format)
     mean, std = (torch.tensor(numbers).view(3, 1, 1, 1) for numbers in (MEAN, STD))
@@ -110,9 +110,9 @@ def build_prompt(
 ) -> Prompt:  # fmt: skip
     """Return the prompt for a clip of `frames` frames.
 
-    It has the start token, for each frame `tokens_per_frame` padding tokens whose embeddings the vision tower
-    replaces (in chat followed by the frame's number), and the question. `encode` tokenizes text without
-    special tokens.
+    It consists of the start token, `tokens_per_frame` padding tokens for each frame (in chat followed by the
+    frame's number), and the question. The vision tower's output replaces the embeddings of the padding.
+    `encode` tokenizes text without special tokens.
     """
     ids, types = [bos], [LANGUAGE]
     for number in range(frames):

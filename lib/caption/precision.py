@@ -30,7 +30,7 @@ QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 64}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """What was chosen, and why."""
+    """The chosen precision, and why."""
 
     device: Literal["cpu", "cuda"]
     dtype: Dtype

@@ -1,4 +1,4 @@
-"""What a request for captions can ask for, validated. Imports no torch."""
+"""Validated settings of a request for captions. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

@@ -18,7 +18,7 @@ from lib.serving.signature import SignatureError
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 """Exit statuses other than 0: an error, a wrong command line, Ctrl-C as shells report it."""
 READER_GONE, TERMINATED = 141, 143
-"""As shells report SIGPIPE and SIGTERM."""
+"""Exit statuses with which shells report SIGPIPE and SIGTERM."""
 EXAMPLE_PROMPT = "a red circle moves right on a black background"
 
 

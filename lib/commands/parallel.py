@@ -2,10 +2,10 @@
 
 One clip that all processes make together goes to the file OUTPUT:
   script/parallel t2v prompt="a red circle moves right on a black background" output.mp4
-A list of clips, each made by one process, goes to the folder OUTPUT, with a line each in its results.jsonl:
+A list of clips, each made by one process, goes to the folder OUTPUT, with a line for each in results.jsonl:
   script/parallel t2v prompts=prompts.txt num_inference_steps=30 clips
-A list is a .txt with a prompt on each line, or a .csv or .jsonl with a column or key for each input. The same
-command again makes what is missing. Without --processes there is one for each GPU.
+A list is a .txt with a prompt on each line, or a .csv or .jsonl with a column or key for each input. Run the
+same command again to make what is missing. Without --processes there is one for each GPU.
 """
 
 import os
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         return FAILED
     except (Stopped, KeyboardInterrupt):
         signal.alarm(0)
-        view.line("stopped; run the same command again to go on" if command.is_list else "stopped")
+        view.line("stopped; run the same command again to continue" if command.is_list else "stopped")
         return INTERRUPTED
     finally:
         view.close()

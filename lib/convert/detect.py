@@ -50,7 +50,7 @@ LABELS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a file holds."""
+    """The content of a file."""
 
     kind: Kind
     layout: Layout | None

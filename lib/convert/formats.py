@@ -2,8 +2,8 @@
 
 A safetensors file is a length of 8 bytes, a JSON header and the tensors' bytes one after the other. A torch
 file is an uncompressed zip: data.pkl, where each tensor is a call of PyTorch's own rebuilding function on a
-numbered storage, and the storages. torch.save would hold every concatenated tensor in memory, and the writer
-beneath it ends the process when the disk is full.
+numbered storage, and the storages. torch.save would hold every concatenated tensor in memory, and its writer
+aborts the process when the disk is full.
 """
 
 import inspect
@@ -42,7 +42,7 @@ STEP = "1"
 ALIGNMENT = 64
 ROOT = "archive"
 VERSION = b"3\n"
-"""Of the torch file's layout."""
+"""Version of the torch file's layout."""
 PROTOCOL = 2
 """The pickle protocol that torch.save uses."""
 STORAGES = {
@@ -129,7 +129,7 @@ def write_states(
 
 
 def write_config(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write a configuration of diffusers' class `kind` as it does: with defaults and its version, sorted."""
+    """Write a configuration as diffusers' class `kind` does: defaults and version included, keys sorted."""
     parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
     complete = {each.name: each.default for each in parameters if each.default is not each.empty}
     complete |= {"_class_name": kind, "_diffusers_version": diffusers.__version__, **content}
@@ -162,7 +162,7 @@ def check_lora(path: Path, planned: Sequence[PlannedTensor]) -> str:
     )
     expected = {tensor.name: tensor.shape for tensor in planned}
     _compare({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, path)
-    return f"all {len(expected)} names and shapes come back through diffusers"
+    return f"all {len(expected)} names and shapes match when diffusers reads the file"
 
 
 def check_torch(path: Path, wrapper: str, planned: Sequence[PlannedTensor]) -> str:
@@ -176,7 +176,7 @@ def check_torch(path: Path, wrapper: str, planned: Sequence[PlannedTensor]) -> s
     for tensor in planned:
         if content[tensor.name].dtype != tensor.dtype:
             raise CheckFailed(f"{path}: {tensor.name} is {content[tensor.name].dtype}, not {tensor.dtype}")
-    return f"all {len(planned)} names, shapes and types come back through torch.load"
+    return f"all {len(planned)} names, shapes and types match when torch.load reads the file"
 
 
 def _compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], path: Path) -> None:
@@ -234,7 +234,7 @@ class _Storage:
 
 
 class _Tensor:
-    """Pickled as a tensor over a complete storage."""
+    """Pickled as a tensor that covers its storage."""
 
     def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
         self.storage, self.shape = storage, shape
@@ -263,7 +263,7 @@ def _add_member(
     content: Iterable[bytes | memoryview],
     progress: Progress | None = None,
 ) -> None:
-    """Write one member with its bytes at a multiple of ALIGNMENT, so that they can be mapped as numbers."""
+    """Write one member with its bytes at a multiple of ALIGNMENT, so that the file can be memory-mapped."""
     member = zipfile.ZipInfo(f"{ROOT}/{name}")
     large = size > zipfile.ZIP64_LIMIT // 2
     header = 30 + len(member.filename) + 4 + (20 if large else 0)

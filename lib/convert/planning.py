@@ -42,14 +42,14 @@ class Conversion:
 
     component: Component | Literal["lora"]
     source: str
-    """What messages call its file."""
+    """Name of its file in messages."""
     variant: str
     family: str | None = None
     planned: list[PlannedTensor]
     config: dict[str, Any] = field(default_factory=dict)
     """config.json; of a LoRA its rank, and alpha as SAT counts it."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """Of a LoRA's safetensors file."""
+    """Metadata of a LoRA's safetensors file."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Name in the source -> why it is not converted."""
 

@@ -1,4 +1,4 @@
-"""Open a checkpoint: its tensors by their bare names, mapped from the disk, with plain data unpickled only.
+"""Open a checkpoint: tensors by bare name, memory-mapped. Only plain data is unpickled.
 
 A 5B file has 21 GB: a tensor is read only when its values are used.
 """
@@ -37,7 +37,7 @@ NAME_PREFIXES = ("module.", "_orig_mod.", MODEL)
 MAX_WRAPPERS = 6
 MAX_LEGACY_BYTES = 2_000_000_000
 MAX_PICKLE_BYTES = 256 << 20
-"""Of the names and shapes; the tensors' values are stored separately."""
+"""Limit of the names and shapes; the tensors' values are stored separately."""
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 RESAVE = 'torch.save({"module": weights}, "file.pt")'
 
@@ -47,15 +47,15 @@ class Checkpoint:
     """The content of a file. Tensors may be views of the file, valid only inside open_checkpoint."""
 
     name: str
-    """What messages call it."""
+    """Name in messages."""
     tensors: dict[str, Tensor]
     """The model's, by bare name."""
     vae: dict[str, Tensor] = field(default_factory=dict)
-    """Of the VAE that a fine-tuned file holds in addition to the model."""
+    """Tensors of the VAE that a fine-tuned file holds in addition to the model."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Entries and parts that are left out -> why."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """Of a safetensors file."""
+    """Metadata of a safetensors file."""
     config: dict[str, Any] | None = None
     """The config.json next to safetensors files."""
 

@@ -48,7 +48,7 @@ class Part:
     dropped: dict[str, str] = field(default_factory=dict)
     """Name in the source, or a prefix and an asterisk -> why it is not in the result."""
     checked: str = ""
-    """What was compared after writing."""
+    """Result of the comparison after writing."""
 
     @property
     def bytes(self) -> int:

@@ -43,7 +43,7 @@ class PlannedTensor:
     scale: float = 1.0
     """Every value is multiplied by it, in double precision."""
     source: str = ""
-    """What messages call the file that it comes from."""
+    """Name in messages of the file that it comes from."""
 
     @property
     def nbytes(self) -> int:

@@ -33,7 +33,7 @@ class CaptionedDataset:
     new: frozenset[str]
     """Names of the clips that the model captioned; the others kept their captions."""
     replaced: frozenset[str]
-    """Those of `new` that had a caption before."""
+    """Names in `new` of clips that had a caption before."""
     left_out: list[LeftOut]
     cut_off: int
     """How many new captions were cut off at max_new_tokens."""

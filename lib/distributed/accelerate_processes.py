@@ -107,7 +107,7 @@ class AccelerateProcesses:
         return message["made"]
 
     def arrive(self, topic: str) -> None:
-        """Tell the others that this process has reached a barrier, without waiting for them."""
+        """Announce that this process has reached a barrier, without waiting for them."""
         if self.count > 1:
             self._store.set(f"cogvideox/{topic}/{self.rank}", "here")
 

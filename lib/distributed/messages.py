@@ -1,4 +1,4 @@
-"""What the worker pool and its workers send each other."""
+"""Messages between the worker pool and its workers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ class DenoisingJob:
 
     request: Request
     embeddings: Embeddings
-    """Of prompt and negative prompt: only the first process has a text encoder."""
+    """Embeddings of prompt and negative prompt: only the first process has a text encoder."""
     layout: Layout
 
 

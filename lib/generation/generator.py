@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from lib.cancellation import Stopped
+from lib.cancellation import check_stop
 from lib.generation.decoding import FrameCollector, FrameSink, decode_latents
 from lib.generation.prompts import Embeddings, PromptEncoder
 from lib.generation.request import Request
@@ -36,7 +36,7 @@ class Generator:
     spec: ModelSpec
     pipeline: DiffusionPipeline
     plan: MemoryPlan | None = None
-    """Limits what a request may need; None: no limit."""
+    """Limits the memory of a request; None for no limit."""
     report: Report = print_line
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds of the last request by stage."""
@@ -80,7 +80,7 @@ class Generator:
             sink: Takes the frames.
             stop: Stops the generation within one step, or one group of frames (or tile) of decoding.
             embeddings: Replace the text encoder, which the pipeline then need not have.
-            shared_denoising: Lets other processes denoise too, each with `latents`.
+            shared_denoising: Context in which other processes denoise too, each with `latents`.
 
         Raises:
             Stopped: `stop` was set.
@@ -93,8 +93,7 @@ class Generator:
         )
 
         def check(*_: object) -> None:
-            if stop is not None and stop.is_set():
-                raise Stopped
+            check_stop(stop)
 
         decoder_hook = self.pipeline.vae.decoder.register_forward_pre_hook(check)
         try:
@@ -110,11 +109,11 @@ class Generator:
                     self._decode(latents, request.num_frames, sink, tiled=tiled)
         finally:
             decoder_hook.remove()
-            # Also after a failure: a component left on the GPU would take the next request's room.
+            # Also after a failure: a component left on the GPU would take the next request's memory.
             self.pipeline.maybe_free_model_hooks()
 
     def latents(self, request: Request, embeddings: Embeddings, *, check: Callable[[], None]) -> torch.Tensor:
-        """Denoise without encoding and decoding: [1, f, C, h, w], for a process whose clip another decodes.
+        """Return denoised latents [1, f, C, h, w]; another process encodes the prompts and decodes.
 
         `check` is called before the first step and after each, and may raise.
         """
@@ -175,7 +174,7 @@ class Generator:
             ).frames
 
     def _decode(self, latents: torch.Tensor, num_frames: int, sink: FrameSink, *, tiled: bool) -> None:
-        """Latents [1, f, C, h, w] -> frames. 1.5 pads f to a multiple of its temporal patch, in front."""
+        """Decode latents [1, f, C, h, w], without those that CogVideoX 1.5 adds in front as padding."""
         kept = (num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
         latents = latents[:, latents.shape[1] - kept :]
         if not torch.isfinite(latents).all():
@@ -186,6 +185,6 @@ class Generator:
         decode_latents(self.pipeline, latents, sink, tiled=tiled, report=self.report)
 
     def _without_gradients(self) -> AbstractContextManager[Any]:
-        """Return inference_mode, or no_grad where weights are moved: quantized ones cannot in the other."""
+        """Return inference_mode, or no_grad with offloading, which else could not move quantized weights."""
         offloaded = any(hasattr(part, "_hf_hook") for part in self.pipeline.components.values())
         return torch.no_grad() if offloaded else torch.inference_mode()

@@ -10,7 +10,7 @@ from lib.models.specs import ModelSpec
 from lib.progress import Report, print_line
 
 Embeddings = tuple[torch.Tensor, torch.Tensor | None]
-"""Of prompt and negative prompt, [1, tokens, width] each."""
+"""Embeddings of prompt and negative prompt, [1, tokens, width] each."""
 KEPT = 32
 """Embeddings of T5-XXL are 1.9 MB each in 16 bits."""
 

@@ -34,7 +34,7 @@ class Request:
     scheduler: Literal["default", "ddim", "dpm"]
     speed: Speed = "exact"
     forecast_steps: tuple[int, ...] = ()
-    """Those that `speed` leaves out, counted from 0."""
+    """Steps that are forecast instead of computed, counted from 0."""
     image: Image.Image | None = None
     """First frame, already of width x height; image-to-video only."""
     image_fit: Literal["crop", "pad", "stretch"] | None = None

@@ -1,4 +1,4 @@
-"""Tell safetensors files from other files by their first bytes, and read their headers."""
+"""Recognize safetensors files by their first bytes, and read their headers."""
 
 import json
 import math
@@ -40,7 +40,7 @@ class Header:
 
 
 def kind_of(path: Path, *, name: str) -> Kind:
-    """Return whether a file is safetensors or a tar archive. Raises UserError saying what else it is."""
+    """Return the kind of a file. Raises UserError for other kinds, with what the file is."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(TAR_MAGIC_AT + 8)
@@ -64,16 +64,16 @@ def kind_of(path: Path, *, name: str) -> Kind:
 
 
 def describe_text(start: bytes) -> str | None:
-    """Return what a file is that begins as a web page or a Git LFS pointer, None for other files."""
+    """Return a description of a web page or a Git LFS pointer, None for other files."""
     if start.lstrip()[:1] == b"<":
         return "a web page, not the file itself; copy the address of the download"
     if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file that it stands for"
+        return "a Git LFS pointer, not the file that it points to"
     return None
 
 
 def read_header(path: Path, *, name: str) -> Header:
-    """Read a safetensors file's header. Raises UserError unless it is valid and describes the whole file."""
+    """Read a safetensors file's header. Raises UserError unless it is valid and accounts for every byte."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -74,13 +74,13 @@ class LoraFile:
 
     path: Path
     name: str
-    """What messages call it."""
+    """Name in messages."""
     layout: str
     pairs: dict[str, Pair]
     """Module name -> its matrices."""
     scaling: Scaling
     recorded: dict[str, object]
-    """What our trainer recorded: base, task, trigger word, steps."""
+    """Metadata that our trainer recorded: base, task, trigger word, steps."""
     elements: int
 
     @property

@@ -1,4 +1,4 @@
-"""What a request may write to name a LoRA: its inputs -> addresses. Nothing is fetched here.
+"""Parse the inputs that name LoRAs into addresses. Nothing is fetched here.
 
 https://replicate.delivery/.../trained_model.tar          the output of a training
 https://example.com/style.safetensors                     any https address
@@ -54,9 +54,9 @@ class Address:
 
     place: Place
     name: str
-    """What messages call it: the input without secrets."""
+    """Name in messages: the input without secrets."""
     label: str
-    """What metrics and the video's metadata call it: without secrets and paths of this machine."""
+    """Name in metrics and the video's metadata: without secrets and paths of this machine."""
     key: str
     """The cache's key, equal for all ways to write the same file."""
     trusted: bool = False
@@ -67,7 +67,7 @@ class Address:
     path: str = ""
     """The file or folder in a repository; empty to choose one."""
     content: bytes = b""
-    """Of a data URI."""
+    """Content of a data URI."""
     file: Path = Path()
     """On this machine."""
 

@@ -34,7 +34,7 @@ class ModelConfigs:
 
 
 def released_transformer(spec: ModelSpec) -> dict[str, Any]:
-    """Return what a released transformer/config.json says besides diffusers' defaults."""
+    """Return the settings of a released transformer/config.json that differ from diffusers' defaults."""
     image = spec.task == "i2v"
     return {
         "num_attention_heads": (spec.attention_width or 0) // 64,

@@ -20,7 +20,7 @@ CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
 class LiveBytes(TorchDispatchMode):
     """Inside the block: bytes of storages that operations made and that still exist.
 
-    With `device`, also what its kernels need for a moment besides their operands and results.
+    With `device`, also the temporary buffers of its kernels.
     """
 
     def __init__(self, device: Device | None = None) -> None:

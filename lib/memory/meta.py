@@ -30,7 +30,7 @@ FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """Numbers of weights: `linear` of matrix products, which quantization shrinks, and `other`.
+    """Numbers of weights: `linear` of linear layers, which may be quantized, and `other`.
 
     `rows` are the outputs of the products.
     """

@@ -1,4 +1,4 @@
-"""How much memory a request takes under each plan: at each stage, weights on the device and tensors."""
+"""Predict the memory of a request under each plan: weights on the device and tensors, stage by stage."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 OFFLOADS: tuple[Offload, ...] = ("resident", "text", "model", "group", "sequential")
 """Fastest first. text: the text encoder is on the GPU while it encodes. model: each part is on the GPU while
-it is used. group: the blocks of the transformer come one at a time, the next during the one that computes.
-sequential: each layer comes when it is used."""
+it is used. group: the transformer's blocks are loaded one at a time, each while the previous one computes.
+sequential: each layer is loaded when it is used."""
 Weights = Literal["none", "int8", "fp8"]
 """How the linear layers in the blocks of transformer and text encoder are stored."""
 ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 4
-"""Most for each output of a quantized layer."""
+"""At most, for each output of a quantized layer."""
 STREAMED_BLOCKS = 3
-"""With group offloading: the block that computes, the next, and the last, which may still be in use."""
+"""With group offloading: the block that computes, the next, and the previous, which may still be in use."""
 HEAP_BYTES = 2**27
 """Added on a CPU: gaps in the heap, and what libraries allocate when they first compute."""
 GIB = 2**30
@@ -50,7 +50,7 @@ class MemoryModel:
         *,
         weights: Weights = "none",
     ) -> "MemoryModel":
-        """Make the model of a folder, or without one of the released checkpoint."""
+        """Return the memory model of a folder's model, or of the released checkpoint without a folder."""
         return cls(
             name=spec.name,
             configs=ModelConfigs.from_folder(folder) if folder else ModelConfigs.from_spec(spec),
@@ -67,7 +67,7 @@ class MemoryModel:
         transformer = meta.transformer_stack(self.configs.transformer)
         encoder = meta.text_encoder_stack(self.configs.text_encoder, self.dtype)
         item = ITEMSIZE[self.dtype]
-        # transformers keeps the last product of each block of T5 in float32 where others are in float16.
+        # transformers keeps the last linear layer of each T5 block in float32 when the others are float16.
         wide = self.dtype == "float16" and self.weights == "none"
         widened = 2 * encoder.width * encoder.feed_forward if wide else 0
         return {
@@ -106,7 +106,7 @@ class MemoryModel:
             "sequential": tuple(parts),
         }
         sizes = [parts[name] for name in moved[offload]]
-        # Group offloading copies a part to pinned memory before it frees the part as it was loaded.
+        # Group offloading copies a part to pinned memory before it frees the original.
         return sum(sizes) + (max(sizes) if offload == "group" else 0)
 
     def weights_on_device(self, offload: Offload, lora_bytes: int = 0) -> dict[Stage, int]:
@@ -126,7 +126,7 @@ class MemoryModel:
             "text": (all_parts, without_text, without_text, without_text),
             # A VAE that has encoded the image stays until the clip is done.
             "model": (parts["text_encoder"], vae, without_text if self.image else without_text - vae, vae),
-            "group": (  # the VAE stays; of the text encoder single layers come
+            "group": (  # the VAE stays; the text encoder is loaded layer by layer
                 vae + embedding + STREAMED_BLOCKS * encoder.width * encoder.feed_forward * item,
                 vae,
                 vae + outside + STREAMED_BLOCKS * block + lora_bytes,
@@ -154,7 +154,7 @@ class MemoryModel:
 
 
 def usual_clip(spec: ModelSpec, *, frames: int | None = None) -> Clip:
-    """Return the clip of a request without settings, or of another length."""
+    """Return the clip of a request with default settings, or with another number of frames."""
     return Clip(width=spec.width, height=spec.height, frames=frames or spec.frames)
 
 

@@ -1,4 +1,4 @@
-"""What a request asks for, as far as memory depends on it."""
+"""The properties of a request that determine its memory, and the stages of its work."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -24,7 +24,7 @@ class StepSchedule:
     """How many of a request's steps are computed; lib/generation/step_cache.py forecasts the others."""
 
     computed: int
-    """Of the spec's num_inference_steps."""
+    """How many of the spec's num_inference_steps are computed."""
     first: int
     """Computed one after the other at the beginning; at least 2."""
     last: int
@@ -69,8 +69,8 @@ class ModelSpec:
     layers: int | None = None
     """Transformer blocks of a released model."""
     scaling_factor: float | None = None
-    """Factor of the VAE's latents. Conversion takes this and the next three values from here, since no tensor
-    tells them. None for models that nothing is converted to."""
+    """Factor of the VAE's latents. Conversion takes this and the next three values from here, since they
+    cannot be read from tensors. None for models that are not a target of conversion."""
     invert_scale_latents: bool = False
     """Whether an image's latents are divided by the factor instead of multiplied."""
     snr_shift_scale: float = 1.0

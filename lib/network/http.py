@@ -45,7 +45,7 @@ BROKEN = (
     httpcore2.UnsupportedProtocol,
     httpx2.InvalidURL,
 )
-"""What the transport raises when a request cannot be sent or a body does not arrive."""
+"""Errors of the transport when a request cannot be sent or a body does not arrive."""
 
 T = TypeVar("T")
 
@@ -180,16 +180,16 @@ class Source:
             return self.error(f"its certificate is not valid ({cause.verify_message})", CHECK)
         if isinstance(error, (httpx2.InvalidURL, httpcore2.UnsupportedProtocol)):
             return self.error("the address is malformed", CHECK)
-        said, remedy = f"the connection broke ({str(error) or type(error).__name__})", AGAIN
+        problem, remedy = f"the connection broke ({str(error) or type(error).__name__})", AGAIN
         if isinstance(error, httpcore2.TimeoutException):
-            said = f"the host sent nothing for {self.timeout:g} s"
+            problem = f"the host sent nothing for {self.timeout:g} s"
         elif isinstance(cause, socket.gaierror):
-            said, remedy = "the host's name is not known", "Check the address and this machine's network."
+            problem, remedy = "the host's name is not known", "Check the address and this machine's network."
         elif isinstance(cause, ConnectionRefusedError):
-            said, remedy = "the host refuses the connection", "Check the address, or start again later."
+            problem, remedy = "the host refuses the connection", "Check the address, or start again later."
         elif response and response.num_bytes_downloaded < length:
-            said = f"the connection ended after {response.num_bytes_downloaded:,} of {length:,} bytes"
-        return self.error(said, remedy, transient=True)
+            problem = f"the connection ended after {response.num_bytes_downloaded:,} of {length:,} bytes"
+        return self.error(problem, remedy, transient=True)
 
 
 def retry(

@@ -1,7 +1,7 @@
-"""Which files and addresses a request may name.
+"""Check the addresses in a request: https only, and no private addresses.
 
-Paths on the server's disk, http:// and private addresses are for a server that only its owner reaches: they
-need COGVIDEOX_LOCAL_SOURCES=1, which script/predict and the tests set.
+COGVIDEOX_LOCAL_SOURCES=1 also allows http://, private addresses and paths on the server's disk. It is for
+servers that only their owner can reach; script/predict and the tests set it.
 """
 
 import ipaddress
@@ -34,7 +34,7 @@ def check_address(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme != "https":
         raise UserError(f"{shown} is not encrypted; give an https:// address or upload the file.")
-    if {"@", "%"} & set(parts.netloc):  # a host that two readers may read differently
+    if {"@", "%"} & set(parts.netloc):  # URL parsers disagree about these
         raise UserError(f"The host of {shown} is not a plain name; give it without a user or escapes.")
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)
@@ -59,9 +59,9 @@ def check_public(address: str, url: str) -> None:
 def request_rules(
     *, stop: threading.Event | None = None, trusted: str | None = None, seconds: float | None = None
 ) -> Rules:
-    """Return the rules for addresses that a request names, which hold for `seconds` from now.
+    """Return the rules for addresses that a request names; the fetch has to end within `seconds`.
 
-    Below `trusted`, an address that the operator chose, everything is allowed.
+    Everything below `trusted`, an address that the operator chose, is allowed.
     """
 
     def unless_trusted(check: Callable[..., None]) -> Callable[..., None]:
@@ -81,7 +81,7 @@ def request_rules(
 
 
 def operator_rules(*, stop: threading.Event | None = None) -> Rules:
-    """Return the rules for addresses that the operator chose: anything, within TOTAL_SECONDS from now."""
+    """Return the rules for addresses that the operator chose: all are allowed, within TOTAL_SECONDS."""
     return Rules(end=time.monotonic() + TOTAL_SECONDS, stop=stop)
 
 

@@ -6,6 +6,8 @@ arithmetic in the same order, through `dispatch_attention_fn`, and in float32 on
 
     install(pipeline.transformer)
     pipeline.transformer.set_attention_backend("native")   # now takes effect
+
+A server's backend (COGVIDEOX_ATTENTION) is chosen and set in lib/pipelines/acceleration.py.
 """
 
 from collections.abc import Callable
@@ -90,7 +92,7 @@ def _rotate_video(states: Tensor, text_tokens: int, cos: Tensor, sin: Tensor) ->
     video = states[:, text_tokens:]
     real, imaginary = video.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-imaginary, real), dim=-1).flatten(-2)
-    video.copy_(video.float() * cos + turned.float() * sin)  # in place: nobody else has `states`
+    video.copy_(video.float() * cos + turned.float() * sin)  # in place: `states` is used only here
     return states
 
 

@@ -57,7 +57,7 @@ def compile_blocks(
 def keep_compilations() -> None:
     """Keep compilations in the cache's folder `compiled`, or where TORCHINDUCTOR_CACHE_DIR says.
 
-    Nobody but this user can write there: the files are programs that will be run.
+    Only this user can write there: the files are programs that will be run.
     """
     # torch puts its default into the variable when it is imported.
     if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):

@@ -8,7 +8,7 @@ from lib.models.specs import ModelSpec
 from lib.settings import Dtype
 
 CONTROL_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""Of a control group, versions 2 and 1."""
+"""Files of a control group with its limit and use, versions 2 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class Machine:
 
     device: Literal["cpu", "cuda"]
     free_bytes: int | None
-    """Of the device's memory: a GPU's, or the system's."""
+    """Free memory of the device: the GPU's, or the system's."""
     dtype: Dtype
     system_bytes: int | None = None
     """Free system memory next to a GPU, for weights that are offloaded."""

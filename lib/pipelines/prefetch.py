@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.pipelines.machine import free_system_bytes
 
 SHARE = 0.5
-"""Of free system memory: what is read beyond that might be evicted before it is used."""
+"""Share of free system memory to use: more might be evicted before it is used."""
 BLOCK_BYTES = 64 * 2**20
 
 

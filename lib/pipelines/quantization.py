@@ -1,9 +1,10 @@
 """8-bit weights of a video model through torchao: the linear layers of the transformer and of T5.
 
-Only those of their blocks: embeddings, norms, positions and what leads into and out of the transformer are
-small and suffer most. "int8" and "fp8" store weights in 8 bits, with a scale for each output, and compute as
-before. The dynamic kinds also round their inputs, so that the product itself is computed in 8 bits, and only
-where this saves time: in the transformer, not in its modulations (one row per clip) and not in T5.
+Only layers inside the blocks are quantized: embeddings, norms, positions and the transformer's input and
+output layers are small and lose the most quality. "int8" and "fp8" store weights in 8 bits, with a scale for
+each output, and compute in the model's dtype. The dynamic kinds also quantize activations, so that products
+are computed in 8 bits, where this saves time: in the transformer, except its modulations (one row per clip),
+and not in T5.
 """
 
 from typing import Any, Literal
@@ -14,18 +15,18 @@ from torch import nn
 from lib.settings import Quantization
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "int8-dynamic", "fp8", "fp8-dynamic")
-"""Those of a video model; int4 is for captions."""
+"""Supported by video models; int4 is only for captions."""
 StoredWeights = Literal["none", "int8", "fp8"]
 
 
 def stored_weights(kind: Quantization) -> StoredWeights:
-    """Return how the weights are stored, whatever the products are computed in."""
+    """Return how the weights are stored, regardless of the type of the products."""
     stored: dict[str, StoredWeights] = {"int8": "int8", "fp8": "fp8"}
     return stored.get(kind.removesuffix("-dynamic"), "none")
 
 
 def quantize_pipeline(pipeline: DiffusionPipeline, kind: Quantization, *, device: str) -> None:
-    """Replace the weights, layer by layer, so that at most one layer is there twice.
+    """Quantize the weights layer by layer, so that at most one layer is in memory twice.
 
     Each layer is quantized on `device` and stays there. This cannot be undone or repeated.
     """
@@ -40,7 +41,7 @@ def quantize_pipeline(pipeline: DiffusionPipeline, kind: Quantization, *, device
 
 
 def _configs(kind: Quantization) -> tuple[Any, Any]:
-    """Return torchao's configs for weights that are only stored in 8 bits, and for products computed so."""
+    """Return torchao's configs for layers that only store 8 bits, and for those that may compute in them."""
     from torchao import quantization as torchao  # an optional package
 
     # By default they set torch's precision and inductor's options for the whole process.

@@ -29,7 +29,7 @@ REPORT_SECONDS = 1.0
 
 @dataclass(kw_only=True, slots=True)
 class CaptionService:
-    """What every captioning server has. One request at a time."""
+    """The captioner of a server, and its metrics. Serves one request at a time."""
 
     captioner: Captioner
     compute: ComputeThread
@@ -37,7 +37,7 @@ class CaptionService:
     setup_metrics: dict[str, object]
     """Metrics that are the same for every request."""
     fingerprint: str
-    """As model_fingerprint."""
+    """The model's, from model_fingerprint."""
 
     @classmethod
     def load(cls, model: Model, *, started: float) -> Self:

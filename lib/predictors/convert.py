@@ -1,4 +1,4 @@
-"""What the conversion predictors do: checkpoints -> a tar or a LoRA's file."""
+"""The conversion predictors: turn checkpoints into a tar or a LoRA file."""
 
 import shutil
 import threading

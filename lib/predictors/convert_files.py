@@ -1,4 +1,4 @@
-"""Resolve input files: an upload, an address or a path -> a file or folder on this disk while it is used.
+"""Resolve a checkpoint input (an upload, an address or a path) to a file or folder on this disk.
 
 The service downloads addresses itself: Cog downloads inputs of up to 2 GiB, and a 5B checkpoint has ten times
 that. An interrupted download stays in the cache folder, and the next request for its address resumes it; a
@@ -32,11 +32,11 @@ from lib.storage.disk import disk_error
 from lib.storage.lock import lock
 
 MAX_BYTES = 100 * 10**9
-"""Of a file, and of an archive's content. A 5B model with its text encoder has 42 GB in float32."""
+"""Limit of a file, and of an archive's content. A 5B model with its text encoder has 42 GB in float32."""
 FETCH_SECONDS = 3 * 3600.0
 """A download blocks the server: 21 GB at 2 MB a second take this long."""
 KEPT = 3
-"""How many unfinished downloads are kept, the newest ones."""
+"""How many of the newest unfinished downloads are kept."""
 FOLDER = "checkpoints"
 COG_PREFIX = re.compile(r"tmp[a-z0-9_]{8}")
 """Cog prepends this to the name of an upload."""

@@ -20,7 +20,7 @@ from lib.errors import UserError
 POLL_SECONDS = 0.25
 CANCEL_SECONDS = 20.0
 QUICK_SECONDS = 10.0
-# coglet frees its slot shortly after it has replied: a refusal so soon after a result is tried again.
+# coglet frees its slot shortly after it has replied: a request refused so soon is retried.
 BUSY_SECONDS = 1.0
 # UserError and its subclasses: their messages are written for the caller and need no class name.
 CALLER_ERRORS = ("UserError", "FetchError", "NoSpaceError", "NoRepositoryError")
@@ -123,7 +123,7 @@ class _Call(threading.Thread):
         super().__init__(daemon=True)
         self.url, self.path, self.body = url, path, body
         self.outcome: tuple[int, bytes] | Exception | None = None
-        # Not join() and is_alive(): in Python 3.11 an interrupted join takes the thread for ended.
+        # Not join() and is_alive(): in Python 3.11 an interrupted join marks the thread as ended.
         self.done = threading.Event()
 
     def run(self) -> None:
@@ -183,7 +183,7 @@ def _detail(item: dict[str, Any]) -> str:
 
 
 def _plain_error(text: str) -> str:
-    """Return the predictor's own sentence, without coglet's prefixes and the names of our error classes."""
+    """Return the predictor's message, without coglet's prefixes and the names of our error classes."""
     while text.startswith(("Prediction failed: ", "Training failed: ")):
         text = text.partition(": ")[2]
     name, _, sentence = text.partition(": ")

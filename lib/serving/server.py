@@ -150,7 +150,7 @@ class Server:
         """Return the server's environment: this process's, the configuration's, and what coglet needs."""
         variables = dict(os.environ) | local_environment(self.config)
         variables |= absolute_folders(variables)
-        # coglet starts its worker as plain `python`: it must be this one.
+        # coglet starts its worker as plain `python`, which must be this interpreter.
         variables["PATH"] = os.pathsep.join(
             [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         )
@@ -234,7 +234,7 @@ def _readable(raw: bytes) -> Iterator[tuple[str, bool]]:
 
 
 def _setup_reason(state: dict[str, Any]) -> str:
-    """Return `RuntimeError: no weights here` from coglet's sentence around it."""
+    """Return the reason in coglet's message, such as `RuntimeError: no weights here`."""
     logs = state.get("setup", {}).get("logs", "") or state.get("status", "")
     reason = logs.rpartition(SETUP_FAILED)[2].strip()
     return reason.removeprefix("setup failed: ")

@@ -120,7 +120,7 @@ def _make_folder(path: Path, member: Member, archive: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(
-            f"{archive.name}: {member.name!r} needs a folder where a file is; refused."
+            f"{archive.name}: {member.name!r} needs a folder where a file is; the archive is refused."
         ) from error
 
 

@@ -35,7 +35,7 @@ def lock(
                     return
                 report(f"{final.name}: another process is downloading it; waiting for that")
                 _wait_for(handle, stop)
-            # The previous holder removed the file: a lock on it would exclude nobody.
+            # The previous holder removed the file: a lock on it would exclude no other process.
             if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
                 continue
             try:

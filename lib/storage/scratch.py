@@ -1,4 +1,4 @@
-"""Temporary directories of requests: the last result stays until it is read, nothing after shutdown."""
+"""Temporary directories of requests: the last result is kept until it has been read, or until shutdown."""
 
 import atexit
 import errno
@@ -22,7 +22,7 @@ class Scratch:
     Cog reads the returned file after the request's code has ended, so the directory of a successful request
     stays until `clear`; a failed or cancelled request leaves nothing. The directories of killed processes are
     removed at the next start: each process locks its directory while it lives, so a directory without a
-    lock is stale. (Process numbers do not help: containers that share the directory have the same ones.)
+    lock is stale. (Process IDs do not help: containers that share the directory reuse them.)
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Scratch:
     @contextmanager
     def request(self) -> Iterator[Path]:
         """Yield a new directory, removed unless the block succeeds (cancellation is a BaseException)."""
-        # The name is chosen first, so that a cancellation during mkdir knows what to remove.
+        # The name is chosen first, so that the folder is removed even after a cancellation during mkdir.
         folder = self.folder / secrets.token_hex(8)
         try:
             folder.mkdir(mode=0o700)
@@ -80,7 +80,7 @@ def _remove_if_stale(folder: Path) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool = True) -> bool:
-    """Return whether the lock was taken. After waiting it is, except on file systems without locks."""
+    """Return whether the lock was taken: always after waiting, except on file systems without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -21,7 +21,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def missing_or_damaged(folder: Path) -> list[str]:
-    """Return the files that a model folder needs but lacks, or has at another size than its record says."""
+    """Return the files that are missing from a model folder, or whose size differs from its record."""
     record = _record(folder)
     if record is None:
         return missing_files(folder)

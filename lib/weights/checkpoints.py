@@ -55,7 +55,7 @@ def locate(
         name: a name of the manifest, the path of a folder, or a Hub repository "owner/name" or
             "owner/name@revision".
         check: called with the model's model_index.json, or else its config.json; raises for a model that the
-            caller cannot use. Of a Hub repository this comes before the other files are downloaded. With a
+            caller cannot use. For a Hub repository it is called before the other files are downloaded. With a
             `check`, a model that has neither file is refused.
         report: receives one line per event.
 
@@ -126,7 +126,7 @@ def _complete_or_raise(folder: Path) -> Path:
 
 
 def _sat_advice(path: Path) -> str:
-    """Return how to convert the checkpoint if it is one of SAT's code, else an empty text."""
+    """Return how to convert a SAT checkpoint; an empty text for anything else."""
     files = [*path.glob("*.pt"), *path.glob("*/*.pt")] if path.is_dir() else [path]
     if not any(file.suffix == ".pt" for file in files):
         return ""
@@ -137,7 +137,7 @@ def _sat_advice(path: Path) -> str:
 
 
 def _with_shared_components(folder: Path, sources: dict[str, Source], cache: Path) -> Path | None:
-    """Return a converted model with components of a downloaded one; None if that is not what it needs."""
+    """Return a converted model completed with a downloaded one's components; None if it needs none."""
     if not folder.is_dir() or not shared_components.can_be_completed(folder):
         return None
     return shared_components.complete(folder, _downloaded(sources, cache), cache=cache)

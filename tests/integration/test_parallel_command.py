@@ -121,7 +121,7 @@ def test_ctrl_c_keeps_finished_clips_and_nothing_else(tmp_path, environment):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.endswith("stopped; run the same command again to go on\n")
+    assert err.endswith("stopped; run the same command again to continue\n")
     assert not any(other.is_running() for other in others)
     made = [row["file"] for row in results(tmp_path / "clips")]
     assert sorted(os.listdir(tmp_path / "clips")) == [*made, "results.jsonl"]

@@ -195,7 +195,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
         (b"<!DOCTYPE html><html>", "a web page, not the file itself; copy the address of the download"),
         (
             b"version https://git-lfs.github.com/spec/v1\n",
-            "a Git LFS pointer, not the file that it stands for",
+            "a Git LFS pointer, not the file that it points to",
         ),
         (b"", "empty"),
         (picture.getvalue(), "not a checkpoint: it is neither a torch.save file nor safetensors"),

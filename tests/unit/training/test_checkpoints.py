@@ -348,7 +348,7 @@ def test_another_lora_or_optimizer_cannot_resume(settings, message):
     with pytest.raises(UserError) as caught:
         checkpoints.with_seed_of(config(**settings), state())
     assert str(caught.value) == (
-        f"the checkpoint of step 3 does not fit: {message}. Give what it was made with, or another "
+        f"the checkpoint of step 3 does not fit: {message}. Use the settings it was made with, or another "
         "output_dir to start from scratch."
     )
 
