@@ -1,4 +1,4 @@
-"""Settings of the whole suite: its environment, its marks, and which worker runs which file."""
+"""Settings of the test suite: its environment, its marks, and which worker runs which file."""
 
 import os
 import signal

@@ -10,7 +10,7 @@ TOKEN = "hf_the_owners"
 
 
 class Hub:
-    """Repositories as the Hub's API makes and fills them: with large files (LFS) beside the commit."""
+    """Repositories as the Hub's API makes and fills them: with large files (LFS) uploaded separately."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}

@@ -53,7 +53,7 @@ def killed(folder, environment) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(folder, environment, killed) -> list[tuple[int, str, str]]:
-    """The killed run again, one that goes on from its result, one without autocaption, one refused."""
+    """The killed run again, one that resumes from its result, one without autocaption, one refused."""
     (folder / "mute").mkdir()
     shutil.copy(folder / "clips" / MUTE[0], folder / "mute")
     return several(

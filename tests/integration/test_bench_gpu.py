@@ -1,4 +1,4 @@
-"""The serving benchmark for GPUs, with small models on a CPU: released shapes, beside plain diffusers."""
+"""The serving benchmark for GPUs, with small models on a CPU: released shapes, against plain diffusers."""
 
 import json
 import os

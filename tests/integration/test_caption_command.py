@@ -161,7 +161,7 @@ def test_ctrl_c_stops_within_a_clip_and_the_same_command_resumes(folder, environ
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         ([], 2, "usage: script/caption FOLDER_OR_ARCHIVE [output_dir=PATH] [setting=value ...]"),
         (["trigger_word=TOK"], 2, "a folder or archive is missing; usage: script/caption FOLDER_OR_ARCHIVE"),
@@ -178,9 +178,9 @@ def test_ctrl_c_stops_within_a_clip_and_the_same_command_resumes(folder, environ
         (["nonsense"], 1, "nonsense holds no clips: it has 3 .json, 1 .safetensors."),
     ],
 )
-def test_invalid_arguments_are_reported_in_one_line(folder, environment, arguments, status, said):
+def test_invalid_arguments_are_reported_in_one_line(folder, environment, arguments, status, message):
     found, out, err = finished(folder, environment, *arguments, launch=COMMAND)
-    assert (found, said in out + err, "Traceback" in err) == (status, True, False), err
+    assert (found, message in out + err, "Traceback" in err) == (status, True, False), err
 
 
 def test_two_processes_give_the_captions_of_one_and_caption_each_clip_once(folder, environment, reference):

@@ -125,9 +125,9 @@ def test_bad_archives_are_refused_and_the_next_request_works(server, folder, tmp
         zip_with(tmp_path / "posing.zip", {"a.mp4": b"I am text"}): "a.mp4 is a text file or playlist",
         folder / "nonsense" / "config.json": "is neither a folder nor a zip or tar archive",
     }
-    for place, (archive, said) in enumerate(refusals.items()):
+    for place, (archive, message) in enumerate(refusals.items()):
         reply = put(server, f"refused-{place}", input_videos=data_uri(archive))
-        assert (reply["status"], said in reply["error"]) == ("failed", True), (archive.name, reply)
+        assert (reply["status"], message in reply["error"]) == ("failed", True), (archive.name, reply)
     with zipfile.ZipFile(folder / "clips.zip") as clips:
         members = {"deep/ü.mp4": clips.read("stars/star-000.mp4"), "bad.mp4": b"text", "ü.txt": b"no clip's"}
     archive = zip_with(tmp_path / "good.zip", members)

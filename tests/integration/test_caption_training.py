@@ -39,7 +39,7 @@ def test_the_predictors_zip_can_be_used_for_training(serve, tmp_path):
     [archive] = save_output(reply["output"], target=tmp_path / "captioned.zip")
     with zipfile.ZipFile(archive) as packed:
         packed.extractall(tmp_path / "out")
-        told = [json.loads(line) for line in packed.read("metadata.jsonl").splitlines()]
+        rows = [json.loads(line) for line in packed.read("metadata.jsonl").splitlines()]
     found, left_out = find_clips(tmp_path / "out")
     assert left_out == []
     status, _, err = finished(
@@ -51,7 +51,7 @@ def test_the_predictors_zip_can_be_used_for_training(serve, tmp_path):
     assert len(losses(tmp_path / "lora")) == 2
     trained = (tmp_path / "lora" / "result" / "captions.jsonl").read_text().splitlines()
     captions = {row["clip"]: row["caption"] for row in map(json.loads, trained)}
-    assert captions == {row["file_name"]: row["text"] for row in told}
+    assert captions == {row["file_name"]: row["text"] for row in rows}
     assert captions == {clip.name: clip.caption for clip in found}
     assert captions["star-000.mp4"] == "a magenta star circles on black"
     assert captions["star-001.mp4"].startswith("TOK ") and captions["star-002.mp4"].startswith("TOK ")

@@ -85,7 +85,7 @@ def several(folder: Path, *commands: tuple[str, ...]) -> list[tuple[int, str, st
     return [(status, out.strip(), err) for status, out, err in outcomes]
 
 
-def begun(folder: Path, process: subprocess.Popen) -> None:
+def wait_until_writing(folder: Path, process: subprocess.Popen) -> None:
     """Wait until a tenth of the weights is written."""
     deadline, size = time.monotonic() + 60, (folder / "large.pt").stat().st_size
     while not any(path.stat().st_size > size / 10 for path in folder.glob("*.partial/*/*.safetensors")):
@@ -153,7 +153,7 @@ def test_help_wrong_command_lines_and_refusals(folder):
     assert helped[0] == 0 and "usage: script/convert FILE" in helped[1] and "\n  overrides  (" in helped[1]
     assert none == (2, helped[1], "")
     for text in (helped[1], lora[1]):
-        assert not any(said in text for said in ("_url", "2 GiB", "@file", "upload it"))
+        assert not any(message in text for message in ("_url", "2 GiB", "@file", "upload it"))
         assert "by its path or https:// address" in " ".join(text.split())
     assert lora[0] == 0 and "\n  alpha  (" in lora[1]
     assert alpha == (
@@ -161,8 +161,8 @@ def test_help_wrong_command_lines_and_refusals(folder):
         "",
         "alpha=0.0 is not supported; it has to be a number above 0. SAT's default is 1.\n",
     )
-    for (status, said), outcome in zip(refused.values(), outcomes, strict=True):
-        assert (outcome[0], outcome[1], said in outcome[2]) == (status, "", True), outcome
+    for (status, message), outcome in zip(refused.values(), outcomes, strict=True):
+        assert (outcome[0], outcome[1], message in outcome[2]) == (status, "", True), outcome
     assert sorted(path.name for path in folder.iterdir() if path.name != "cache") == [
         name for name in before if name != "cache"
     ]
@@ -174,7 +174,7 @@ def test_a_stopped_conversion_leaves_no_folder_that_loads_and_can_be_started_aga
     target = folder / f"stopped-{number.name}"
     command = ("model", *LARGE, f"output={target.name}")
     with started(folder, *command) as process:
-        begun(folder, process)
+        wait_until_writing(folder, process)
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
     left = [path for path in folder.iterdir() if path.name.startswith(target.name)]

@@ -119,13 +119,13 @@ def test_uploads_become_a_tar_of_a_folder_and_the_metrics_say_what_they_were(ser
     assert (metrics["family"], metrics["tensors"]) == ("cogvideox-2b", count)
     assert metrics["sha256"] == hashlib.sha256(content(reply)).hexdigest()
     assert metrics["bytes"] == len(content(reply)) and metrics["seconds"] > 0
-    told = json.loads((folder / REPORT).read_text())
-    assert metrics["dropped"] == sum(len(part["dropped"]) for part in told["parts"]) > 0
-    assert [part["source"] for part in told["parts"]] == ["transformer.bin", "vae.bin"]
+    report = json.loads((folder / REPORT).read_text())
+    assert metrics["dropped"] == sum(len(part["dropped"]) for part in report["parts"]) > 0
+    assert [part["source"] for part in report["parts"]] == ["transformer.bin", "vae.bin"]
     here = len(expected(NAME))
     assert f"progress: converting transformer {here}/{here}" in reply["logs"] == event["logs"]
     assert event["metrics"]["sha256"] == metrics["sha256"]
-    assert str(server.scratch) not in reply["logs"] + json.dumps(told)
+    assert str(server.scratch) not in reply["logs"] + json.dumps(report)
     wait_for(lambda: left(server, cache) == ["converted.tar"])
 
 
@@ -257,10 +257,10 @@ def test_every_refusal_names_the_file_and_the_reason_and_the_next_request_works(
         ({"transformer_url": host.url("/none.pt")}, "the host has nothing at this address (HTTP 404)"),
         ({"transformer_url": str(tmp_path / "none.pt")}, "There is no file or folder"),
     ]
-    for place, (inputs, said) in enumerate(refusals):
+    for place, (inputs, message) in enumerate(refusals):
         status, reply = send(server, f"refused-{place}", **inputs)
-        assert (status, reply["status"]) == (200, "failed"), (said, reply)
-        assert said in reply["error"], reply
+        assert (status, reply["status"]) == (200, "failed"), (message, reply)
+        assert message in reply["error"], reply
     assert not (tmp_path / "executed").exists()
     wait_for(lambda: left(server, cache) in ([], ["converted.tar"]))
     assert content(send(server, "good", **big)[1])
@@ -348,7 +348,7 @@ def test_a_lora_comes_back_with_its_scale_in_it(lora_server, host, tmp_path):
 
 def test_what_is_no_lora_is_refused_and_the_next_request_works(lora_server, tmp_path):
     torch.save({"module": {"a": Malicious(tmp_path / "executed")}}, tmp_path / "bad.pt")
-    for place, (inputs, said) in enumerate(
+    for place, (inputs, message) in enumerate(
         [
             ({}, "Give a LoRA: upload it as lora, or give its address as lora_url."),
             ({"lora": upload(source("t2v-5b"))}, "lora.bin is a SAT CogVideoX transformer; a LoRA was"),
@@ -357,7 +357,7 @@ def test_what_is_no_lora_is_refused_and_the_next_request_works(lora_server, tmp_
         ]
     ):
         _, reply = send(lora_server, f"refused-{place}", **inputs)
-        assert reply["status"] == "failed" and said in reply["error"], reply
+        assert reply["status"] == "failed" and message in reply["error"], reply
     assert not (tmp_path / "executed").exists()
     assert send(lora_server, "wrong", alpha="much")[0] == 422
     assert content(send(lora_server, "good", lora=upload(source("lora-t2v-2b")))[1])

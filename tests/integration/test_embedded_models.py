@@ -1,4 +1,4 @@
-"""The embedded models do what they are told. `script/bench quality` prints the whole table."""
+"""The embedded models follow their prompts. `script/bench quality` prints the complete table."""
 
 import functools
 import os
@@ -17,13 +17,13 @@ from tiny.train_vae import reconstruction_quality
 from tiny.world import ALL_COMBINATIONS, FPS, is_held_out
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-# Shares over a small sample, well below what the whole table shows, so that chance alone does not fail them.
+# Shares over a small sample, well below those in the complete table, so that chance does not fail them.
 FLOORS = {"colour": 0.85, "background": 0.85, "motion": 0.8, "shape": 0.7, "all four": 0.65}
 
 
 @functools.cache
 def generated(task: str) -> list[Result]:
-    """Twenty clips, in fewer steps than the default's 50, which the whole table has."""
+    """Twenty clips, in fewer steps than the default's 50, which the complete table has."""
     generator = load_generator(WEIGHTS / f"tiny-{task}")
     return list(evaluate(generator, task, trained=12, held_out=8, seed=11, num_inference_steps=20))
 

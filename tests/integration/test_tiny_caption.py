@@ -1,6 +1,6 @@
 """tiny-caption describes rendered clips; test_embedded_models.py has generated ones.
 
-`script/bench quality --task caption` prints the whole table.
+`script/bench quality --task caption` prints the complete table.
 """
 
 from pathlib import Path

@@ -44,14 +44,14 @@ def with_memory_for(count: int, monkeypatch) -> list[int]:
 
 def test_a_batch_that_does_not_fit_is_split_with_the_same_captions(captioner, clips, monkeypatch):
     alone = captioner.caption(clips, SETTINGS)
-    said: list[str] = []
+    lines: list[str] = []
     asked = with_memory_for(2, monkeypatch)
-    captions, fits = caption_within_memory(captioner, clips, SETTINGS, limit=8, report=said.append)
+    captions, fits = caption_within_memory(captioner, clips, SETTINGS, limit=8, report=lines.append)
     assert captions == alone
     assert len({caption.text for caption in captions}) > 1
     assert fits == 1
     assert asked == [7, 3, 1, 1, 1, 1, 1, 1, 1]
-    assert said == [
+    assert lines == [
         "a batch of 7 does not fit into the GPU's memory: batches of 3 from now on",
         "a batch of 3 does not fit into the GPU's memory: batches of 1 from now on",
     ]

@@ -100,12 +100,12 @@ def local(
     source: Path, output: Path | None = None, *, stop: threading.Event | None = None, **inputs
 ) -> list[str]:
     """Run script/caption's function in this process; return its report."""
-    told: list[str] = []
+    lines: list[str] = []
     caption_dataset(
         resolve_paths(source, output), QUICK | inputs, processes=AccelerateProcesses(),
-        stop=stop or threading.Event(), report=told.append,
+        stop=stop or threading.Event(), report=lines.append,
     )  # fmt: skip
-    return told
+    return lines
 
 
 def captions(folder: Path) -> dict[str, str]:
@@ -199,9 +199,9 @@ def add_bad_files(clips: Path) -> None:
 def test_each_bad_file_is_in_errors_jsonl_alone(predictor, clips, tmp_path):
     add_bad_files(clips)
     out, metrics = packed(predictor, zip_of(clips, tmp_path / "in.zip"), tmp_path / "out")
-    told = errors(out)
-    assert told.pop("broken.mp4").startswith("video broken.mp4 cannot be decoded: ")
-    assert told == {
+    failures = errors(out)
+    assert failures.pop("broken.mp4").startswith("video broken.mp4 cannot be decoded: ")
+    assert failures == {
         "text.mp4": "video text.mp4 is a text file or playlist, not a video",
         "empty.mp4": "video empty.mp4 is empty (0 bytes)",
         "camera.ts": ".ts files cannot be read: convert it to mp4",
@@ -215,12 +215,12 @@ def test_each_bad_file_is_in_errors_jsonl_alone(predictor, clips, tmp_path):
 def test_on_bad_clip_stop_lists_bad_clips_and_keeps_what_is_done(predictor, clips, tmp_path, asked):
     (clips / "clip 2.mp4").write_text("I am no video")
     archive = zip_of(clips, tmp_path / "in.zip")
-    said = (
+    message = (
         "1 clip cannot be captioned, and on_bad_clip is stop:\n  clip 2.mp4: video clip 2.mp4 is a text file"
     )
     with pytest.raises(UserError) as refused:
         predictor(Metrics(), input_videos=archive, on_bad_clip="stop", batch_size=1, **QUICK)
-    assert str(refused.value).startswith(said)
+    assert str(refused.value).startswith(message)
     assert asked == [1]
     _, metrics = packed(predictor, archive, tmp_path / "out")
     assert asked == [1, 4], "the clip before it is not captioned again"
@@ -235,9 +235,9 @@ def test_an_archive_without_usable_clips_is_refused(predictor, tmp_path):
     bad = zip_with(tmp_path / "bad.zip", {"a.mp4": b"I am no video"})
     with pytest.raises(UserError, match=r"no clip can be captioned:\n  a\.mp4: video a\.mp4 is a text file"):
         predictor(Metrics(), input_videos=bad, **QUICK)
-    for members, said in (({}, "it is empty"), ({"a.txt": b"a"}, r"it has 1 \.txt")):
+    for members, message in (({}, "it is empty"), ({"a.txt": b"a"}, r"it has 1 \.txt")):
         archive = zip_with(tmp_path / "none.zip", members)
-        with pytest.raises(UserError, match=rf"none\.zip holds no clips: {said}\."):
+        with pytest.raises(UserError, match=rf"none\.zip holds no clips: {message}\."):
             predictor(Metrics(), input_videos=archive, **QUICK)
     with pytest.raises(UserError, match="is a folder; send a zip or tar of it, or use script/caption"):
         predictor(Metrics(), input_videos=tmp_path, **QUICK)
@@ -246,7 +246,7 @@ def test_an_archive_without_usable_clips_is_refused(predictor, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "said"),
+    ("inputs", "message"),
     [
         ({"batch_size": 65}, "batch_size=65 is out of range: 1 to 64"),
         ({"existing_captions": "mend"}, "existing_captions=mend is unknown; allowed are keep, replace"),
@@ -254,10 +254,10 @@ def test_an_archive_without_usable_clips_is_refused(predictor, tmp_path):
         ({"prompt": " "}, "prompt is empty; ask something, such as 'Please describe this video in detail.'"),
     ],
 )
-def test_invalid_inputs_are_refused(inputs, said):
+def test_invalid_inputs_are_refused(inputs, message):
     with pytest.raises(UserError) as refused:
         DatasetRequest.from_inputs(inputs)
-    assert str(refused.value) == said
+    assert str(refused.value) == message
 
 
 def test_captions_that_were_cut_off_are_counted():
@@ -337,8 +337,8 @@ def test_a_folder_is_captioned_in_place_and_later_only_where_captions_are_missin
 ):
     (clips / "clip 1.txt").write_text("my own words")
     (clips / "late.mp4").write_text("not yet a video")
-    told = local(clips, trigger_word="TOK")
-    assert told[-1] == "6 clips: 4 captioned, 1 kept, 1 failed, 4 cut off at max_new_tokens"
+    lines = local(clips, trigger_word="TOK")
+    assert lines[-1] == "6 clips: 4 captioned, 1 kept, 1 failed, 4 cut off at max_new_tokens"
     first = captions(clips)
     assert first["clip 1.mp4"] == "my own words" and len(first) == 5
     assert errors(clips) == {"late.mp4": "video late.mp4 is a text file or playlist, not a video"}

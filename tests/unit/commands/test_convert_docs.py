@@ -31,9 +31,11 @@ def test_every_command_is_one_that_is_understood(line):
 
 
 def test_what_the_commands_say_otherwise_is_what_the_forms_say():
-    told = [shape["description"] for each in DOCUMENTS.values() for shape in input_properties(each).values()]
-    for said in LOCALLY:
-        assert any(said in description for description in told), said
+    descriptions = [
+        shape["description"] for each in DOCUMENTS.values() for shape in input_properties(each).values()
+    ]
+    for text in LOCALLY:
+        assert any(text in description for description in descriptions), text
 
 
 def test_there_are_commands_for_both_ways_of_both():
@@ -50,6 +52,6 @@ def test_every_setting_and_choice_is_on_the_page(kind):
 
 
 def test_every_override_is_on_the_page_and_in_the_form():
-    told = input_properties(DOCUMENTS["model"])["overrides"]["description"]
+    description = input_properties(DOCUMENTS["model"])["overrides"]["description"]
     for name in OPTIONS:
-        assert f"`{name}`" in PAGE and re.search(rf"\b{name}\b", told), name
+        assert f"`{name}`" in PAGE and re.search(rf"\b{name}\b", description), name

@@ -93,16 +93,16 @@ def test_family_decides_where_no_tensor_does(tmp_path):
 
 
 def test_a_family_that_contradicts_the_tensors_is_refused(tmp_path):
-    told = refusal(transformer=factory.source("t2v-5b"), family="cogvideox-2b", target=tmp_path / "out")
-    assert told == (
+    message = refusal(transformer=factory.source("t2v-5b"), family="cogvideox-2b", target=tmp_path / "out")
+    assert message == (
         "family=cogvideox-2b was given, but its tensors show a CogVideoX of 2 layers and width 32, of the "
         "cogvideox-5b family. Leave family out: it is needed only for a VAE alone."
     )
 
 
 def test_a_vae_alone_needs_its_family(tmp_path):
-    told = refusal(vae=factory.VAE_FILE, target=tmp_path / "out")
-    assert told.startswith(
+    message = refusal(vae=factory.VAE_FILE, target=tmp_path / "out")
+    assert message.startswith(
         "family is needed for a VAE alone, because its scaling cannot be read from the weights. Allowed are "
     )
     to_diffusers(vae=factory.VAE_FILE, target=tmp_path / "out", family="cogvideox-2b", report=silent,
@@ -121,8 +121,8 @@ def test_files_of_other_kinds_are_named_and_refused(tmp_path):
         ("fc.weight", "not a known model (its tensors are fc.weight ...)"),
     ):
         path = factory.save_sat(tmp_path / "file.pt", {key: torch.ones(2, 2)}, prefix="")
-        told = refusal(transformer=path, target=tmp_path / "out")
-        assert told == f"file.pt is {what}; a CogVideoX transformer was expected."
+        message = refusal(transformer=path, target=tmp_path / "out")
+        assert message == f"file.pt is {what}; a CogVideoX transformer was expected."
 
 
 def test_a_vae_given_as_transformer_and_swapped_files_are_refused(tmp_path):
@@ -143,8 +143,8 @@ def test_a_vae_given_as_transformer_and_swapped_files_are_refused(tmp_path):
 
 def test_a_converted_folder_is_not_converted_again(tmp_path):
     to_diffusers(transformer=factory.source("t2v-2b"), target=tmp_path / "model", report=silent)
-    told = refusal(transformer=tmp_path / "model" / "transformer", target=tmp_path / "out")
-    assert told == (
+    message = refusal(transformer=tmp_path / "model" / "transformer", target=tmp_path / "out")
+    assert message == (
         "transformer is a diffusers CogVideoX transformer: it is already in the diffusers layout. The SAT "
         "layout is needed here; to convert back, choose the other direction."
     )
@@ -159,7 +159,7 @@ def test_a_converted_folder_is_not_converted_again(tmp_path):
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
     layer = "transformer.layers.1.attention.query_key_value"
     what = "a CogVideoX of 2 layers and width 32, of the cogvideox-2b family"
-    for change, told in (
+    for change, message in (
         (
             lambda state: state.pop(f"{layer}.bias"),
             f"file.pt is not a complete model ({what}): {layer}.bias is missing.",
@@ -190,7 +190,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
             "float32, float64.",
         ),
     ):
-        assert refusal(transformer=tiny(tmp_path / "file.pt", change), target=tmp_path / "out") == told
+        assert refusal(transformer=tiny(tmp_path / "file.pt", change), target=tmp_path / "out") == message
 
 
 def test_a_transformer_without_its_key_projection_is_not_converted_back(tmp_path):

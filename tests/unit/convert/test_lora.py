@@ -179,7 +179,7 @@ def test_a_lora_that_diffusers_wrote_keeps_its_strength_in_sat(tmp_path):
 def test_incomplete_and_misshapen_loras_are_refused_by_their_matrices(tmp_path):
     query = "transformer.layers.1.attention.query_key_value.matrix_A.0"
     dense = "transformer.layers.0.attention.dense.matrix_"
-    for change, told in (
+    for change, message in (
         (lambda state: state.pop(query), f"lora.pt is not a complete SAT LoRA: {query} is missing."),
         (
             lambda state: state.update({f"{dense}A.0": torch.ones(5, 8)}),
@@ -198,7 +198,7 @@ def test_incomplete_and_misshapen_loras_are_refused_by_their_matrices(tmp_path):
         state = factory.sat_lora(layers=2, rank=4)
         change(state)
         path = factory.save_sat(tmp_path / "lora.pt", state)
-        assert refusal(lora_to_diffusers, path, tmp_path) == told
+        assert refusal(lora_to_diffusers, path, tmp_path) == message
 
 
 def test_other_files_are_refused(tmp_path):

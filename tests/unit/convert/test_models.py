@@ -184,8 +184,8 @@ def test_dropped_entries_are_grouped_by_reason_with_training_states_last(tmp_pat
         "transformer: dropped conditioner.*, mixins.pos_embed.pos_embedding, buffer_names, "
     )
     assert line.endswith(" ...")
-    told = (tmp_path / "model" / "README.md").read_text()
-    assert "- transformer: `conditioner.*`: 4 tensors: the text encoder; the released T5 is the same" in told
-    states = next(line for line in told.splitlines() if "part of the training state, not a weight" in line)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "- transformer: `conditioner.*`: 4 tensors: the text encoder; the released T5 is the same" in card
+    states = next(line for line in card.splitlines() if "part of the training state, not a weight" in line)
     assert states.startswith("- transformer: `buffer_names`, `optimizer`, ")
     assert states.endswith(" and 11 more, listed in report.json: part of the training state, not a weight")

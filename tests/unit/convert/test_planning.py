@@ -9,7 +9,7 @@ from tests.unit.convert.test_detect import refusal, tiny
 
 
 def test_a_name_with_a_huge_number_does_not_make_a_huge_model(tmp_path):
-    for layer, told in (
+    for layer, message in (
         (
             "9999",
             "file.pt is not a complete transformer: transformer.layers.2.input_layernorm.weight is missing.",
@@ -18,7 +18,7 @@ def test_a_name_with_a_huge_number_does_not_make_a_huge_model(tmp_path):
     ):
         extra = {f"transformer.layers.{layer}.attention.dense.bias": torch.ones(32)}
         path = tiny(tmp_path / "file.pt", lambda state, extra=extra: state.update(extra))
-        assert refusal(transformer=path, target=tmp_path / "out").startswith(told)
+        assert refusal(transformer=path, target=tmp_path / "out").startswith(message)
 
 
 def test_a_tensor_that_claims_more_than_it_has_is_refused(tmp_path):

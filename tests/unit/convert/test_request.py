@@ -39,7 +39,7 @@ def test_overrides_are_pairs(text, found):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("sample_frames", "overrides: 'sample_frames' is not name=value; allowed are sample_height, "),
         ("sample_frames=many", "overrides: sample_frames=many is not a number."),
@@ -48,24 +48,24 @@ def test_overrides_are_pairs(text, found):
         ("sample_frames=-1", "sample_frames=-1 is not supported; it has to be a number above 0."),
     ],
 )
-def test_invalid_overrides_are_refused(text, said):
+def test_invalid_overrides_are_refused(text, message):
     with pytest.raises(UserError) as caught:
         parse_overrides(text)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"direction": "to_sat", "family": "cogvideox-2b"}, "family=cogvideox-2b applies only to"),
         ({"direction": "to_sat", "vae_dtype": "float16"}, "vae_dtype=float16 applies only to"),
         ({"direction": "to_sat", "text_encoder": True}, "text_encoder=true applies only to"),
     ],
 )
-def test_inputs_of_one_direction_are_refused_with_the_other(changes, said):
+def test_inputs_of_one_direction_are_refused_with_the_other(changes, message):
     with pytest.raises(UserError) as caught:
         model_request(INPUTS | changes, has_transformer=True, has_vae=False)
-    assert str(caught.value) == f"{said} direction=to_diffusers; leave it out."
+    assert str(caught.value) == f"{message} direction=to_diffusers; leave it out."
 
 
 def test_a_request_without_files_and_a_text_encoder_without_a_transformer_are_refused():

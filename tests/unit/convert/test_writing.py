@@ -1,4 +1,4 @@
-"""Results appear whole or not at all, say what they are, and cost little memory."""
+"""Results appear complete or not at all, describe themselves, and take little memory."""
 
 import hashlib
 import json
@@ -237,7 +237,7 @@ def test_a_full_disk_is_an_error_and_left_empty(tmp_path):
     path = os.defpath + ":/sbin:/usr/sbin"
     unshare = shutil.which("unshare", path=path)
     if not unshare or subprocess.run([unshare, "-Urm", "sh", "-c", mount], env={"PATH": path}).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("a small disk cannot be mounted on this machine")
     run = f'{mount} && exec "$0" -P -c "$1" "$2" "$3"'
     done = subprocess.run(
         [unshare, "-Urm", "sh", "-c", run, sys.executable, FULL, str(disk), str(tmp_path / "model")],

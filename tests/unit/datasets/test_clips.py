@@ -409,8 +409,8 @@ def test_the_error_for_no_clips_lists_what_there_is_and_what_is_supported(tmp_pa
     )
     with pytest.raises(UserError) as error:
         find_clips(write(tmp_path / "mute", {f"{n}.mp4": b"v" for n in range(7)}))
-    said = "; ".join(f"{n}.mp4: no caption: write what it shows into {n}.txt" for n in range(5))
-    assert str(error.value) == f"mute holds no clips: it has 7 .mp4 ({said}; and 2 more). {FORMS}"
+    reasons = "; ".join(f"{n}.mp4: no caption: write what it shows into {n}.txt" for n in range(5))
+    assert str(error.value) == f"mute holds no clips: it has 7 .mp4 ({reasons}; and 2 more). {FORMS}"
 
 
 def test_a_missing_folder_is_an_error(tmp_path):

@@ -154,16 +154,16 @@ CLIPS = {
 def test_a_hub_data_set_is_downloaded_once_and_without_code(tmp_path, hub, monkeypatch, name):
     serve(hub, CLIPS)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    said: list[str] = []
-    folder = fetch_hub_dataset(name, tmp_path, said.append)
+    lines: list[str] = []
+    folder = fetch_hub_dataset(name, tmp_path, lines.append)
     wanted = ["metadata.jsonl", "train/a.MP4", "train/a.txt"]
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == wanted
     assert all((folder / path).read_bytes() == CLIPS[path] for path in wanted)
-    assert said == ["owner/clips: downloading 3 files, 120.1 kB"]
+    assert lines == ["owner/clips: downloading 3 files, 120.1 kB"]
     assert all(headers["Authorization"] == "Bearer hf_secret" for _, _, headers in hub.requests)
     assert captions(folder) == {"train/a.MP4": "a ball"}
     hub.requests.clear()
-    assert fetch_hub_dataset(name, tmp_path, said.append) == folder
+    assert fetch_hub_dataset(name, tmp_path, lines.append) == folder
     assert [path.split("/")[1] for path, _, _ in hub.requests] == ["api"]
 
 

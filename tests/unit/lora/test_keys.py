@@ -236,9 +236,9 @@ def test_alphas_that_contradict_each_other_or_miss_a_module_are_refused(tmp_path
 
 
 def test_a_lora_of_another_shape_is_refused_with_both_bases(tmp_path, state):
-    said = complaint(tmp_path, state, shapes=linear_shapes(width=3072), spec="cogvideox-5b-i2v")
-    assert "it was made for another base: tiny-t2v or tiny-i2v. This model is cogvideox-5b-i2v" in said
-    assert "maps 3072 to 3072, the LoRA's 192 to 192" in said
+    message = complaint(tmp_path, state, shapes=linear_shapes(width=3072), spec="cogvideox-5b-i2v")
+    assert "it was made for another base: tiny-t2v or tiny-i2v. This model is cogvideox-5b-i2v" in message
+    assert "maps 3072 to 3072, the LoRA's 192 to 192" in message
 
 
 @pytest.mark.parametrize(
@@ -246,15 +246,15 @@ def test_a_lora_of_another_shape_is_refused_with_both_bases(tmp_path, state):
 )
 def test_the_base_is_guessed_from_the_attention_width(tmp_path, width, base):
     tensors = {f"{KEY}.lora_A.weight": torch.ones(2, width), f"{KEY}.lora_B.weight": torch.ones(width, 2)}
-    said = complaint(tmp_path, tensors)
-    assert "made for another base" in said and base in said and "This model is tiny-t2v" in said
+    message = complaint(tmp_path, tensors)
+    assert "made for another base" in message and base in message and "This model is tiny-t2v" in message
 
 
 def test_a_lora_with_more_blocks_than_the_model_is_refused(tmp_path):
     state, _ = lora_state(model={"num_layers": LAYERS + 2})
     for tensors in (state, as_kohya(state, 1.0)):
-        said = complaint(tmp_path, tensors)
-        assert "made for another base" in said and "This model is tiny-t2v (which has no module" in said
+        message = complaint(tmp_path, tensors)
+        assert "made for another base" in message and "This model is tiny-t2v (which has no module" in message
 
 
 def test_a_lora_for_another_family_is_refused(tmp_path):

@@ -115,10 +115,10 @@ def test_a_data_uri_is_decoded():
 )
 def test_text_that_names_no_lora_is_refused_with_the_allowed_forms(monkeypatch, source, messages):
     monkeypatch.setattr("lib.lora.source.MAX_FILE_BYTES", 10**6)
-    said = refused(source)
+    refusal = refused(source)
     for message in messages:
-        assert message in said
-    assert len(said) < 700
+        assert message in refusal
+    assert len(refusal) < 700
 
 
 def test_local_files_need_the_setting_or_the_servers_owner(tmp_path, monkeypatch):

@@ -473,11 +473,11 @@ def test_a_stopped_download_is_resumed_by_the_next(tmp_path):
             rules = Rules(stop=stop)
             fetch(host.url("/a.bin"), tmp_path / "a.bin", report=stop_early, connections=2, rules=rules)
         assert names(tmp_path) == ["a.bin.partial", "a.bin.partial.journal"]
-        begun = len(host.bodies("/a.bin"))
+        before = len(host.bodies("/a.bin"))
         done = len((tmp_path / "a.bin.partial.journal").read_text().splitlines()) - 1
         assert done > 0
         fetch(host.url("/a.bin"), tmp_path / "a.bin", report=quiet, rules=Rules(stop=threading.Event()))
-        assert len(host.bodies("/a.bin")) - begun == 11 - done
+        assert len(host.bodies("/a.bin")) - before == 11 - done
     assert (tmp_path / "a.bin").read_bytes() == BODY
 
 

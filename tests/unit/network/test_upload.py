@@ -1,4 +1,4 @@
-"""Uploads go to a Hub that is refused at once or fails later, and then costs nobody a training."""
+"""Uploads to a Hub that refuses at once or fails later: a failed upload does not lose the training."""
 
 from pathlib import Path
 

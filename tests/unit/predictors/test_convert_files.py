@@ -51,7 +51,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "message"),
     [
         ("https://127.0.0.1/model.pt", "leads to the private address 127.0.0.1"),
         ("https://10.1.2.3:8443/model.pt", "leads to the private address 10.1.2.3"),
@@ -66,12 +66,12 @@ def names(folder: Path) -> list[str]:
     ],
 )
 def test_a_request_may_not_name_private_addresses_or_the_servers_files(
-    monkeypatch, tmp_path, cache, address, said
+    monkeypatch, tmp_path, cache, address, message
 ):
     monkeypatch.delenv("COGVIDEOX_LOCAL_SOURCES")
     with pytest.raises(UserError) as caught, fetched(address, tmp_path):
         pass
-    assert said in str(caught.value) and "secret" not in str(caught.value)
+    assert message in str(caught.value) and "secret" not in str(caught.value)
     assert not cache.exists()
 
 
@@ -111,7 +111,7 @@ def test_a_cancelled_download_is_resumed(tmp_path, cache):
             pass
         thread.join()
         kept = names(cache)
-        if kept:  # a range at least was whole
+        if kept:  # at least one range was complete
             assert kept == ["a.pt.partial", "a.pt.partial.journal"]
         asked = len(host.bodies("/a.pt"))
         host.files["/a.pt"].pause = 0.0
@@ -146,8 +146,8 @@ def test_a_file_that_could_not_be_used_is_downloaded_again(tmp_path, cache):
 def test_a_file_beyond_the_bound_is_refused_before_it_is_fetched(monkeypatch, tmp_path, cache):
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
     with Host({"/a.pt": Served(BODY)}) as host:
-        told = pytest.raises(FetchError, match=r"larger than the 1\.0 kB that are allowed")
-        with told, fetched(host.url("/a.pt"), tmp_path):
+        refused = pytest.raises(FetchError, match=r"larger than the 1\.0 kB that are allowed")
+        with refused, fetched(host.url("/a.pt"), tmp_path):
             pass
         assert [asked for _, asked, _ in host.requests] == ["bytes=0-0"]  # the probe
     assert names(cache) == []
@@ -157,8 +157,8 @@ def test_a_file_beyond_the_bound_is_refused_before_it_is_fetched(monkeypatch, tm
 def test_a_slow_host_is_given_up(monkeypatch, tmp_path, cache, ranges):
     monkeypatch.setattr(module, "FETCH_SECONDS", 0.3)
     served = Served(BODY[: 2 * CHUNK], ranges=ranges, pause=0.1, piece=100)
-    told = pytest.raises(FetchError, match="the host is too slow")
-    with Host({"/a.pt": served}) as host, told, fetched(host.url("/a.pt"), tmp_path):
+    refused = pytest.raises(FetchError, match="the host is too slow")
+    with Host({"/a.pt": served}) as host, refused, fetched(host.url("/a.pt"), tmp_path):
         pass
     assert names(cache) == []
 
@@ -200,11 +200,13 @@ def test_a_local_path_is_accepted_where_that_is_allowed(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"x")
     with resolve_input(at(str(tmp_path / "a.pt")), work=tmp_path / "work") as path:
         assert path == tmp_path / "a.pt"
-    told = pytest.raises(UserError, match=r"^There is no file or folder .*none\.pt\.$")
-    with told, resolve_input(at(f"file://{tmp_path}/none.pt"), work=tmp_path / "work"):
+    refused = pytest.raises(UserError, match=r"^There is no file or folder .*none\.pt\.$")
+    with refused, resolve_input(at(f"file://{tmp_path}/none.pt"), work=tmp_path / "work"):
         pass
-    told = pytest.raises(UserError, match=r"_url='a\.pt' is a relative path, and the server runs in a folder")
-    with told, resolve_input(at("a.pt"), work=tmp_path / "work"):
+    refused = pytest.raises(
+        UserError, match=r"_url='a\.pt' is a relative path, and the server runs in a folder"
+    )
+    with refused, resolve_input(at("a.pt"), work=tmp_path / "work"):
         pass
     assert not (tmp_path / "work").exists()
 
@@ -234,8 +236,8 @@ def test_an_archive_is_unpacked_within_its_bound(monkeypatch, tmp_path, kind):
         assert folder.name == archive.name
         assert (folder / "transformer" / "latest").read_text() == "1"
     monkeypatch.setattr(module, "MAX_BYTES", 0)
-    told = pytest.raises(UserError, match="unpacks to more than the 0 bytes that are allowed")
-    with told, resolve_input(CheckpointInput(name="transformer", upload=archive), work=tmp_path / "other"):
+    refused = pytest.raises(UserError, match="unpacks to more than the 0 bytes that are allowed")
+    with refused, resolve_input(CheckpointInput(name="transformer", upload=archive), work=tmp_path / "other"):
         pass
 
 

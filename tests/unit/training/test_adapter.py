@@ -275,7 +275,7 @@ def test_optimizers_get_their_settings_and_adam_decays_through_the_gradient(name
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.1, (0.8, 0.9), 0.01, 1e-6)
     parameter.grad = torch.zeros(3)
     optimizer.step()
-    # Decoupled decay shrinks by lr * decay; through the gradient Adam makes it a full step.
+    # Decoupled decay scales weights by 1 - lr * decay; through the gradient Adam makes it a full step.
     expected = 1 - 0.1 * 0.01 if name == "adamw" else 1 - 0.1
     assert torch.allclose(parameter.detach(), torch.full((3,), expected), atol=1e-4)
 
@@ -329,4 +329,4 @@ def test_resuming_from_a_lora_of_another_base_rank_or_alpha_is_refused(tmp_path)
         "rank (it has 4, this run 8)."
     )
     save_file({"x": torch.zeros(1)}, path)
-    check_adapter(path, base="tiny-t2v", rank=8, alpha=4.0)  # says nothing of itself; the shapes decide
+    check_adapter(path, base="tiny-t2v", rank=8, alpha=4.0)  # without metadata the shapes decide

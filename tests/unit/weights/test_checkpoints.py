@@ -149,13 +149,13 @@ def test_an_incomplete_local_folder_is_refused_with_the_missing_files(tmp_path, 
 def test_a_sat_checkpoint_is_refused_with_the_command_that_converts_it(tmp_path):
     sat = write(tmp_path / "sat", {"latest": b"1", "1/mp_rank_00_model_states.pt": b"weights"})
     file = sat / "1" / "mp_rank_00_model_states.pt"
-    lacking = f"{sat} is not a complete model; missing: model_index.json."
+    incomplete = f"{sat} is not a complete model; missing: model_index.json."
     no_folder = f"{file} is not a folder; a model is a folder with model_index.json in it."
-    for path, said in ((sat, lacking), (file, no_folder)):
+    for path, message in ((sat, incomplete), (file, no_folder)):
         with pytest.raises(UserError) as caught:
             locate(str(path), cache=tmp_path / "cache")
         assert str(caught.value) == (
-            f"{said} It looks like a SAT checkpoint: script/convert {path}, or the predictor "
+            f"{message} It looks like a SAT checkpoint: script/convert {path}, or the predictor "
             "predict_convert, converts it."
         )
     with pytest.raises(UserError, match=r"missing: model_index\.json\.$"):
@@ -457,12 +457,12 @@ def test_two_processes_at_once_download_once(tmp_path):
         second = child(manifest, tmp_path / "cache")
         assert "another process is downloading it" in second.stdout.readline()
         permits.release(1000)
-        said = [first.communicate(timeout=120)[0], second.communicate(timeout=120)[0]]
+        outputs = [first.communicate(timeout=120)[0], second.communicate(timeout=120)[0]]
         ranges = host.bodies("/model.tar")
     assert [first.returncode, second.returncode] == [0, 0]
-    assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
+    assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
     assert len(ranges) == len(set(ranges)) == -(-len(archive) // CHUNK)
-    assert names(tmp_path / "cache") == [Path(said[0].splitlines()[-1].split()[1]).name]
+    assert names(tmp_path / "cache") == [Path(outputs[0].splitlines()[-1].split()[1]).name]
 
 
 def test_a_killed_download_is_taken_over_and_continued_by_the_one_that_waited(tmp_path):
@@ -480,11 +480,11 @@ def test_a_killed_download_is_taken_over_and_continued_by_the_one_that_waited(tm
         first.stdout.close()
         before = len(host.bodies("/model.tar"))
         permits.release(1000)
-        said = second.communicate(timeout=120)[0]
+        output = second.communicate(timeout=120)[0]
         again = len(host.bodies("/model.tar")) - before
-    assert second.returncode == 0 and "continuing at" in said
+    assert second.returncode == 0 and "continuing at" in output
     assert again < -(-len(archive) // CHUNK)
-    folder = Path(said.splitlines()[-1].split()[1])
+    folder = Path(output.splitlines()[-1].split()[1])
     assert {name: (folder / name).read_bytes() for name in model_files()} == model_files()
     assert names(cache) == [folder.name]
 
