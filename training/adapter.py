@@ -1,7 +1,6 @@
 """The LoRA on the transformer: added, kept in float32, and written as any diffusers user can load it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lib.errors import UserError
 from lib.lora.file import read_header
 from lib.lora.keys import RECORD, recorded_facts
-from lib.storage.disk import disk_error
+from lib.storage.disk import replacing
 
 ADAPTER = "default"
 PREFIX = "transformer."
@@ -80,16 +79,11 @@ def save_adapter(
         RECORD: json.dumps(dict(facts), sort_keys=True),
     }
     weights = {name: value.to(dtype) for name, value in adapter_weights(transformer).items()}
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_tensors(weights, partial, metadata=metadata)
-        os.replace(partial, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+        with replacing(path) as partial:
+            save_tensors(weights, partial, metadata=metadata)
     except SafetensorError as error:
         raise UserError(f"{path} could not be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_tensors(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lib.errors import UserError
-from lib.storage.disk import disk_error
+from lib.storage.disk import replacing
 from training.config import TrainingConfig
 
 LORA = "lora.safetensors"
@@ -57,25 +57,19 @@ def save(
     """
     if is_checkpoint(target):  # the run was stopped right after it
         return target
-    partial = target.with_name(target.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_lora(partial / LORA)
-        torch.save(tensors, partial / TENSORS)
-        (partial / STATE).write_text(json.dumps(asdict(state)))
-        if captions:
-            (partial / CAPTIONS).write_text(captions, encoding="utf-8")
-        for path in partial.iterdir():
-            _flush(path)
-        os.replace(partial, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise disk_error(error, target) from error
+        with replacing(target) as partial:
+            partial.mkdir(parents=True)
+            write_lora(partial / LORA)
+            torch.save(tensors, partial / TENSORS)
+            (partial / STATE).write_text(json.dumps(asdict(state)))
+            if captions:
+                (partial / CAPTIONS).write_text(captions, encoding="utf-8")
+            for path in partial.iterdir():
+                _flush(path)
     except RuntimeError as error:  # how torch.save reports a full disk
         raise UserError(f"{target} could not be written: {error}. Is the disk full?") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    _flush(target.parent)
     return target
 
 

@@ -14,9 +14,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from lib.distributed import accelerate_processes
 from lib.errors import UserError
-from lib.progress import Report
+from lib.storage import lock
 from lib.storage.disk import disk_error
-from lib.storage.lock import lock
 from training.config import TrainingConfig
 from training.groups import PublishingConfig
 from training.plan import resolve_precision
@@ -102,21 +101,17 @@ def gather_in_order(share: list[Any], accelerator: Accelerator) -> list[Any]:
 
 
 @contextlib.contextmanager
-def exclusive(run: Path, accelerator: Accelerator, report: Report) -> Iterator[None]:
+def exclusive(run: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the run's folder. Raises UserError while another process trains there, or if it cannot be made."""
     if not accelerator.is_main_process:
         yield
         return
-    with contextlib.ExitStack() as stack:
+    refusal = f"another process is training in {run.name}; wait for it, or give another output_dir."
+    with lock.exclusive(run, refusal):
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            held = stack.enter_context(lock(run, report, wait=False))
+            run.mkdir(exist_ok=True)
         except OSError as error:
             raise disk_error(error, run) from error
-        if not held:
-            raise UserError(
-                f"another process is training in {run.name}; wait for it, or give another output_dir."
-            )
         try:
             yield
         finally:

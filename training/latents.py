@@ -13,7 +13,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
 from lib.progress import Report, progress_line
 from lib.settings import current
-from lib.storage.disk import disk_error
+from lib.storage.disk import replacing
 from training.adapter import save_tensors
 from training.clips import Sample, Sampling, clip_samples
 from training.config import digest
@@ -68,7 +69,7 @@ class LatentCache:
 
     def write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Write a file in one step."""
-        with _renamed_to(path) as partial:
+        with _replacing(path) as partial:
             save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
 
     def contains(self, path: Path) -> bool:
@@ -92,7 +93,7 @@ class LatentCache:
 
     def write_json(self, path: Path, content: object) -> None:
         """Write a JSON file in one step."""
-        with _renamed_to(path) as partial:
+        with _replacing(path) as partial:
             partial.write_text(json.dumps(content))
 
     def trim(self, keep: set[Path]) -> None:
@@ -114,16 +115,9 @@ class LatentCache:
                 total -= size
 
 
-@contextlib.contextmanager
-def _renamed_to(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+def _replacing(path: Path) -> AbstractContextManager[Path]:
+    """Return `replacing` with a name of this process's own: others may write the same file."""
+    return replacing(path, partial=path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial"))
 
 
 def model_digest(folder: Path) -> str:

@@ -2,12 +2,12 @@
 
 import contextlib
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.storage.disk import replacing
 
 WINDOW = 20
 SUSPICIOUS = 3
@@ -90,7 +90,6 @@ def loss_file(path: Path, losses: list[float], *, active: bool) -> Iterator[Call
 
 def write_losses(path: Path, losses: list[float]) -> None:
     """Write the complete file in one step; `losses` start at step 1."""
-    partial = path.with_name(path.name + ".partial")
     lines = [f"{step},{loss!r}" for step, loss in enumerate(losses, start=1)]
-    partial.write_text("\n".join(["step,loss", *lines]) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("\n".join(["step,loss", *lines]) + "\n")

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from lib.errors import UserError
 from lib.network.upload import claim
 from lib.progress import Report
-from lib.storage.disk import disk_error
+from lib.storage.disk import replacing
 from training import checkpoints
 from training.autocaption import as_lines
 from training.checkpoints import State
@@ -58,9 +57,8 @@ def write_result(
     The LoRA is stored in the base's type, in which it serves; checkpoints keep float32.
     """
     tracker_name = config.publishing.tracker_name
-    final, partial = run / RESULT, run / f"{RESULT}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    final = run / RESULT
+    with replacing(final) as partial:
         partial.mkdir(parents=True)
         save_lora(partial / checkpoints.LORA, plan.dtype)
         write_losses(partial / "loss.csv", state.losses)
@@ -84,10 +82,6 @@ def write_result(
             shutil.copytree(newest, partial / TRAINING_STATE)
         (partial / "README.md").write_text(model_card(config, plan, data, state), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise disk_error(error, final) from error
     return final
 
 

@@ -70,7 +70,7 @@ def train(
     name, device = base_name(), accelerator.device.type
     validate(config, name, device)
     with (
-        exclusive(run, accelerator, report),
+        exclusive(run, accelerator),
         checkpoints.name_kept_checkpoint(run),
         memory_advice(config),
     ):

@@ -7,10 +7,9 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from lib.batch.clip import partial_path
 from lib.batch.messages import ClipResult
 from lib.batch.rows import Row
-from lib.storage.disk import disk_error
+from lib.storage.disk import disk_error, replacing
 
 Record = dict[str, Any]
 
@@ -51,14 +50,8 @@ class Results:
         """Write one line for each row, in the list's order, and return how many failed. Raises UserError."""
         self.close()
         kept = [self._records[row.number] for row in rows]
-        partial = partial_path(self.path)
-        try:
+        with replacing(self.path) as partial:
             partial.write_bytes(b"".join(map(_line, kept)))
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-        finally:
-            partial.unlink(missing_ok=True)
         return sum(record["status"] == "failed" for record in kept)
 
     def close(self) -> None:

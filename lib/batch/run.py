@@ -8,14 +8,13 @@ import contextlib
 import shutil
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from lib import settings
-from lib.batch.clip import partial_path
 from lib.batch.messages import ClipResult, LoadPredictor, MakeClip, PredictorReady, PredictorRefused
 from lib.batch.results import Results, result_record
 from lib.batch.rows import Row
@@ -25,8 +24,8 @@ from lib.distributed.layout import VARIABLE
 from lib.errors import UserError
 from lib.models.specs import DEFAULT_MODELS, VideoTask
 from lib.progress import Report, progress_line
-from lib.storage.disk import disk_error
-from lib.storage.lock import lock
+from lib.storage.disk import partial_path
+from lib.storage.lock import exclusive
 
 MODULE = "lib.batch.worker"
 RESULTS, WORK, LOCK = "results.jsonl", ".work", ".parallel"
@@ -49,7 +48,9 @@ def make_list(
 
     Raises UserError, and Stopped once `stop` is set, with what is done kept.
     """
-    with _exclusive(output, report):
+    if output.exists() and not output.is_dir():
+        raise UserError(f"OUTPUT {output} is a file; a list of clips goes to a folder.")
+    with exclusive(output / LOCK, f"another process is making clips in {output}; wait for it."):
         current = settings.current()
         model = f"{current.model or DEFAULT_MODELS[task]} {current.default_lora}"
         fingerprints = {row.number: row.fingerprint(model) for row in rows}
@@ -179,17 +180,3 @@ class Batch:
 
     def _remove_partial(self, row: Row) -> None:
         partial_path(self.output / row.name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _exclusive(output: Path, report: Report) -> Iterator[None]:
-    """Hold the output folder. Raises UserError when it cannot be one, or another command holds it."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"OUTPUT {output} is a file; a list of clips goes to a folder.")
-    try:
-        with lock(output / LOCK, report, wait=False) as held:
-            if not held:
-                raise UserError(f"another process is making clips in {output}; wait for it.")
-            yield
-    except OSError as error:
-        raise disk_error(error, output) from error

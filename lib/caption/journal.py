@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from lib.datasets.clips import Clip
-from lib.storage.disk import disk_error
+from lib.storage.disk import disk_error, replacing
 
 Status = Literal["captioned", "kept", "failed"]
 
@@ -77,17 +77,11 @@ class Journal:
         """Replace the content in one step; without rows, remove the file. Raises UserError."""
         self.close()
         lines = [_line(row) for row in rows]
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        try:
-            if lines:
-                partial.write_bytes(b"".join(lines))
-                os.replace(partial, self.path)
-            else:
-                self.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        if not lines:
+            self.path.unlink(missing_ok=True)
+            return
+        with replacing(self.path) as partial:
+            partial.write_bytes(b"".join(lines))
 
     def close(self) -> None:
         if self._file is not None:

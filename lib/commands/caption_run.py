@@ -20,8 +20,7 @@ from lib.errors import UserError
 from lib.predictors.caption import load_for_this_machine, model_fingerprint
 from lib.predictors.model import Model, resolve_model
 from lib.progress import Report
-from lib.storage.disk import disk_error
-from lib.storage.lock import lock
+from lib.storage.lock import exclusive
 
 UNPACKED, LOCK = ".unpacked", ".captions"
 """In the output folder; hidden, so that they are not searched for clips."""
@@ -40,7 +39,7 @@ def caption_dataset(
     request = DatasetRequest.from_inputs(inputs)
     model = resolve_model("caption")
     first = processes.is_first
-    with exclusive(paths.output) if first else contextlib.nullcontext():
+    with output_folder(paths.output) if first else contextlib.nullcontext():
         try:
             data = Path(
                 processes.broadcast_from_first("data", lambda: _opened(paths, request, stop), stop=stop)
@@ -91,15 +90,12 @@ def _caption(
 
 
 @contextlib.contextmanager
-def exclusive(output: Path) -> Iterator[None]:
+def output_folder(output: Path) -> Iterator[None]:
     """Lock the output folder. Raises UserError if another run has it, and for a disk error."""
     with contextlib.ExitStack() as stack:
-        try:
-            held = stack.enter_context(lock(output / LOCK, print, wait=False))
-        except OSError as error:
-            raise disk_error(error, output) from error
-        if not held:
-            raise UserError(f"another process is captioning in {output}; wait for it.")
+        stack.enter_context(
+            exclusive(output / LOCK, f"another process is captioning in {output}; wait for it.")
+        )
         try:
             yield
         finally:

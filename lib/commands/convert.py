@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,12 +31,11 @@ from lib.errors import UserError
 from lib.network import offline
 from lib.predictors.convert import UPLOAD_MESSAGE, convert_lora, convert_model
 from lib.predictors.convert_files import CheckpointInput
-from lib.progress import LogView, Report, silent
+from lib.progress import LogView, Report
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import input_document
-from lib.storage.disk import disk_error
-from lib.storage.lock import lock
+from lib.storage.lock import exclusive
 
 OUTPUT = "output"
 ENDINGS = {"to_diffusers": "-diffusers", "to_sat": "-sat"}
@@ -160,13 +159,7 @@ def _convert_lora(
 def _exclusive(target: Path) -> Iterator[Path]:
     """Yield a folder for unpacked archives while no other process converts into the same target."""
     work = target.with_name(f"{target.name}.work.partial")
-    with ExitStack() as held:
-        try:
-            acquired = held.enter_context(lock(target, silent, wait=False))
-        except OSError as error:
-            raise disk_error(error, target) from error
-        if not acquired:
-            raise UserError(f"Another process is converting into {target}; wait for it.")
+    with exclusive(target, f"Another process is converting into {target}; wait for it."):
         shutil.rmtree(work, ignore_errors=True)  # left by a killed process
         yield work
 

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import math
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from lib.cancellation import check_stop
 from lib.convert.report import WrittenFile
 from lib.errors import UserError
 from lib.progress import Report, progress_line, throttled
-from lib.storage.disk import disk_error, require_free_space, size_text
+from lib.storage.disk import replacing, require_free_space, size_text
 
 BLOCK_ELEMENTS = 4 << 20
 REPORT_SECONDS = 1.0
@@ -85,20 +84,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     The work happens in `target.partial`; what a killed process left there is removed first. Raises UserError
     when `target` exists, NoSpaceError when the disk is full.
     """
-    target = Path(target)
     if os.path.lexists(target):
         raise UserError(f"{target} already exists and is not overwritten. Choose another folder.")
-    partial = target.with_name(target.name + ".partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
+    with replacing(target) as partial:
         partial.mkdir(parents=True)
         yield partial
-        os.replace(partial, target)
-    except OSError as error:
-        raise disk_error(error, partial) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_room(folder: Path, planned: Sequence[PlannedTensor]) -> None:

@@ -4,7 +4,6 @@ lib.datasets.clips.find_clips reads the same clips and captions back from any of
 """
 
 import json
-import os
 import threading
 import unicodedata
 import zipfile
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from lib.cancellation import check_stop
 from lib.datasets.clips import Clip, LeftOut
 from lib.datasets.listings import CAPTION_LINES, VIDEO_LINES
-from lib.storage.disk import disk_error, require_free_space
+from lib.storage.disk import replacing, require_free_space
 from lib.storage.member import BLOCK_BYTES
 
 METADATA, VIDEOS, PROMPTS, ERRORS = "metadata.jsonl", VIDEO_LINES[0], CAPTION_LINES[0], "errors.jsonl"
@@ -112,9 +111,8 @@ def pack(made: CaptionedDataset, target: Path, *, videos: bool, stop: threading.
     Videos are stored uncompressed. The same clips and captions give the same bytes. Raises NoSpaceError
     before anything is written, UserError for a disk error, and Stopped; a failed call leaves no file.
     """
-    partial = target.with_name(f"{target.name}.partial")
     clips = made.clips if videos else []
-    try:
+    with replacing(target) as partial:
         files = {name: encoded(text) for name, text in caption_files(made).items()}
         size = sum(map(len, files.values())) + sum(clip.path.stat().st_size for clip in clips)
         require_free_space(target, size)
@@ -123,11 +121,6 @@ def pack(made: CaptionedDataset, target: Path, *, videos: bool, stop: threading.
                 archive.writestr(_entry(name), content, zipfile.ZIP_DEFLATED)
             for clip in clips:
                 _add(archive, clip, stop)
-        os.replace(partial, target)
-    except OSError as error:
-        raise disk_error(error, target) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -26,7 +26,7 @@ from lib.datasets.clips import Clip
 from lib.datasets.files import TABLES, Files, UnreadableError, read_lines, read_table, read_text
 from lib.datasets.listings import CAPTION_COLUMNS, CAPTION_LINES, VIDEO_COLUMNS, VIDEO_LINES, column_of
 from lib.progress import Report
-from lib.storage.disk import disk_error, require_free_space
+from lib.storage.disk import disk_error, replacing, require_free_space
 
 
 def write_folder(made: CaptionedDataset, folder: Path, *, videos: bool) -> None:
@@ -145,17 +145,12 @@ def _link_or_copy(clip: Clip, target: Path) -> None:
     if target.exists() and target.samefile(clip.path):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
+    with replacing(target) as partial:
         try:
             os.link(clip.path.resolve(), partial)
         except OSError:  # another disk, or a file system without links
             require_free_space(target, clip.path.stat().st_size)
             shutil.copyfile(clip.path, partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -164,9 +159,5 @@ def _write(path: Path, text: str) -> None:
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import torch
 from lib.distributed.layout import Layout, ParallelPlan
 from lib.generation.prompts import Embeddings
 from lib.generation.request import Request
+from lib.lora.source import Choice
 from lib.memory.plan import MemoryPlan
 from lib.models.specs import ModelSpec
 from lib.pipelines.acceleration import PLAIN, Acceleration
@@ -44,6 +45,7 @@ class DenoisingJob:
     """One clip to denoise together with the other processes."""
 
     request: Request
+    loras: list[Choice]
     embeddings: Embeddings
     """Embeddings of prompt and negative prompt: only the first process has a text encoder."""
     layout: Layout
@@ -56,11 +58,14 @@ class WorkerFailed:
     error: str
 
 
-def denoising_job(request: Request, embeddings: Embeddings, plan: ParallelPlan) -> DenoisingJob:
+def denoising_job(
+    request: Request, loras: list[Choice], embeddings: Embeddings, plan: ParallelPlan
+) -> DenoisingJob:
     """Build the job of a request, with its embeddings on the CPU: every process has a GPU of its own."""
     prompt, negative = embeddings
     return DenoisingJob(
         request=request,
+        loras=loras,
         embeddings=(_on_cpu(prompt), None if negative is None else _on_cpu(negative)),
         layout=plan.layout(guided=request.guided),
     )

@@ -56,7 +56,7 @@ def run_job(job: DenoisingJob, *, generator: Generator, loras: Loras, group: Pro
     device = generator.pipeline._execution_device
     prompt, negative = job.embeddings
     embeddings = prompt.to(device), None if negative is None else negative.to(device)
-    with loras.applied(job.request.loras):
+    with loras.applied(job.loras):
         group.barrier()
         with group.shared_forward(generator.pipeline.transformer, job.layout):
             return generator.latents(job.request, embeddings, check=lambda: group.check_stop(None))

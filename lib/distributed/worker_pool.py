@@ -30,6 +30,7 @@ from lib.distributed.messages import (
 from lib.distributed.process_group import ProcessGroup
 from lib.errors import UserError
 from lib.generation.request import Request
+from lib.lora.source import Choice
 
 MODULE = "lib.distributed.worker"
 POLL_SECONDS = 0.05
@@ -100,6 +101,7 @@ class WorkerPool:
         embeddings: Embeddings,
         stop: threading.Event | None,
         *,
+        loras: list[Choice],
         transformer: CogVideoXTransformer3DModel,
     ) -> Iterator[Callable[[], None]]:
         """Denoise a request in all processes; yields the function that checks `stop` for all of them.
@@ -107,7 +109,7 @@ class WorkerPool:
         The block must call the transformer and the check exactly as Generator.latents does in the workers.
         Raises LostProcessError.
         """
-        job = denoising_job(request, embeddings, self.plan)
+        job = denoising_job(request, loras, embeddings, self.plan)
         group = self._send_job(job, stop)
         try:
             with group.shared_forward(transformer, job.layout):

@@ -8,7 +8,6 @@ from PIL import Image
 
 from lib.errors import UserError
 from lib.generation.step_schedule import Speed, check_speed, steps_to_forecast
-from lib.lora.source import Address, Choice, parse_choices
 from lib.memory.plan import MemoryPlan
 from lib.memory.stages import Adapted, Clip
 from lib.models.specs import ModelSpec
@@ -39,7 +38,6 @@ class Request:
     """First frame, already of width x height; image-to-video only."""
     image_fit: Literal["crop", "pad", "stretch"] | None = None
     """How it was fitted to that size."""
-    loras: tuple[Choice, ...] = ()
 
     @property
     def computed_steps(self) -> int:
@@ -57,7 +55,7 @@ class Request:
         )
 
     def metadata(self) -> dict[str, str]:
-        """Return what repeats the clip, except image and LoRAs, for the file's metadata."""
+        """Return what repeats the clip, except the image and LoRAs, for the file's metadata."""
         names = (
             "prompt negative_prompt num_inference_steps guidance_scale num_frames width height fps seed "
             "use_dynamic_cfg scheduler speed"
@@ -84,29 +82,13 @@ def build_request(
     image: Image.Image | None = None,
     image_fit: Literal["crop", "pad", "stretch"] = "crop",
     any_size: bool = False,
-    lora_weights: str = "",
-    lora_scale: float = 1.0,
-    lora_alpha: float | None = None,
-    extra_lora: str = "",
-    extra_lora_scale: float = 1.0,
-    extra_lora_alpha: float | None = None,
-    default_lora: Address | None = None,
     plan: MemoryPlan | None = None,
 ) -> Request:
     """Validate inputs and complete empty ones from the spec; an image of any size is fitted.
 
-    `default_lora` is used where lora_weights is empty; `plan` limits what the clip may take of memory. Raises
-    UserError that says what was given, what is allowed and the nearest valid value.
+    `plan` limits what the clip may take of memory. Raises UserError that says what was given, what is allowed
+    and the nearest valid value.
     """
-    loras = parse_choices(
-        lora_weights=lora_weights,
-        lora_scale=lora_scale,
-        lora_alpha=lora_alpha,
-        extra_lora=extra_lora,
-        extra_lora_scale=extra_lora_scale,
-        extra_lora_alpha=extra_lora_alpha,
-        default=default_lora,
-    )
     speed = check_speed(speed)
     num_inference_steps = int(num_inference_steps)
     num_frames, width, height, fps, seed = map(_whole, (num_frames, width, height, fps, seed))
@@ -140,7 +122,6 @@ def build_request(
         forecast_steps=steps_to_forecast(spec, speed, num_inference_steps),
         image=image,
         image_fit=image_fit if image is not None else None,
-        loras=tuple(loras),
     )
     if plan is not None:
         plan.tiled(request.clip())  # refuses a clip that does not fit

@@ -1,7 +1,7 @@
 """LoRAs on a loaded pipeline: attached as adapters, never merged into the weights, off between requests.
 
     loras = Loras(pipeline=pipeline, spec=spec, offload=plan.offload)
-    with loras.applied(parse_choices(lora_weights="owner/name", lora_scale=0.8, ...)):
+    with loras.applied(take_choices({"lora_weights": "owner/name", "lora_scale": 0.8})):
         ...  # the pipeline generates with it
 
 Recently used adapters stay attached, so that another strength, or switching back and forth, loads nothing.

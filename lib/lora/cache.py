@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from lib.network.urls import operator_rules, request_rules
 from lib.progress import Report, silent
 from lib.settings import current
 from lib.storage.archive import extract_tar
-from lib.storage.disk import NoSpaceError, disk_error, size_text
+from lib.storage.disk import NoSpaceError, disk_error, partial_path, remove, size_text
 from lib.storage.lock import lock
 
 WEIGHTS, CONFIG, RECORD = "lora.safetensors", "adapter_config.json", "source.json"
@@ -115,9 +114,9 @@ def _is_complete(entry: Path) -> bool:
 
 def _create_entry(address: Address, entry: Path, stop: threading.Event | None, report: Report) -> None:
     """Create the entry. The caller holds its lock."""
-    work = entry.with_name(entry.name + ".partial")
-    _remove(work)
-    _remove(entry)
+    work = partial_path(entry)
+    remove(work)
+    remove(entry)
     try:
         work.mkdir(parents=True)
         content = work / "content"
@@ -128,7 +127,7 @@ def _create_entry(address: Address, entry: Path, stop: threading.Event | None, r
         _make_room(entry, _bytes_of(content))
         os.replace(content, entry)
     finally:
-        _remove(work)
+        remove(work)
 
 
 def _fetch(
@@ -276,25 +275,21 @@ def _make_room(entry: Path, needed: int) -> None:
     """Remove entries, the least recently used first, until `needed` more bytes fit into the cache."""
     folder, limit = entry.parent, current().lora_cache_bytes
     for left in folder.glob("*.gone"):
-        _remove(left)
+        remove(left)
     for left in folder.glob("*.partial"):
         if left.name != f"{entry.name}.partial":
             with lock(left.with_suffix(""), silent, wait=False) as unowned:
                 if unowned:  # left by a killed process
-                    _remove(left)
+                    remove(left)
     used = {path: _bytes_of(path) for path in folder.iterdir() if _is_complete(path)}
     for path in sorted(used, key=lambda path: path.stat().st_mtime):
         if sum(used.values()) + needed <= limit:
             break
         gone = path.with_name(f"{path.name}.{secrets.token_hex(4)}.gone")
         os.replace(path, gone)  # readers see a complete entry or none
-        _remove(gone)
+        remove(gone)
         del used[path]
 
 
 def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from lib.errors import UserError
@@ -84,25 +84,15 @@ class Choice:
     """lora or extra_lora: the prefix of its inputs and metrics."""
 
 
-def parse_choices(
-    *,
-    lora_weights: str,
-    lora_scale: float,
-    lora_alpha: float | None,
-    extra_lora: str,
-    extra_lora_scale: float,
-    extra_lora_alpha: float | None,
-    default: Address | None = None,
-) -> list[Choice]:
-    """Return the LoRAs that a request's inputs name; an empty lora_weights means `default` (COG_WEIGHTS).
+def take_choices(inputs: dict[str, Any], *, default: Address | None = None) -> list[Choice]:
+    """Take the LoRAs out of a request's inputs; an empty lora_weights means `default` (COG_WEIGHTS).
 
     Raises UserError for text that names no LoRA, and for an alpha without a LoRA.
     """
     chosen = []
-    for slot, input_name, source, scale, alpha, fallback in (
-        ("lora", "lora_weights", lora_weights, lora_scale, lora_alpha, default),
-        ("extra_lora", "extra_lora", extra_lora, extra_lora_scale, extra_lora_alpha, None),
-    ):
+    for slot, input_name, fallback in (("lora", "lora_weights", default), ("extra_lora", "extra_lora", None)):
+        source, scale = inputs.pop(input_name, ""), inputs.pop(f"{slot}_scale", 1.0)
+        alpha = inputs.pop(f"{slot}_alpha", None)
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"{slot}_alpha={alpha:g} is out of range: it has to be above 0.")
         address = parse(source) if source.strip() else fallback

@@ -16,7 +16,7 @@ from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
 from lib.generation.warm_up import warm_up
 from lib.lora.attach import Loras
-from lib.lora.source import Address, Choice
+from lib.lora.source import Address, Choice, take_choices
 from lib.memory.model import GIB
 from lib.memory.plan import plan_memory
 from lib.models.specs import ModelSpec
@@ -110,30 +110,28 @@ class VideoPredictor:
     ) -> cog.Path:
         """Make one video and return its path, which stays until the next request or shutdown.
 
-        `inputs` are those of build_request. Raises UserError for inputs that this model cannot take.
+        `inputs` are those of build_request and take_choices. Raises UserError for what this model cannot do.
         """
         self.scratch.clear()
         if image is not None:
             inputs["image"] = read_image(input_files.check_file(image), name="the given image")
-        request = build_request(
-            self.spec,
-            any_size=settings.current().any_size,
-            default_lora=self.default_lora,
-            plan=self.generator.plan,
-            **inputs,
-        )
+        choices = take_choices(inputs, default=self.default_lora)
+        any_size, plan = settings.current().any_size, self.generator.plan
+        request = build_request(self.spec, any_size=any_size, plan=plan, **inputs)
         stop = threading.Event()
         with self.scratch.request() as folder:
             path = folder / f"output.{output_format}"
-            result = self.compute.run(lambda: self._generate(request, path, stop), stop=stop)
+            result = self.compute.run(lambda: self._generate(request, choices, path, stop), stop=stop)
         for name, value in result.items():
             metrics.record_metric(name, value)
         return cog.Path(path)
 
-    def _generate(self, request: Request, path: Path, stop: threading.Event) -> dict[str, object]:
+    def _generate(
+        self, request: Request, choices: list[Choice], path: Path, stop: threading.Event
+    ) -> dict[str, object]:
         """Write the video to `path`, frames as soon as they are decoded, and return its metrics."""
         started = time.perf_counter()
-        with self.loras.applied(request.loras, stop=stop) as lora_metrics:
+        with self.loras.applied(choices, stop=stop) as lora_metrics:
             lora_seconds = time.perf_counter() - started
             metadata = {
                 "model": str(self.setup_metrics["model"]),
@@ -144,7 +142,7 @@ class VideoPredictor:
             shared = None
             if self.pool is not None:
                 transformer = self.generator.pipeline.transformer
-                shared = partial(self.pool.shared_denoising, transformer=transformer)
+                shared = partial(self.pool.shared_denoising, loras=choices, transformer=transformer)
             with StreamedVideo(path, fps=request.fps, format=format, metadata=metadata) as video:
                 self.generator.stream(request, video, stop=stop, shared_denoising=shared)
                 with self.generator.timed("writing"):

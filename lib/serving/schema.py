@@ -5,11 +5,11 @@ serves it as /openapi.json; `cog build --openapi-schema FILE` accepts it.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lib.serving.signature import FROM_COG, MISSING, SCALARS, InputField, Output, Signature, read_signature
+from lib.storage.disk import replacing
 
 TEMPLATE = Path(__file__).with_name("openapi.json")
 """Everything but inputs and outputs: the endpoints of predictions, their requests and responses."""
@@ -65,9 +65,8 @@ def input_document(file: Path, *, name: str = "train") -> dict[str, Any]:
 def write_schema(path: Path, document: dict[str, Any]) -> None:
     """Write `document` to `path` in one step, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _add_signature(schemas: dict[str, Any], prefix: str, signature: Signature) -> None:

@@ -1,7 +1,6 @@
 """Zip and tar archives, unpacked so that nothing is written outside the target folder."""
 
 import os
-import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,7 +9,7 @@ from typing import BinaryIO
 from lib.cancellation import check_stop
 from lib.errors import UserError
 from lib.storage import tar_archive, zip_archive
-from lib.storage.disk import disk_error, require_free_space, size_text
+from lib.storage.disk import replacing, require_free_space, size_text
 from lib.storage.member import Member
 
 # More than any checkpoint or data set has: a billion empty files exhaust inodes, not bytes.
@@ -57,9 +56,7 @@ def archive_kind(path: Path) -> str | None:
 def _extract(kind: str, archive: Path, target: Path, *, max_bytes: int | None, stop: Stop) -> Path:
     if os.path.lexists(target):
         raise UserError(f"{target} exists already; {archive.name} is not unpacked over it.")
-    partial = target.with_name(target.name + ".partial")
-    _remove(partial)
-    try:
+    with replacing(target) as partial:
         partial.mkdir(parents=True)
         if kind == "zip":
             with zip_archive.opened(archive) as file:
@@ -70,11 +67,6 @@ def _extract(kind: str, archive: Path, target: Path, *, max_bytes: int | None, s
         else:
             with tar_archive.opened(archive) as file:
                 _write(tar_archive.members(file), archive, partial, max_bytes, stop)
-        os.replace(partial, target)
-    except OSError as error:
-        raise disk_error(error, partial) from error
-    finally:
-        _remove(partial)
     return target
 
 
@@ -130,10 +122,3 @@ def _create(path: Path, member: Member, archive: Path) -> BinaryIO:
         return open(path, "xb")
     except (FileExistsError, IsADirectoryError) as error:
         raise UserError(f"{archive.name}: {member.name!r} appears twice; the archive is refused.") from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

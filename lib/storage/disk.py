@@ -1,7 +1,10 @@
-"""Disk space: how much is free, sizes as text, and the errors of a disk that is full or cannot be written."""
+"""Disks: free space, sizes as text, writing in one step, and the errors of one that is full or read-only."""
 
 import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lib.errors import UserError
@@ -43,3 +46,34 @@ def disk_error(error: OSError, path: Path) -> UserError:
             f"The disk is full: {path} could not be written. Free some space, then start again."
         )
     return UserError(f"{path} could not be written: {error.strerror or error}.")
+
+
+@contextmanager
+def replacing(target: Path, *, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a path for a new file or folder, which becomes `target` when the block ends without an error.
+
+    It is `target.partial` by default. What a killed process left there is removed first. Raises UserError for
+    a disk error.
+    """
+    partial = partial or partial_path(target)
+    try:
+        remove(partial)
+        yield partial
+        os.replace(partial, target)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    finally:
+        remove(partial)
+
+
+def partial_path(target: Path) -> Path:
+    """Return where a file or folder is written until it is complete."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

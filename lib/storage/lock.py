@@ -4,11 +4,13 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lib.cancellation import check_stop
-from lib.progress import Report
+from lib.errors import UserError
+from lib.progress import Report, silent
+from lib.storage.disk import disk_error
 
 POLL_SECONDS = 0.2
 
@@ -45,6 +47,19 @@ def lock(
             return
         finally:
             os.close(handle)
+
+
+@contextmanager
+def exclusive(final: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock of `final`. Raises UserError with `refusal` if it is taken, and for a disk error."""
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(lock(final, silent, wait=False))
+        except OSError as error:
+            raise disk_error(error, final.parent) from error
+        if not held:
+            raise UserError(refusal)
+        yield
 
 
 def _wait_for(handle: int, stop: threading.Event | None) -> None:

@@ -1,13 +1,12 @@
 """Pack a folder into a tar without user names of this machine."""
 
-import os
 import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
 from lib.cancellation import check_stop
 from lib.storage.archive import Stop
-from lib.storage.disk import disk_error, require_free_space
+from lib.storage.disk import replacing, require_free_space
 
 
 def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None) -> Path:
@@ -17,10 +16,9 @@ def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None
     tar, so that the disk need not hold all of them twice. Raises UserError when it cannot be written,
     NoSpaceError when the disk is too full, and Stopped.
     """
-    partial = target.with_name(target.name + ".partial")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]
-    try:
+    with replacing(target) as partial:
         require_free_space(partial.parent, max(sizes, default=0) if consume else sum(sizes))
         with tarfile.open(partial, "w", dereference=True) as archive:
             for path in sorted(folder.rglob("*")):
@@ -33,11 +31,6 @@ def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None
                     archive.addfile(member, _Stoppable(file, stop))
                 if consume:
                     path.unlink()
-        os.replace(partial, target)
-    except OSError as error:
-        raise disk_error(error, target) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

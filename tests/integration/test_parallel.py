@@ -19,6 +19,7 @@ from lib.distributed.worker_pool import WorkerPool, create_pool
 from lib.generation.generator import Generator
 from lib.generation.request import Request, build_request
 from lib.lora.attach import Loras
+from lib.lora.source import take_choices
 from lib.memory.plan import plan_memory
 from lib.models.specs import SPECS
 from lib.pipelines.machine import inspect_machine
@@ -71,14 +72,14 @@ def alone_shared_alone(group: ProcessGroup, cases: list[Case]) -> list[tuple[np.
 
 def _computed(group: ProcessGroup, folder: Path, layout: Layout, inputs: dict, lora: Path | None) -> tuple:
     generator, loras = loaded(folder)
-    lora_inputs = {"lora_weights": str(lora), "lora_scale": 0.8} if lora else {}
-    request, embeddings = prepared(generator, **inputs, **lora_inputs)
+    choices = take_choices({"lora_weights": str(lora), "lora_scale": 0.8} if lora else {})
+    request, embeddings = prepared(generator, **inputs)
 
     def alone() -> torch.Tensor:
-        with loras.applied(request.loras):
+        with loras.applied(choices):
             return generator.latents(request, embeddings, check=lambda: None)
 
-    job = DenoisingJob(request=request, embeddings=embeddings, layout=layout)
+    job = DenoisingJob(request=request, loras=choices, embeddings=embeddings, layout=layout)
     if not group.is_first:
         return (run_job(job, generator=generator, loras=loras, group=group).numpy(),)
     before = alone()
@@ -174,7 +175,7 @@ def test_a_worker_pool_computes_the_frames_of_one_process(pool, inputs, layout):
     alone = generator.latents(request, embeddings, check=lambda: None)
     assert str(pool.plan.layout(guided=request.guided)) == layout
     transformer = generator.pipeline.transformer
-    with pool.shared_denoising(request, embeddings, None, transformer=transformer) as check:
+    with pool.shared_denoising(request, embeddings, None, loras=[], transformer=transformer) as check:
         shared = generator.latents(request, embeddings, check=check)
     assert np.abs(decoded(generator, shared) - decoded(generator, alone)).max() <= TOLERANCE
 

@@ -184,7 +184,7 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
     save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
     assert refusal(tmp_path / "model.safetensors", tmp_path).startswith(
-        "model.safetensors is not a complete safetensors file: it has "
+        "model.safetensors is not a complete safetensors file: incomplete metadata, file not fully covered."
     )
 
 

@@ -248,7 +248,7 @@ def test_a_full_disk_is_an_error_and_left_empty(tmp_path):
     *messages, left = done.stdout.splitlines()
     assert len(messages) == 3
     assert messages[0].startswith(f"Not enough room in {disk}/out.partial: ")
-    full = f"The disk is full: {disk}/out.partial could not be written. Free some space, then start again."
+    full = f"The disk is full: {disk}/out could not be written. Free some space, then start again."
     assert messages[1:] == [full, full]
     assert left == "[]"
 

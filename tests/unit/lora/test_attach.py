@@ -17,7 +17,7 @@ from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.lora import attach
 from lib.lora.attach import Loras
-from lib.lora.source import Choice, parse, parse_choices
+from lib.lora.source import Choice, parse, take_choices
 from lib.models.specs import SPECS
 from tests.lora_factory import WEIGHTS, as_kohya, lora_state, save_lora
 from tiny.evaluate import DEFAULTS, load_generator
@@ -354,9 +354,13 @@ def test_the_trigger_word_is_logged_once_and_in_the_metrics_every_time(tmp_path,
 
 
 def chosen(**inputs) -> list[Choice]:
+    default = inputs.pop("default", None)
     empty = {"lora_weights": "", "lora_scale": 1.0, "lora_alpha": None}
     empty |= {"extra_lora": "", "extra_lora_scale": 1.0, "extra_lora_alpha": None}
-    return parse_choices(**empty | inputs)
+    given = empty | inputs
+    choices = take_choices(given, default=default)
+    assert not given, "inputs of LoRAs are left for the request"
+    return choices
 
 
 def test_inputs_become_choices_in_order():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from lib.errors import UserError
-from lib.lora.file import MAX_HEADER_BYTES, kind_of, read_header
+from lib.lora.file import MAX_TENSORS, kind_of, read_header
 
 
 def with_header(header: object, body: bytes = b"") -> bytes:
@@ -94,19 +94,19 @@ SOUND = save({"a": torch.zeros(8, 8), "b": torch.zeros(8)})
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (SOUND[:-1], "its header describes"),
-        (SOUND[:40], "its header alone would have"),
-        (SOUND + b"\0", "its header describes"),
-        (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "at most 16.8 MB are read"),
-        (struct.pack("<Q", 2**64 - 1) + b"{}", "its header would be 18,446,744,073,709,551,615 bytes long"),
-        (struct.pack("<Q", 3) + b"{x}", "its header cannot be read"),
-        (struct.pack("<Q", 20_000) + b"[" * 20_000, "its header cannot be read"),
-        (with_header([]), "header cannot be read"),
-        (with_header({"a": 1}), "its header cannot be read"),
-        (with_header({"a": entry([-1], 0, 4)}, bytes(4)), "its header cannot be read"),
-        (with_header({"a": entry([2], 0, 4)}, bytes(4)), "its header cannot be read"),
-        (with_header({"a": entry([1], 4, 8)}, bytes(8)), "the bytes of 'a' overlap or leave a gap"),
-        (with_header({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "overlap or leave a gap"),
+        (SOUND[:-1], "file not fully covered"),
+        (SOUND[:40], "invalid header length"),
+        (SOUND + b"\0", "file not fully covered"),
+        (struct.pack("<Q", 10**8 + 1) + b"{}", "header too large"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "header too large"),
+        (struct.pack("<Q", 3) + b"{x}", "invalid JSON in header"),
+        (struct.pack("<Q", 20_000) + b"[" * 20_000, "invalid JSON in header"),
+        (with_header([]), "invalid JSON in header"),
+        (with_header({"a": 1}), "invalid JSON in header"),
+        (with_header({"a": entry([-1], 0, 4)}, bytes(4)), "invalid JSON in header"),
+        (with_header({"a": entry([2], 0, 4)}, bytes(4)), "invalid shape, data type, or offset for tensor"),
+        (with_header({"a": entry([1], 4, 8)}, bytes(8)), "invalid offset for tensor `a`"),
+        (with_header({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "invalid offset for tensor"),
     ],
 )
 def test_a_header_that_is_damaged_or_contradicts_the_file_is_refused(tmp_path, content, message):
@@ -119,4 +119,11 @@ def test_a_header_that_is_damaged_or_contradicts_the_file_is_refused(tmp_path, c
 def test_a_web_page_with_a_safetensors_name_is_named_as_one(tmp_path):
     (tmp_path / "a").write_bytes(b"<!DOCTYPE html><html>")
     with pytest.raises(UserError, match=r"^it is a web page, not the file itself; copy the address"):
+        read_header(tmp_path / "a", name="it")
+
+
+def test_a_header_with_far_more_tensors_than_a_lora_has_is_refused(tmp_path):
+    header = {f"{index}": entry([0], 0, 0) for index in range(MAX_TENSORS + 1)}
+    (tmp_path / "a").write_bytes(with_header(header))
+    with pytest.raises(UserError, match="it has 50,001 tensors; at most 50,000 are read"):
         read_header(tmp_path / "a", name="it")
