@@ -1,4 +1,4 @@
-"""The LoRA on the transformer: added, kept in float32, and written as any diffusers user can load it."""
+"""The LoRA on the transformer: added, kept in float32, and saved so that diffusers can load it."""
 
 import json
 from collections.abc import Mapping

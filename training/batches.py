@@ -1,4 +1,4 @@
-"""From encoded samples to the transformer's inputs: which samples a step sees, and with what chances.
+"""From encoded samples to the transformer's inputs: which samples a step gets, with which dropouts and flips.
 
 Everything is drawn from (seed, step, global index of the sample) and from nothing else. So a resumed run
 draws what it would have drawn, and two processes draw what one with twice the batch does.
@@ -24,13 +24,13 @@ ORDER, SAMPLE = 0, 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chances:
-    """Probabilities of what happens to a sample."""
+    """Probabilities of dropouts, flips and prior prompts for a sample."""
 
     flip: float
     caption_dropout: float
     image_dropout: float
     prior: float = 0.0
-    """That a sample gets a prior prompt and the base's answer as its target."""
+    """A sample gets a prior prompt, and the base's prediction as its target."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +65,7 @@ class Batch:
     condition: ImageCondition | None
     """None for text to video."""
     prior: bool
-    """The prompts are prior prompts: the target is the base's answer."""
+    """The prompts are prior prompts: the target is the base's prediction."""
 
 
 class Sampler:

@@ -12,7 +12,7 @@ from lib.errors import UserError
 from lib.video.reader import OpenVideo, VideoInfo, open_video
 
 LONGEST_FRAMES = 10_000
-"""Per file at the base's rate, about 20 minutes at 8 fps: a caption does not describe more."""
+"""Limit of a file at the base's rate, about 20 minutes at 8 fps: a caption does not describe more."""
 LARGEST_CUT = 16
 """Largest area of a scaled frame, in samples. Beyond it next to nothing of the picture would be kept, and
 frames would be hundreds of times as wide as a sample."""

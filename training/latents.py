@@ -36,7 +36,7 @@ from training.clips import Sample, Sampling, clip_samples
 from training.config import digest
 
 DECODING_SECONDS = 600.0
-"""For one clip; every frame is decoded, and a clip may last twenty minutes."""
+"""Time limit for one clip; every frame is decoded, and a clip may last twenty minutes."""
 FORMAT = 1
 """Incremented when the meaning of cached files changes."""
 PIECES, PIECE_BYTES = 64, 1 << 16
@@ -52,7 +52,7 @@ class Section:
     caption: str
     frames: int
     files: tuple[tuple[Path, ...], ...]
-    """By side (as it is, mirrored) and crop."""
+    """Files by side (as it is, mirrored), then by crop."""
 
 
 class LatentCache:

@@ -11,10 +11,10 @@ from lib.storage.disk import replacing
 
 WINDOW = 20
 SUSPICIOUS = 3
-"""After this many hopeless losses in a row no checkpoint is written."""
+"""After this many losses above HOPELESS in a row no checkpoint is written."""
 EXPLOSION = 10.0
 HOPELESS = 2.0
-"""A velocity has about unit variance: an answer of zeros costs about 1."""
+"""A velocity has about unit variance: predicting zeros costs about 1."""
 SKIPPED_IN_A_ROW = 50
 ADVICE = (
     "Lower learning_rate (a tenth of it is a good next try), keep max_grad_norm at 1, use more "

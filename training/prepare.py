@@ -37,7 +37,7 @@ class Data:
     left_out: list[LeftOut]
     encodings: Encodings
     vae: AutoencoderKLCogVideoX | None
-    """For the image condition, without its decoder; None for text to video."""
+    """The VAE for the image condition, without its decoder; None for text to video."""
     scaling_factor: float
     """The VAE's, by which latents are multiplied."""
     captions: list[Row] = field(default_factory=list)

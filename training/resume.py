@@ -30,7 +30,7 @@ MAX_OUTPUT_BYTES = 50 * 10**9
 def found_origin(
     resume_from: str, run: Path, accelerator: Accelerator, *, stop: threading.Event, report: Report
 ) -> Iterator[Path | None]:
-    """Give the folder to resume from, None to start from scratch; what is unpacked is removed afterwards.
+    """Yield the folder to resume from, None to start from scratch; what is unpacked is removed afterwards.
 
     The run's own checkpoints take precedence over `resume_from`. One process fetches for all.
     """

@@ -1,4 +1,4 @@
-"""Clips made during training, as the service would make them with the LoRA at that step."""
+"""Make clips during training, as the service would make them with the LoRA at that step."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""One clip by this process's predictor, saved to a file."""
+"""Make one clip with this process's predictor and save it to a file."""
 
 import shutil
 from collections.abc import Callable

@@ -24,7 +24,7 @@ class Row:
     """One clip of a list."""
 
     number: int
-    """Counted from 1."""
+    """Number of the row, from 1."""
     inputs: dict[str, Any]
     """All of the predictor's inputs."""
     given: dict[str, Any]

@@ -22,7 +22,7 @@ from lib.video.reader import OpenVideo
 
 MAX_PROMPT_TOKENS = 2048
 MAX_ASPECT_RATIO = 50
-"""Scaling the shorter side of a narrower frame would make it too large for memory."""
+"""Largest aspect ratio: the scaled frame of a narrower clip would be too large for memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""The captioned data set that the rows of a journal make of the clips."""
+"""Combine clips with the rows of a journal into a captioned data set."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The journal of a captioning run: what became of each clip, one JSON line each, for resuming."""
+"""The journal of a captioning run: the result of each clip as a line of JSON, for resuming."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ class Row:
     status: Status
     """captioned by the model, kept (it had a caption), or failed with an error."""
     caption: str = ""
-    """Without trigger word, prefix and suffix."""
+    """The caption without trigger word, prefix and suffix."""
     error: str = ""
     finished: bool = True
     """False where max_new_tokens cut the caption off."""

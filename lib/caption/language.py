@@ -26,7 +26,7 @@ def build_language_model(config: CaptionConfig) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         bos_token_id=config.bos_token_id,
         eos_token_id=list(config.eos_token_ids),
-        pad_token_id=None,  # a padding index would fix that row of the embedding at zero
+        pad_token_id=None,  # a padding index would keep that row of the embedding at zero
         attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  (a parameter of the base class)
     )
     model = LlamaForCausalLM(llama)

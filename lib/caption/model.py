@@ -17,7 +17,7 @@ from lib.caption.vision import VisionTower
 FRAMES_AT_ONCE = 24
 """How many frames pass through the vision tower together: one clip, whatever the batch size."""
 MIN_TEMPERATURE = 1e-4
-"""Logits divided by less would overflow; sampling is practically greedy there."""
+"""Lowest temperature: logits would overflow below it, and sampling is practically greedy."""
 
 
 class _Watch(StoppingCriteria):

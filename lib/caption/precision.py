@@ -25,7 +25,7 @@ WORKING_BYTES = 3 * GIB
 CPU_SHARE = 0.7
 """Largest share of the free system memory for float32 weights; larger models are loaded in bfloat16."""
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 64}
-"""Per value, with the scales of int4 (a float32 for 64 values)."""
+"""Bytes per value, including the scales of int4 (a float32 for 64 values)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

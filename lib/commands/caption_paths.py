@@ -18,7 +18,7 @@ class CaptionPaths:
     source: Path
     """A folder or an archive."""
     output: Path
-    """The same folder, or a separate one."""
+    """Output folder: the source folder, or a separate one."""
 
     @property
     def in_place(self) -> bool:

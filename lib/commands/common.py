@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, help, and how Ctrl-C stops them."""
+"""Shared by the commands: exit statuses, help, and stopping on Ctrl-C."""
 
 import contextlib
 import os

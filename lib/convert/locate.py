@@ -23,7 +23,7 @@ LISTED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Files with weights: one pickle, or one or more safetensors files; `name` is what messages call them."""
+    """Files with weights: one pickle, or one or more safetensors files; messages call them `name`."""
 
     name: str
     files: tuple[Path, ...]

@@ -5,7 +5,7 @@
 
 SAT multiplies a LoRA by alpha / rank and stores neither. For diffusers that factor is multiplied into B, so
 that strength 1 has the effect it has in SAT with every loader. The original values are kept in the metadata,
-under names that no loader reads as a scale.
+under names that no loader takes for a scale.
 """
 
 import itertools

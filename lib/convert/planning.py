@@ -38,7 +38,7 @@ LISTED = 3
 
 @dataclass(kw_only=True)
 class Conversion:
-    """One planned model: every tensor has its place."""
+    """One planned model, with the destination of every tensor."""
 
     component: Component | Literal["lora"]
     source: str

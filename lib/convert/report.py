@@ -41,10 +41,10 @@ class Part:
     source: str
     variant: str
     tensors: int
-    """How many were written."""
+    """How many tensors were written."""
     dtype: str
     files: dict[str, WrittenFile] = field(default_factory=dict)
-    """By their paths in the folder."""
+    """Files by their paths in the folder."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Name in the source, or a prefix and an asterisk -> why it is not in the result."""
     checked: str = ""

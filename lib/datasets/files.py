@@ -35,9 +35,9 @@ class Row:
     """One entry of a table."""
 
     line: int
-    """From 1; the last one of a row with line breaks in quoted fields."""
+    """Line number from 1: the last line of a row with line breaks in quoted fields."""
     values: dict[str, object]
-    """By column: JSON values, or the text of CSV fields."""
+    """Values by column: JSON values, or the text of CSV fields."""
     fault: str = ""
     """Why the row has no values."""
 

@@ -24,10 +24,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exited:
-    """The last message of a process, which its parent makes for it."""
+    """The last message about a process, created by its parent."""
 
     how: str
-    """For example "was killed by signal 9 (SIGKILL)"."""
+    """How it ended, such as "was killed by signal 9 (SIGKILL)"."""
 
 
 class ChildProcess:
@@ -73,7 +73,7 @@ class ChildProcess:
                 on_message(_receive(self._connection))
         except (EOFError, OSError):
             pass
-        except Exception:  # a bug in our code; whoever waits for an answer must learn that none comes
+        except Exception:  # a bug in our code: kill the child, so that no caller waits for its answer
             traceback.print_exc()
             self._process.kill()
         self._connection_lost = True

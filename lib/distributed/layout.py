@@ -52,7 +52,7 @@ class ParallelPlan:
         return best_layout(self.processes, heads=self.heads, guided=guided)
 
     def metrics(self, *, guided: bool) -> dict[str, object]:
-        """Return what a request's metrics say about it."""
+        """Return the layout for a request's metrics."""
         return {"processes": self.processes, "parallel": str(self.layout(guided=guided))}
 
 

@@ -40,7 +40,7 @@ class ProcessGroup:
     ) -> "ProcessGroup":
         """Wait until all `count` processes of this machine have joined through the file `store`."""
         if device == "cuda":
-            torch.cuda.set_device(0)  # the only one that a worker sees
+            torch.cuda.set_device(0)  # a worker sees only its own GPU
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", ABORT_ONLY)
         # gloo would otherwise look up the host's name, which a container may not have.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")

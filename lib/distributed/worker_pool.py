@@ -127,7 +127,7 @@ class WorkerPool:
         for worker in workers:
             worker.kill()
         if self._group is not None:
-            self._group.abort()  # NCCL would wait for the others, who are gone
+            self._group.abort()  # NCCL would wait for the other processes, which are gone
             self._group.close()
             self._group = None
         if self._store is not None:

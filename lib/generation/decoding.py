@@ -49,7 +49,7 @@ def decode_latents(
     try:
         return _decode(pipeline, latents, sink)
     except torch.cuda.OutOfMemoryError:
-        pass  # tried again below, where the error no longer keeps the first try's tensors alive
+        pass  # tried again below, where the error no longer holds references to the first attempt's tensors
     torch.cuda.empty_cache()
     report("Decoding did not fit into GPU memory; decoding in tiles.")
     sink.restart()

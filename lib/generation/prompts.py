@@ -1,4 +1,4 @@
-"""Prompts to embeddings. The most recent ones are kept, the empty prompt's always."""
+"""Encode prompts, with a cache of T5 embeddings: the most recent ones, and always the empty prompt's."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ class PromptEncoder:
 
     def _embedding(self, text: str) -> torch.Tensor:
         if text not in self._kept:
-            # One text at a time, as the pipeline itself does: a batch would give other bits.
+            # One text at a time, as the pipeline itself does: a batch would change the last bits.
             embedding, _ = self.pipeline.encode_prompt(
                 text, do_classifier_free_guidance=False, max_sequence_length=self.spec.text_tokens
             )

@@ -45,11 +45,11 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt is used: 1 is no classifier-free guidance."""
+        """Whether the negative prompt is used: a guidance scale of 1 turns guidance off."""
         return self.guidance_scale > 1
 
     def clip(self, *, adapted: Adapted = "none") -> Clip:
-        """Return what the memory that it takes depends on; `adapted` says which layers have LoRAs."""
+        """Return the properties that determine its memory; `adapted` says which layers have LoRAs."""
         return Clip(
             width=self.width, height=self.height, frames=self.num_frames, guided=self.guided, adapted=adapted
         )

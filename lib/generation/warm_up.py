@@ -1,4 +1,4 @@
-"""The first request of a server with compiled blocks, made before anyone waits for it."""
+"""Compile a server's blocks during setup by making a first request."""
 
 import torch
 from PIL import Image

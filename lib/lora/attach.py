@@ -74,7 +74,7 @@ class Loras:
     def applied(self, choices: Sequence[Choice], *, stop: Event | None = None) -> Iterator[dict[str, object]]:
         """Generate with these LoRAs inside the block; afterwards, also after an error, with the base alone.
 
-        Yields what metrics and the video's metadata say of them. A LoRA with scale 0 is downloaded and
+        Yields their entries for metrics and the video's metadata. A LoRA with scale 0 is downloaded and
         checked but not applied: the frames are bit-equal to the base's. Raises UserError for a LoRA that
         cannot be used, and Stopped.
         """
@@ -148,7 +148,7 @@ class Loras:
             )
 
     def _make_room(self, needed: int, *, keep: Sequence[str]) -> None:
-        """Detach the least recently used, but none of `keep`, until `needed` more bytes fit the limit."""
+        """Detach the least recently used, except those in `keep`, until `needed` more bytes fit the limit."""
         for key in [key for key in self._attached if key not in keep]:
             used = sum(adapter.bytes for adapter in self._attached.values())
             if used + needed <= MAX_ATTACHED_BYTES and len(self._attached) < MAX_ATTACHED:
@@ -201,7 +201,7 @@ def _load_tensors(file: LoraFile, dtype: torch.dtype, stop: Event | None) -> dic
 
 
 def _adapter_config(file: LoraFile) -> dict[str, object]:
-    """Return rank and alpha of each module for peft, and nothing else that an untrusted file asks for."""
+    """Return rank and alpha of each module for peft, ignoring all other settings in an untrusted file."""
     exact = {module: f"^{re.escape(module)}" for module in file.pairs}
     first = next(iter(file.pairs))
     config = {

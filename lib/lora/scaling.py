@@ -1,4 +1,4 @@
-"""How strongly a LoRA counts: its alpha per module, resolved once, when its file is read.
+"""A LoRA's strength: the alpha of each module, read from its file and resolved once.
 
 The product of a module's two matrices is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank)).
 """
@@ -47,7 +47,7 @@ def resolve_scaling(
 
     A file declares its alpha in the first of these that is present: `lora_adapter_metadata` (diffusers) or
     `lora_config` (finetrainers) in its metadata, the adapter_config.json that came with it (peft),
-    `alpha_tensors` (kohya). A converted file, with alpha / rank multiplied in, counts with its ranks.
+    `alpha_tensors` (kohya). A converted file has alpha / rank multiplied in, so its alphas are its ranks.
 
     Raises:
         UserError: two declarations contradict each other, one contradicts the ranks, or `alpha_input` was

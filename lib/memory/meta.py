@@ -62,7 +62,7 @@ class Stack:
     width: int
     feed_forward: int
     embedding: int = 0
-    """Weights of the table of words."""
+    """Weights of the token embedding."""
 
 
 @cache
@@ -196,7 +196,7 @@ def _tile_decoding(config: str, frames: int, rows: int, columns: int, *, dtype: 
             part, kept = vae.decoder(latents[:, :, :count], conv_cache=kept)
             made.append(part)
             peaks.append(live.peak)
-    # All groups after the first take the same, and what was decoded before.
+    # All groups after the first take the same, plus the frames decoded so far.
     later = (groups - 2) * made[-1].nbytes if groups > 2 else 0
     return max(*peaks, peaks[-1] + later, 2 * (sum(part.nbytes for part in made) + later))
 

@@ -9,7 +9,7 @@ Adapted = Literal["none", "attention", "everything"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """Width and height in pixels, frames, and what changes the work of a step."""
+    """Size in pixels, frames, and what changes the work of a step."""
 
     width: int
     height: int

@@ -8,7 +8,7 @@ from lib.memory.plan import MemoryPlan, choose_plan
 from lib.pipelines.machine import Machine
 
 CARDS = (6, 8, 12, 16, 24, 40, 48, 80, 141)
-"""GB as cards are sold, which are GiB."""
+"""Sizes that cards are sold as; the vendors' GB are GiB."""
 DRIVER_GIB = 0.7
 """Used on every card before the first tensor: CUDA's context and the driver."""
 

@@ -28,7 +28,7 @@ class StepSchedule:
     first: int
     """Computed one after the other at the beginning; at least 2."""
     last: int
-    """The same at the end; at least 1."""
+    """Computed one after the other at the end; at least 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class ModelSpec:
     height: int
     width: int
     frames: int
-    """Default length."""
+    """Default number of frames."""
     frame_step: int
     """Valid lengths are frame_step * N + 1, up to max_frames."""
     max_frames: int

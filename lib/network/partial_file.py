@@ -20,7 +20,7 @@ REPORT_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Remote:
-    """What a host says about a file: bytes, a fingerprint of the version, whether it serves ranges."""
+    """A file as its host describes it: size, a fingerprint of the version, whether it serves ranges."""
 
     size: int | None = None
     validator: str | None = None

@@ -48,7 +48,7 @@ class Rules:
 
 
 ANYTHING = Rules()
-"""For addresses that the operator chose: no limits."""
+"""Rules for addresses that the operator chose: no limits."""
 
 
 class Transport(httpx2.BaseTransport):

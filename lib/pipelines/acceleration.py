@@ -29,7 +29,7 @@ FP8_CAPABILITY: Capability = (8, 9)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
-    """What an attention backend needs, and its name in diffusers."""
+    """Requirements of an attention backend, and its name in diffusers."""
 
     diffusers_name: str
     min_capability: Capability | None = None
@@ -59,7 +59,7 @@ BACKENDS: dict[Attention, Backend] = {
     "sage": Backend(diffusers_name="sage", min_capability=(8, 0), package="sageattention"),
 }
 PREFERRED: tuple[Attention, ...] = ("flash3", "cudnn")
-"""What `auto` tries on Hopper and later, where PyTorch's own choice is slower; on older GPUs it is not."""
+"""Backends that `auto` tries on Hopper and later; on older GPUs PyTorch's own choice is as fast."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,7 @@ def resolve_attention(
     Args:
         requested: The value of COGVIDEOX_ATTENTION.
         capability: The GPU's, None for a CPU.
-        dtype: What the model computes in.
+        dtype: Type that the model computes in.
         shared: Whether GPUs share clips, which not every backend can.
 
     Raises:

@@ -46,7 +46,7 @@ class CogVideoXAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As diffusers' own processor: [B, video tokens, width] and [B, text tokens, width], the same out."""
+        """Take and return video and text [B, tokens, width], as diffusers' own processor does."""
         text_tokens = encoder_hidden_states.size(1)
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         if attention_mask is not None:

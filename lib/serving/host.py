@@ -24,7 +24,7 @@ def main(scratch: Path, host: str, mode: str) -> None:
 
     training = mode == "train"
     try:
-        # As cog.server.http does, which would first import the whole of cog into this process.
+        # As cog.server.http does, which would first import all of cog into this process.
         coglet.server.serve(
             predictor_ref=os.environ["COG_TRAIN_TYPE_STUB" if training else "COG_PREDICT_TYPE_STUB"],
             host=host,

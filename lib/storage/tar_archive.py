@@ -13,7 +13,7 @@ from typing import IO, Self, cast
 from lib.errors import UserError
 from lib.storage.member import BLOCK_BYTES, Kind, Member
 
-# Python reads a tar's long names and attributes into memory as a whole.
+# Python reads a tar's long names and attributes into memory at once.
 MAX_HEADER_BYTES = 1 << 20
 FAULTS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RecursionError, ValueError)
 

@@ -15,7 +15,7 @@ from lib.storage.member import BLOCK_BYTES, Kind, Member
 
 STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, and empty
 MAX_CONTENTS_BYTES = 32 << 20
-"""Largest table of contents, which Python reads as a whole: 100,000 members with long names."""
+"""Largest table of contents, which Python reads into memory at once: 100,000 members with long names."""
 UTF_8_NAME, ENCRYPTED = 0x800, 0x1
 METHODS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA"}
 FAULTS = (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, struct.error, ValueError)
@@ -74,7 +74,7 @@ def _kind(name: str, entry: zipfile.ZipInfo) -> Kind:
 
 def _blocks(file: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, archive: Path) -> Iterator[bytes]:
     announced, count, checksum = entry.file_size, 0, 0
-    # zipfile would stop at the announced size without a word: one byte more shows whether there is more.
+    # zipfile would silently stop at the announced size: one byte more shows whether there is more.
     asked = copy(entry)
     asked.file_size += 1
     asked.CRC = None  # pyright: ignore[reportAttributeAccessIssue] # it is of the announced bytes; checked below

@@ -38,7 +38,7 @@ INTERLACED = {2, 3, 4, 5}
 FRAMES_OF_FIELDS = 8
 """How many frames show whether a packet is a frame or a field."""
 NO_PTS = object()
-"""Different from every frame's pts, which can be None."""
+"""Placeholder that differs from every frame's pts, which can be None."""
 
 
 class Undecodable(Exception):

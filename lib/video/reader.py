@@ -64,7 +64,7 @@ def open_video(
     """
     path = Path(path)
     _check_is_binary_file(path)
-    # A CPU limit besides the timeout: a spinning decoder must not outlive a parent that was killed.
+    # A CPU limit in addition to the timeout: a spinning decoder must not outlive a parent that was killed.
     cpu_seconds = math.ceil(timeout) * 4 + 10
     command = [sys.executable, "-P", *WORKER, os.path.abspath(path), str(cpu_seconds)]
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
