@@ -95,14 +95,14 @@ def main() -> None:
     for name, setting in settings(options.offload).items():
         if options.setting and name not in options.setting:
             continue
-        done = apart("--measure", json.dumps(asdict(setting)))
+        done = in_another_process("--measure", json.dumps(asdict(setting)))
         found[name] = asdict(setting) | json.loads(done.stdout.splitlines()[-1])
         print_rows(name, found[name])
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
 
-def apart(*arguments: str) -> subprocess.CompletedProcess:
+def in_another_process(*arguments: str) -> subprocess.CompletedProcess:
     """Run this command in a process of its own, to measure its memory."""
     command = [sys.executable, "-P", "-m", "bench.memory", *arguments]
     return subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
@@ -141,7 +141,7 @@ def measure(setting: Setting) -> dict:
     spec = SPECS[setting.model]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / setting.model
-        apart("--write", str(folder), json.dumps(asdict(setting)))
+        in_another_process("--write", str(folder), json.dumps(asdict(setting)))
         machine = Machine(device=device, free_bytes=None, dtype=setting.dtype)
         memory = MemoryModel.of(spec, folder, machine)
         meter = Meter(device)

@@ -9,6 +9,7 @@ import diffusers
 import torch
 import transformers
 from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 OFFLINE = {"local_files_only": True}
 
@@ -48,19 +49,29 @@ def load_components(
 
 
 def _read_tensors(folder: Path, model_class: Any, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of all safetensors files of a folder, in `dtype` on `device`."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise OSError(f"{folder} has no safetensors file.")
+    """Return the encoder's tensors in `dtype` on `device`."""
     # T5's output projections overflow in float16: https://github.com/huggingface/transformers/issues/20287
     exact = set(model_class._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
     tensors = {}
-    for file in files:
+    for file in _weight_files(folder):
         with safe_open(file, framework="pt", device=device) as opened:
             for name in opened.keys():  # noqa: SIM118, it is no dict
+                if name.startswith("decoder."):  # of a complete T5, as large as the encoder
+                    continue
                 kept = torch.float32 if exact & set(name.split(".")) else dtype
                 tensors[name] = opened.get_tensor(name).to(kept)
     return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that from_pretrained reads: next to them there may be variants in other precisions."""
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise OSError(f"{folder} has neither {single.name} nor {index.name}.")
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
 
 
 def _build_text_encoder(folder: Path, model_class: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -51,6 +51,15 @@ def test_a_text_encoder_in_several_files_computes_transformers_bits(folder, dtyp
     assert found == {name: weight.dtype for name, weight in reference.named_parameters()}
 
 
+def test_variants_and_other_files_next_to_a_text_encoders_weights_are_not_read(folder):
+    weights = folder / "text_encoder" / "model.safetensors"
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}
+    save_file(zeros, weights.with_name("model.fp16.safetensors"))
+    save_file(zeros, weights.with_name("old-00001-of-00002.safetensors"))
+    encoder = load_components(folder, dtype=torch.float32)["text_encoder"]
+    assert torch.equal(encoder.shared.weight, load_file(weights)["shared.weight"])
+
+
 def test_without_the_text_encoder_neither_it_nor_the_tokenizer_is_there(folder):
     for name in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / name)
