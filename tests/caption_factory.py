@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from lib.caption.checkpoint import save_model
 from lib.caption.model import CaptionModel
+from tiny.caption_checkpoint import save_model
 from tiny.captioner import BOS, EOS, PAD, UNKNOWN, build_caption_tokenizer, caption_config
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
-from lib.caption.checkpoint import save_model
 from lib.caption.model import CaptionModel
 from tiny import loop
+from tiny.caption_checkpoint import save_model
 from tiny.captioner import build_caption_tokenizer, caption_config
 from tiny.networks import LATENT_CHANNELS, SCHEDULER, build_vae
 from tiny.tokenizer import build_tokenizer, tie_capitals

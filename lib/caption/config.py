@@ -1,7 +1,7 @@
 """The config.json of a CogVLM2-Caption, with the names of the released file."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,6 @@ def parse_config(
     ends = [*config.eos_token_ids, *(more if isinstance(more, list) else [more])]
     ends = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
     return replace(config, eos_token_id=ends if len(ends) > 1 else ends[0])
-
-
-def write_config(config: CaptionConfig, folder: Path, *, dtype: str) -> None:
-    """Write config.json as in the released model, without the names of the code that it ships."""
-    content = {"architectures": [ARCHITECTURE], **asdict(config), "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -76,15 +76,6 @@ def health(url: str) -> dict[str, Any]:
     return json.loads(body) if status == 200 else {}
 
 
-def wait_until_idle(url: str, *, seconds: float = 15.0) -> None:
-    """Return when the server at `url` is ready for a request. Raises TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while (status := health(url).get("status")) != "READY":
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{url} is {status} after {seconds:g} s")
-        time.sleep(0.05)
-
-
 def fetch_schema(url: str) -> dict[str, Any]:
     """Return the server's /openapi.json. Raises UserError when there is no Cog server or it has no schema."""
     try:

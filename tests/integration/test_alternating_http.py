@@ -13,10 +13,11 @@ from diffusers import CogVideoXPipeline
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.models.specs import SPECS
-from lib.serving.client import health, request, wait_until_idle
+from lib.serving.client import health, request
 from lib.serving.server import Server
 from lib.video.writer import write_video
 from tests.lora_factory import WEIGHTS, save_lora
+from tests.serving import wait_until_idle
 from tests.video_decoding import decode
 from tiny.evaluate import DEFAULTS
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from lib.datasets.clips import find_clips
-from lib.serving.client import request, wait_until_idle
+from lib.serving.client import request
 from lib.serving.server import Server
 from lib.storage.archive import extract_archive
 from lib.storage.scratch import PREFIX
 from tests.caption_factory import write_captioner
 from tests.clips_factory import data_uri, write_clips, zip_of, zip_with
 from tests.integration.conftest import group_members, wait_for
+from tests.serving import wait_until_idle
 
 COUNT = 6
 SLOW = {"max_new_tokens": 150, "batch_size": 1}

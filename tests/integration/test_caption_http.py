@@ -8,8 +8,9 @@ import av
 import numpy as np
 import pytest
 
-from lib.serving.client import health, request, wait_until_idle
+from lib.serving.client import health, request
 from lib.video.writer import write_video
+from tests.serving import wait_until_idle
 from tiny import world
 from tiny.evaluate_captions import agreement
 

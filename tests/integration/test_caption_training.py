@@ -7,11 +7,12 @@ import zipfile
 import pytest
 
 from lib.datasets.clips import find_clips
-from lib.serving.client import request, wait_until_idle
+from lib.serving.client import request
 from lib.serving.outputs import save_output
 from lib.serving.registry import PROJECT
 from tests.caption_factory import write_captioner
 from tests.clips_factory import data_uri, write_clips, zip_of
+from tests.serving import wait_until_idle
 from tests.training_commands import finished, losses
 
 pytestmark = pytest.mark.slow

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
-from lib.serving.client import request, wait_until_idle
+from lib.serving.client import request
 from lib.serving.server import Server
 from lib.storage.archive import extract_tar
 from tests.clips_factory import data_uri
 from tests.convert_factory import VAE_FILE, options, source
+from tests.serving import wait_until_idle
 from tests.video_decoding import decode
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "weights" / "tiny-t2v" / "tokenizer"

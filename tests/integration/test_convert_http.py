@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.convert.report import REPORT
-from lib.serving.client import health, request, wait_until_idle
+from lib.serving.client import health, request
 from lib.serving.server import Server
 from lib.storage.archive import extract_tar
 from lib.storage.scratch import PREFIX
@@ -33,6 +33,7 @@ from tests.convert_factory import (
 )
 from tests.http_host import Host, Served
 from tests.integration.conftest import wait_for
+from tests.serving import wait_until_idle
 from tests.webhook_host import WebhookHost
 from tests.writable_hub import TOKEN
 

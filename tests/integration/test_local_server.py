@@ -22,11 +22,11 @@ from lib.serving.client import (
     health,
     predict,
     request,
-    wait_until_idle,
 )
 from lib.serving.registry import PROJECT
 from lib.serving.server import Server, ServerError, free_port
 from tests.integration.conftest import SAMPLE, sample_config, start_slowly, wait_for
+from tests.serving import wait_until_idle
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from PIL import Image
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.models.specs import SPECS
-from lib.serving.client import health, request, wait_until_idle
+from lib.serving.client import health, request
 from lib.serving.server import Server, ServerError
 from lib.video.writer import read_metadata, write_video
 from tests.http_host import Host, Served, hub_of
 from tests.integration.conftest import start_slowly, wait_for
 from tests.lora_factory import WEIGHTS, save_lora
+from tests.serving import wait_until_idle
 from tests.video_decoding import decode
 from tiny.evaluate import DEFAULTS
 

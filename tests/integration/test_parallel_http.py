@@ -9,10 +9,11 @@ import numpy as np
 import psutil
 import pytest
 
-from lib.serving.client import request, wait_until_idle
+from lib.serving.client import request
 from lib.serving.server import Server, ServerError
 from tests.integration.conftest import wait_for
 from tests.integration.test_video_http import saved
+from tests.serving import wait_until_idle
 from tests.video_decoding import decode
 
 QUICK = {"prompt": "a red circle moves right on a black background", "num_inference_steps": 3, "seed": 5}

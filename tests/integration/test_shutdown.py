@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lib.serving.client import health, predict, request, wait_until_idle
+from lib.serving.client import health, predict, request
 from lib.serving.registry import PROJECT
 from lib.serving.server import Server
 from lib.storage.scratch import PREFIX
 from tests.integration.conftest import group_members, sample_config, start_slowly, wait_for
+from tests.serving import wait_until_idle
 
 # A predictor that keeps its results as the video predictors do.
 KEEPER = """
@@ -138,7 +139,8 @@ def test_an_interrupted_client_stops_its_own_server_at_once(sample):
 IMPATIENT = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from lib.serving.client import request, wait_until_idle, health
+from lib.serving.client import request, health
+from tests.serving import wait_until_idle
 from lib.serving.registry import read_config
 from lib.serving.server import Server
 

@@ -18,7 +18,7 @@ from safetensors.torch import load
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.models.specs import SPECS
-from lib.serving.client import health, request, wait_until_idle
+from lib.serving.client import health, request
 from lib.serving.server import Server
 from lib.storage.scratch import PREFIX
 from lib.video.images import read_image
@@ -27,6 +27,7 @@ from tests.clips_factory import caption, data_uri, losses_in, star_frames, write
 from tests.http_host import Host, Served
 from tests.integration.conftest import wait_for
 from tests.lora_factory import WEIGHTS
+from tests.serving import wait_until_idle
 from tests.video_decoding import decode
 from tests.webhook_host import WebhookHost
 from tiny.evaluate import DEFAULTS

@@ -16,11 +16,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from lib.serving.client import health, request, wait_until_idle
+from lib.serving.client import health, request
 from lib.serving.server import Server
 from lib.storage.scratch import PREFIX
 from lib.video.writer import read_metadata
 from tests.http_host import Host, Served
+from tests.serving import wait_until_idle
 from tests.video_decoding import decode
 from tests.webhook_host import WebhookHost
 from tiny import world

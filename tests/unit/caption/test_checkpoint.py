@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.caption.captioner import load_captioner
-from lib.caption.checkpoint import entries, load_model, save_model
+from lib.caption.checkpoint import entries, load_model
 from lib.caption.config import CaptionConfig, VisionConfig, read_config
 from lib.caption.model import CaptionModel
 from lib.errors import UserError
 from tests.caption_factory import write_captioner
+from tiny.caption_checkpoint import save_model
 
 LAYERS, VISION_LAYERS = 32, 63
 SMALL = CaptionConfig(

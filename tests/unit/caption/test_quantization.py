@@ -14,7 +14,8 @@ MEASURE = """
 import json, sys
 import torch
 from pathlib import Path
-from lib.caption.checkpoint import load_model, save_model
+from lib.caption.checkpoint import load_model
+from tiny.caption_checkpoint import save_model
 from lib.caption.model import CaptionModel
 from lib.caption.inputs import build_prompt
 from tiny.captioner import caption_config
