@@ -159,9 +159,9 @@ def _checked(each: Setting, value: Any) -> Any:
 
 def _checked_number(each: Setting, value: Any) -> int | float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    is_whole = is_number and (isinstance(value, int) or value.is_integer())
+    is_integral = is_number and (isinstance(value, int) or value.is_integer())
     expected = "a whole number" if each.type is int else "a number"
-    require(is_whole if each.type is int else is_number, f"{each.name}={value!r} is not {expected}.")
+    require(is_integral if each.type is int else is_number, f"{each.name}={value!r} is not {expected}.")
     low, high = each.ge, each.le
     if low is not None and high is not None and not low <= value <= high:  # NaN is outside as well
         nearest = high if value > high else low

@@ -88,7 +88,7 @@ class LatentCache:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{path} cannot be read any more: {error}. Start again: missing files are encoded again."
+                f"{path} can no longer be read: {error}. Start again: missing files are encoded again."
             ) from error
 
     def write_json(self, path: Path, content: object) -> None:

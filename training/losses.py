@@ -18,7 +18,7 @@ HOPELESS = 2.0
 SKIPPED_IN_A_ROW = 50
 ADVICE = (
     "Lower learning_rate (a tenth of it is a good next try), keep max_grad_norm at 1, use more "
-    "lr_warmup_steps or a larger batch; with mixed_precision=fp16 take bf16 or no"
+    "lr_warmup_steps or a larger batch; with mixed_precision=fp16 use bf16 or no"
 )
 
 

@@ -100,7 +100,7 @@ def _checked_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any
     parameters = optimizer.param_groups[0]["params"]
     (group,) = saved["param_groups"]
     if len(group["params"]) != len(parameters) or not set(saved["state"]) <= set(range(len(parameters))):
-        raise ValueError("it has another number of matrices")
+        raise ValueError("it has a different number of matrices")
     if not all(math.isfinite(group[key]) for key in PROGRESS & group.keys()):
         raise ValueError("it contains NaN or infinity")
     state = {

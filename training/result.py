@@ -171,7 +171,7 @@ Captions are in `captions.jsonl`, the loss of every step in `loss.csv` and `loss
 |---|---|
 {rows}
 
-The base's licence holds for what is made with it.
+The base's licence applies to what is made with it.
 """
 
 

@@ -1,7 +1,7 @@
 """A list of clips made by several batch workers, each of which takes the next row.
 
 This process distributes the rows and alone records their results, as soon as they are known. A row whose
-worker died is tried once more; a second death is its result.
+worker dies is tried once more; if that worker dies too, the row has failed.
 """
 
 import contextlib

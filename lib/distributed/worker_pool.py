@@ -36,7 +36,7 @@ MODULE = "lib.distributed.worker"
 POLL_SECONDS = 0.05
 NOTICE_SECONDS = 2.0
 """How long after a failed exchange the exit of the worker that caused it may take to be reported."""
-SETTLE_SECONDS = 0.3
+GATHER_SECONDS = 0.3
 """How long to wait after the first report: workers that fail because of another may report first."""
 
 
@@ -201,7 +201,7 @@ class WorkerPool:
             time.sleep(POLL_SECONDS)
         if not self._losses:
             return None
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(GATHER_SECONDS)
         return self._main_loss()
 
     def _main_loss(self) -> str:

@@ -91,7 +91,7 @@ def build_request(
     """
     speed = check_speed(speed)
     num_inference_steps = int(num_inference_steps)
-    num_frames, width, height, fps, seed = map(_whole, (num_frames, width, height, fps, seed))
+    num_frames, width, height, fps, seed = map(_to_int, (num_frames, width, height, fps, seed))
     num_frames = spec.frames if num_frames is None else num_frames
     spec.check_frames(num_frames)
     if width is None and height is None and image is not None:
@@ -128,6 +128,6 @@ def build_request(
     return request
 
 
-def _whole(value: int | float | None) -> int | None:
+def _to_int(value: int | float | None) -> int | None:
     """Return an integer: JSON has one kind of number, and Cog accepts 9.0 for an integer input."""
     return None if value is None else int(value)

@@ -180,7 +180,7 @@ def _fetch_from_hub(
     save(Source(url=file.url, headers=headers, max_bytes=max_bytes(), rules=rules), target)
     if file.sha256 is not None and sha256_of(target) != file.sha256.lower():
         raise FetchError(
-            f"Cannot download {address.label}: its checksum is wrong; it was damaged on the way. Try again."
+            f"Cannot download {address.label}: its checksum is wrong; it was damaged in transit. Try again."
         )
     config = None
     if (found := files.get(str(PurePosixPath(path).with_name(CONFIG)))) is not None:

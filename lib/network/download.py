@@ -67,7 +67,7 @@ def fetch(
     if size is not None and remote.size not in (size, None):
         raise source.error(
             f"it has {remote.size:,} bytes and {size:,} were expected",
-            "The file at this address is another one than was recorded; check the address.",
+            "The file at this address differs from the recorded one; check the address.",
         )
     source.check_size(remote.size or 0)
     part = Part.resumed(target, source, remote, verified=sha256 is not None)
@@ -239,10 +239,10 @@ def _verify(source: Source, part: Part, *, size: int | None, sha256: str | None)
     found = part.path.stat().st_size
     if size is not None and found != size:
         part.remove()
-        raise source.error(f"{found:,} bytes came instead of {size:,}", "Start again.")
+        raise source.error(f"{found:,} bytes arrived instead of {size:,}", "Start again.")
     if sha256 is not None and (digest := sha256_of(part.path, stop=source.rules.stop)) != sha256.lower():
         part.remove()
         raise source.error(
             f"its SHA-256 is {digest} instead of {sha256.lower()}",
-            "It was damaged on the way or replaced at the host; start again, or check the address.",
+            "It was damaged in transit or replaced at the host; start again, or check the address.",
         )

@@ -95,7 +95,7 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
         if not header.isfile() and not 0 <= header.size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"{header.name!r} is no file and claims {header.size:,} bytes")
+            raise tarfile.ReadError(f"{header.name!r} is not a file but claims {header.size:,} bytes")
         return header
 
 

@@ -88,7 +88,7 @@ def test_the_result_has_every_caption_as_it_was_made_and_as_it_was_trained(folde
     assert len(losses(result)) == 2
 
 
-def test_a_run_that_goes_on_from_a_result_captions_nothing_again(folder, killed, outcomes):
+def test_a_run_resumed_from_a_result_captions_nothing_again(folder, killed, outcomes):
     assert outcomes[1][0] == 0, outcomes[1][2]
     # What it took from there, and nothing after it.
     assert (folder / "runs" / "next" / "captions.jsonl").read_text() == killed

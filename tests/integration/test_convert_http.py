@@ -143,7 +143,7 @@ def test_addresses_are_fetched_and_nothing_of_them_stays(server, host, cache, tm
     wait_for(lambda: left(server, cache) == ["converted.tar"])
 
 
-def test_a_tar_of_the_result_goes_the_way_back(server, tmp_path):
+def test_a_tar_of_the_result_converts_back(server, tmp_path):
     _, reply = send(
         server, "there", transformer=upload(source("t2v-5b")), overrides=OVERRIDES, dtype="float32"
     )
@@ -347,7 +347,7 @@ def test_a_lora_comes_back_with_its_scale_in_it(lora_server, host, tmp_path):
     assert len(back) == 16 and all(torch.equal(back[key], original[key]) for key in back)
 
 
-def test_what_is_no_lora_is_refused_and_the_next_request_works(lora_server, tmp_path):
+def test_files_that_are_not_loras_are_refused_and_the_next_request_works(lora_server, tmp_path):
     torch.save({"module": {"a": Malicious(tmp_path / "executed")}}, tmp_path / "bad.pt")
     for place, (inputs, message) in enumerate(
         [

@@ -163,7 +163,7 @@ def test_two_loras_are_applied_and_reported_apart(server, host, folder):
         ({"lora_weights": "/lora.ckpt"}, "is a pickle by its name"),
     ],
 )
-def test_a_bad_lora_fails_with_its_reason_and_a_good_request_follows(server, host, inputs, message):
+def test_a_bad_lora_fails_with_its_reason_and_the_next_request_works(server, host, inputs, message):
     good = output(server, lora_weights=host.url("/lora.safetensors"))
     reply = post(server, **inputs | {"lora_weights": host.url(inputs["lora_weights"])})
     assert reply["status"] == "failed" and message in reply["error"], reply

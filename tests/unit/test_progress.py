@@ -49,7 +49,7 @@ def test_a_terminal_gets_a_bar_that_goes_away():
     assert stream.getvalue().endswith("\r\x1b[K")
 
 
-def test_the_time_left_follows_the_pace(monkeypatch):
+def test_the_time_left_follows_the_speed(monkeypatch):
     clock = iter([100.0, 110.0])
     monkeypatch.setattr("lib.progress.time.monotonic", lambda: next(clock))
     stream = Terminal()
@@ -61,7 +61,7 @@ def test_the_time_left_follows_the_pace(monkeypatch):
     assert bar("decoding", 1, 2, left=61.9).endswith("1/2, 1:01 left")
 
 
-def test_a_note_that_says_how_long_is_left_stands_for_the_bars_own(monkeypatch):
+def test_a_note_with_the_time_left_replaces_the_bars_estimate(monkeypatch):
     clock = iter([100.0, 110.0])
     monkeypatch.setattr("lib.progress.time.monotonic", lambda: next(clock))
     stream = Terminal()

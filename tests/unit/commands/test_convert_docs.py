@@ -23,14 +23,14 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_is_one_that_is_understood(line):
+def test_every_command_on_the_page_is_valid(line):
     script, *words = shlex.split(line)
     kind = SCRIPTS[script]
     pairs, _ = _split(words, COMMANDS[kind])
     assert parse_inputs(pairs, settings_of(COMMANDS[kind]), send_files=False)
 
 
-def test_what_the_commands_say_otherwise_is_what_the_forms_say():
+def test_texts_that_the_commands_replace_occur_in_the_forms():
     descriptions = [
         shape["description"] for each in DOCUMENTS.values() for shape in input_properties(each).values()
     ]
@@ -38,7 +38,7 @@ def test_what_the_commands_say_otherwise_is_what_the_forms_say():
         assert any(text in description for description in descriptions), text
 
 
-def test_there_are_commands_for_both_ways_of_both():
+def test_there_are_commands_for_both_directions_of_models_and_loras():
     assert {line.split()[0] for line in commands() if "to_sat" in line} == set(SCRIPTS)
     assert {line.split()[0] for line in commands() if "to_sat" not in line} == set(SCRIPTS)
 

@@ -160,7 +160,7 @@ def test_an_unknown_class_is_refused_by_its_name(tmp_path):
     )
 
 
-def test_a_whole_module_and_a_program_are_refused(tmp_path):
+def test_a_pickled_module_and_a_program_are_refused(tmp_path):
     path = save(tmp_path / "layer.pt", torch.nn.Linear(2, 2))
     assert "it holds torch.nn.modules.linear.Linear" in refusal(path, tmp_path)
     with zipfile.ZipFile(tmp_path / "program.pt", "w") as archive:

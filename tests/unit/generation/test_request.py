@@ -38,7 +38,7 @@ def test_crop_fills_the_frame_and_cuts_the_strip_away():
     assert is_near(first_frame("crop"), WHITE)
 
 
-def test_stretch_draws_the_strip_across_the_whole_width():
+def test_stretch_draws_the_strip_across_the_full_width():
     frame = first_frame("stretch")
     assert is_near(frame[:3], RED) and is_near(frame[8:], WHITE)
 

@@ -297,7 +297,7 @@ def test_the_least_recently_used_entry_is_removed_when_the_cache_is_full(cache, 
     assert leftovers(cache) == []
 
 
-def test_a_lora_larger_than_the_whole_cache_is_refused(monkeypatch):
+def test_a_lora_larger_than_the_cache_limit_is_refused(monkeypatch):
     monkeypatch.setenv("COGVIDEOX_LORA_CACHE_GB", "0.000001")
     served = Served(weights(1))
     with Host({"/a.safetensors": served}) as host, pytest.raises(UserError, match="larger than the"):

@@ -87,7 +87,7 @@ def test_a_component_without_weights_is_an_error(folder, part):
         load_components(folder, dtype=torch.float32)
 
 
-def test_a_text_encoder_that_lacks_a_tensor_is_an_error(folder):
+def test_a_text_encoder_without_one_of_its_tensors_is_an_error(folder):
     file = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     del tensors["encoder.final_layer_norm.weight"]

@@ -32,5 +32,5 @@ def test_what_is_not_an_http_address_is_refused(url):
         fetch_schema(url)
 
 
-def test_nothing_is_healthy_where_nothing_answers():
+def test_health_is_empty_where_no_server_answers():
     assert health(f"http://127.0.0.1:{free_port()}") == {}

@@ -73,7 +73,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("problem", CHANGES)
-def test_an_input_that_takes_less_is_found(old, problem):
+def test_a_restricted_input_is_reported(old, problem):
     new = copy.deepcopy(old)
     schemas = new["components"]["schemas"]
     CHANGES[problem](schemas["Input"]["properties"], schemas)
@@ -81,7 +81,7 @@ def test_an_input_that_takes_less_is_found(old, problem):
     assert found and found[0].startswith("Input ") and problem in found[0]
 
 
-def test_an_input_of_a_training_that_takes_less_is_found(old):
+def test_a_restricted_training_input_is_reported(old):
     new = copy.deepcopy(old)
     del new["components"]["schemas"]["TrainingInput"]["properties"]["steps"]
     assert incompatibilities(old, new) == ["TrainingInput steps is gone"]
@@ -99,13 +99,13 @@ def test_an_input_of_a_training_that_takes_less_is_found(old):
         lambda schemas: schemas.pop("TrainingOutput"),
     ],
 )
-def test_another_output_is_found(old, change):
+def test_a_changed_output_is_reported(old, change):
     new = copy.deepcopy(old)
     change(new["components"]["schemas"])
     assert len(incompatibilities(old, new)) == 1
 
 
-def test_more_than_before_is_compatible(old):
+def test_new_inputs_and_wider_bounds_are_compatible(old):
     new = copy.deepcopy(old)
     schemas = new["components"]["schemas"]
     inputs = schemas["Input"]["properties"]

@@ -195,7 +195,7 @@ def test_a_tar_header_that_would_fill_the_memory_is_refused(tmp_path, kind):
     header = special("x", kind)
     header.size = 300 << 20
     (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + bytes(10240))
-    with pytest.raises(UserError, match=r"'x' is no file and claims 314,572,800 bytes"):
+    with pytest.raises(UserError, match=r"'x' is not a file but claims 314,572,800 bytes"):
         extract_tar(tmp_path / "a.tar", tmp_path / "target")
 
 

@@ -211,7 +211,7 @@ def lightness(sample: Sample, column: int) -> float:
     "size", [(64, 48), (63, 47), (48, 64), (36, 64), (640, 360), (361, 641), (16, 12), (20, 90), (8, 8)]
 )
 @pytest.mark.parametrize("fit", ["center", "random", "none"])
-def test_every_shape_is_brought_to_the_requested_size(tmp_path, size, fit):
+def test_every_shape_is_fitted_to_the_requested_size(tmp_path, size, fit):
     path = painted(tmp_path / "a.webm", *size, np.full((1, 1, 3), 200, np.uint8))
     for width, height in ((64, 48), (48, 80)):
         (sample,) = clip_samples(path, sampling(fit=fit, width=width, height=height))

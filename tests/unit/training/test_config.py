@@ -94,7 +94,7 @@ def test_numbers_that_are_not_finite_are_refused(name, given):
     assert refusal(**{name: given}).startswith(f"{name}={given} is ")
 
 
-def test_whole_floats_are_whole_numbers_and_others_are_not():
+def test_floats_without_a_fraction_are_integers_and_others_are_not():
     made = config(max_num_frames=9.0, rank=8.0, learning_rate=1, lora_alpha=4)
     found = [value(made, name) for name in ("max_num_frames", "rank", "learning_rate", "lora_alpha")]
     assert found == [9, 8, 1.0, 4.0]
@@ -158,7 +158,7 @@ def test_clips_come_from_exactly_one_place(given):
     assert TrainingConfig.from_inputs(dataset_name="owner/name").data.input_videos is None
 
 
-def test_seed_zero_and_the_largest_are_seeds():
+def test_zero_and_the_largest_seed_are_accepted():
     assert config(seed=0).compute.seed == 0
     assert config(seed=MAX_SEED).compute.seed == MAX_SEED
     assert "(nearest: 0)." in refusal(seed=-1)

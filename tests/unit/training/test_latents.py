@@ -359,7 +359,7 @@ def test_reading_a_sample_counts_as_use(tmp_path, cache):
 def test_a_file_removed_during_training_is_an_error(tmp_path, cache):
     (section,) = encoded(clip(tmp_path / "a.mp4"), cache)
     section.files[0][0].unlink()
-    with pytest.raises(UserError, match=r"cannot be read any more: .*missing files are encoded again"):
+    with pytest.raises(UserError, match=r"can no longer be read: .*missing files are encoded again"):
         Encodings(cache, text_key="t").sample(section, flipped=False, crop=0)
 
 

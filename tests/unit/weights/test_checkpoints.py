@@ -638,7 +638,7 @@ def test_the_users_token_goes_to_the_hub(tmp_path, hub, monkeypatch):
     assert {headers.get("Authorization") for _, _, headers in hub.requests} == {"Bearer hf_secret"}
 
 
-def test_room_for_the_whole_repository_is_checked_before_its_first_file(tmp_path, hub, monkeypatch):
+def test_room_for_the_complete_repository_is_checked_before_its_first_file(tmp_path, hub, monkeypatch):
     usage = type("Usage", (), {"free": 300_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"Not enough room .* set COGVIDEOX_CACHE"):
