@@ -33,7 +33,7 @@ class Row:
 
     results: list[Result] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    """Of denoising, as a share of the reference's for the same clip."""
+    """Denoising time, as a share of the reference's for the same clip."""
     distances: list[dict[str, float]] = field(default_factory=list)
 
 

@@ -34,7 +34,7 @@ from tiny.captioner import build_caption_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("reading", "1", "8")
 NEW_TOKENS = 64
-"""Written for every clip; the random model never ends by itself."""
+"""Tokens generated for every clip: the random model never emits an end token."""
 
 
 def main() -> None:

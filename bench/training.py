@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "weights" / "tiny-i2v"
 RANK = 128
 STEP_FLOPS = 1.24e15
-"""Of one step of that shape with gradient checkpointing."""
+"""Floating-point operations of one step of that shape, with gradient checkpointing."""
 WARM_UP = 3
 SHAPE_CLIPS = 2
 

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine whose faults can be chosen, and a Hugging Face Hub made of it."""
+"""A real HTTP server on this machine with faults on demand, and a Hugging Face Hub served by it."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Served:
-    """One file and how the host behaves about it. Bytes are counted, seconds waited."""
+    """One file, and the faults with which it is served, in bytes and seconds."""
 
     body: bytes
     ranges: bool = True
@@ -21,7 +21,7 @@ class Served:
     headers: dict[str, str] = field(default_factory=dict)
     fail_first: int = 0  # so many requests are answered 503
     truncate_at: int | None = None  # every body ends here
-    drop_first_at: int | None = None  # the first body ends here, then all is well
+    drop_first_at: int | None = None  # the first body ends here, later ones are complete
     stall_at: int | None = None  # silence after so many bytes of a body
     pause: float = 0.0  # between pieces
     permits: threading.Semaphore | None = None  # each piece of a body takes one, and waits for it
@@ -126,7 +126,7 @@ class Host:
             if served.stall_at is not None and at >= served.stall_at:
                 self.released.wait(30)
                 break
-            if served.permits is not None and len(content) > 1:  # a probe is no body
+            if served.permits is not None and len(content) > 1:  # a probe does not count as a body
                 served.permits.acquire(timeout=30)
             block = content[at : at + served.piece]
             if limit is not None and at + len(block) > limit:

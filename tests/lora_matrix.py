@@ -1,6 +1,6 @@
 """Compare a LoRA in every mode that a CPU can run with diffusers' own pipeline.
 
-`python -m tests.lora_matrix FOLDER` does it for quantised weights, in a process of its own: torchao is
+`python -m tests.lora_matrix FOLDER` does it for quantized weights, in a process of its own: torchao is
 installed separately (.venv/extras), and slows down every import of diffusers.
 """
 
@@ -74,7 +74,7 @@ def latents(generator: Generator, speed: str) -> Tensor:
 
 @cache
 def expected(kind: str, speed: str, file: Path | None) -> Tensor:
-    """Of diffusers' pipeline as it comes, quantised by torchao's own function where it is."""
+    """Return the latents of diffusers' own pipeline, with quantized weights unless `kind` is none."""
     pipeline = CogVideoXPipeline.from_pretrained(WEIGHTS / "tiny-t2v", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if kind != "none":

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine that makes repositories and fills them, as far as uploads need it."""
+"""A Hugging Face Hub on this machine that accepts uploads: it creates repositories and stores commits."""
 
 import base64
 import hashlib

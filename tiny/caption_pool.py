@@ -19,7 +19,7 @@ from tiny.train_vae import to_tensor
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "tiny-t2v"
 FRAMES = 12
-"""Of rendered clips; decoded and generated ones have 9."""
+"""Frames of rendered clips; decoded and generated ones have 9."""
 RENDERED, DECODED, GENERATED = 20, 3, 3
 """Clips for each trained combination."""
 RATIOS, RATIO_SHARES = (4 / 3, 1.0, 16 / 9, 3 / 4), (0.55, 0.15, 0.2, 0.1)

@@ -39,7 +39,7 @@ class Result:
     verdict: Verdict
     frames: np.ndarray
     psnr: float | None
-    """Of the first frame compared with the given image, in dB; image-to-video only."""
+    """PSNR of the first frame to the given image, in dB; image-to-video only."""
 
     @property
     def agreement(self) -> dict[str, bool]:

@@ -19,15 +19,15 @@ from tiny.world import Attributes
 
 PEAK_RATE = 1.5e-3
 FRAMES_PER_STEP = 320
-"""Over all processes, in many short clips or fewer long ones."""
+"""Total over all processes, in many short clips or fewer long ones."""
 MAX_CLIPS = 64
 SEEING_SHARE = 0.25
 """Share of the steps, at the start, with single frames of many clips and only the hints' loss. From complete
 clips, which are fewer and have similar frames, the tower did not learn shapes."""
 EASY_SHARE = 0.55
-"""Share of the steps with few frames and one question: with all kinds at once, motion is learnt late."""
+"""Share of the steps with few frames and one question: with all kinds at once, motion is learned late."""
 SEEN_FRAMES = 192
-"""Per step during the vision-only steps, over all processes."""
+"""Frames per step in the vision-only steps, over all processes."""
 HINT_WEIGHT = 1.0
 """Weight of the loss on each frame's content; it then fades to zero."""
 UNKNOWN_WORDS = 0.05

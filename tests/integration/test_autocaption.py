@@ -41,7 +41,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def killed(folder, environment) -> str:
-    """A run in runs/killed that ended by SIGKILL once its captions were there; what they are."""
+    """Kill a run in runs/killed once its captions are written, and return them."""
     record = folder / "runs" / "killed" / "captions.jsonl"
     with started(folder, environment, *COMMAND, "output_dir=runs/killed") as process:
         try:

@@ -1,4 +1,4 @@
-"""The training benchmark for GPUs, with a small model on a CPU: its base is one that the trainer takes."""
+"""The training benchmark for GPUs, with a small model on a CPU: the trainer accepts its base."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""script/convert and script/export-lora as a person uses them: results, refusals, Ctrl-C, kills, again."""
+"""script/convert and script/export-lora as a person uses them: results, refusals, Ctrl-C, kills, repeated runs."""
 
 import json
 import os
@@ -45,7 +45,7 @@ LARGE = ["large.pt", "overrides=sample_frames=9", "dtype=float32"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the commands stand: oracles, a LoRA, and a transformer of 0.3 GB."""
+    """The commands' working directory: oracles, a LoRA, and a transformer of 0.3 GB."""
     folder = tmp_path_factory.mktemp("command")
     for path in (source(NAME), source("lora-t2v-2b"), VAE_FILE):
         (folder / path.name).symlink_to(path)

@@ -45,7 +45,7 @@ BINARY = "application/octet-stream"
 
 @pytest.fixture(scope="module")
 def host():
-    """Serves checkpoints, and some that never come."""
+    """Serves checkpoints, and some whose download stalls."""
     files = {
         STATES: Served(source(NAME).read_bytes()),
         "/3d-vae.pt": Served(VAE_FILE.read_bytes()),

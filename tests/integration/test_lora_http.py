@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def host(folder):
-    """Serves a LoRA as a file, as a training's tar, on a Hub, and what is none."""
+    """Serves a LoRA as a file, as a training's tar and on a Hub, and a file that is not a LoRA."""
     lora = save_lora(folder / "lora.safetensors", alpha=8, recorded=RECORDED)
     with tarfile.open(folder / "trained.tar", "w") as tar:
         tar.add(lora, "output/lora.safetensors")

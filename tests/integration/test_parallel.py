@@ -1,4 +1,4 @@
-"""Several processes denoise a clip to what one process computes, in float32 over gloo."""
+"""Several processes denoise a clip with the result of one process, in float32 over gloo."""
 
 import threading
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from tiny.evaluate import DEFAULTS, load_generator
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 TOLERANCE = 1e-4
-"""Of decoded frames from 0 to 1, before they are rounded and encoded."""
+"""Largest difference of decoded frames in 0..1, before they are rounded and encoded."""
 CFG, BOTH = Layout(branches=2), Layout(branches=2, sequence=2)
 TWO, FOUR, TWICE_TWO = Layout(sequence=2), Layout(sequence=4), Layout(sequence=2, copies=2)
 

@@ -49,7 +49,7 @@ def clips(folder) -> str:
 
 @pytest.fixture(scope="module")
 def host(folder, clips):
-    """Serves the zip, and what the tests add; as a Hub it takes nothing."""
+    """Serves the zip, and what the tests add; as a Hub it refuses uploads."""
     with Host({"/clips.zip": Served((folder / "clips.zip").read_bytes())}) as host:
         yield host
 
@@ -93,7 +93,7 @@ def same_lora(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
 
 
 def temporary_files(server: Server) -> list[str]:
-    """What lies in the server's temporary folder, less the empty one for results."""
+    """The content of the server's temporary folder, except the empty folder for results."""
     tmp = server.scratch / "tmp"
     return [str(path) for path in tmp.rglob("*") if path.parent != tmp or not path.name.startswith(PREFIX)]
 
@@ -104,7 +104,7 @@ def trainings(server: Server) -> list[Path]:
 
 
 def checkpoint_in(logs: str) -> Path:
-    """The one that the log of a run that did not finish names."""
+    """The checkpoint that the log of an unfinished run names."""
     return Path(re.search(r"resume_from=(\S+) continues from it", logs)[1])
 
 
@@ -236,7 +236,7 @@ def test_a_corrupt_clip_is_left_out_and_listed(server, folder):
     assert left_out["clip"] == "broken.mp4" and left_out["reason"]
 
 
-# Going on
+# Resuming
 
 
 def test_a_cancelled_training_leaves_a_checkpoint_that_resumes_exactly(server, clips):
@@ -294,7 +294,7 @@ def test_secrets_are_in_no_file_and_no_line(server, clips):
         assert not [line for line in server.log if secret in line]
 
 
-# The output where it is used
+# The output in use
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The data set is never in memory completely."""
+"""The data set is never completely in memory."""
 
 import pytest
 
