@@ -1,4 +1,4 @@
-"""script/convert and script/export-lora as a person uses them: results, refusals, Ctrl-C, kills, repeated runs."""
+"""script/convert and script/export-lora as users run them: results, refusals, Ctrl-C, kills, reruns."""
 
 import json
 import os
