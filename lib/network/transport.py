@@ -94,22 +94,22 @@ class _Body(httpx2.SyncByteStream):
 
 def _pool(url: httpx2.URL, rules: Rules) -> httpcore2.ConnectionPool:
     address = urllib.request.getproxies().get(url.scheme)
-    if not address or urllib.request.proxy_bypass(url.host):
+    if not address or urllib.request.proxy_bypass(url.netloc.decode()):
         backend = _Backend(rules, lambda peer: rules.check_peer(peer, str(url)))
         return httpcore2.ConnectionPool(ssl_context=_ssl_context(), network_backend=backend)
     try:
         proxy = httpx2.Proxy(address if "://" in address else f"http://{address}")
         if not proxy.url.host or proxy.url.scheme not in ("http", "https"):
             raise ValueError
+        return httpcore2.HTTPProxy(
+            proxy_url=str(proxy.url),
+            proxy_auth=proxy.raw_auth,
+            ssl_context=_ssl_context(),
+            network_backend=_Backend(rules, _accept),
+        )
     except (ValueError, httpx2.InvalidURL):
         variable = f"{url.scheme}_proxy"
         raise UserError(f"{variable} is not the address of an http or https proxy; correct it.") from None
-    return httpcore2.HTTPProxy(
-        proxy_url=str(proxy.url),
-        proxy_auth=proxy.raw_auth,
-        ssl_context=_ssl_context(),
-        network_backend=_Backend(rules, _accept),
-    )
 
 
 @cache

@@ -217,7 +217,15 @@ def test_a_proxy_of_the_environment_is_used_and_is_not_checked_as_a_peer(monkeyp
         assert proxy.requests[0][2]["Host"] == "pictures.example"
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "ftp://127.0.0.1", "http://"])
+def test_no_proxy_can_name_a_host_with_its_port(monkeypatch):
+    with Host({"/a.png": Served(b"pixels")}) as host, Host({}) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address)
+        monkeypatch.setenv("no_proxy", host.address.removeprefix("http://"))
+        assert read(Source(url=host.url("/a.png"))) == b"pixels"
+        assert proxy.requests == []
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "ftp://127.0.0.1", "http://", "a:99999"])
 def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, proxy):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", proxy)
