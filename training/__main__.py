@@ -7,21 +7,15 @@ Checkpoints and results are written to output_dir. input_videos is a folder, zip
 files are given by their paths.
 """
 
-import os
 import sys
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from lib.cancellation import Stopped
-from lib.commands.common import (
-    FAILED,
-    INTERRUPTED,
-    MISUSED,
-    allow_local_sources,
-    help_status,
-    stop_on_signals,
-)
+from lib.commands.common import Job, checking_arguments, help_status, run_job
 from lib.errors import UserError
-from lib.progress import LogView
+from lib.progress import Report
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import input_document
@@ -38,36 +32,20 @@ def main(arguments: list[str]) -> int:
     if status is not None:
         return status
     sys.argv[1:] = [_without_secret(argument) for argument in arguments]  # trackers record sys.argv
-    rank = int(os.environ.get("RANK", "0"))
-    first = rank == 0
-    allow_local_sources()
-    stop = stop_on_signals("stopping after this step; once more: without a checkpoint" if first else "")
-    view = LogView()
-    try:
-        pairs, run = _split(arguments)
-        config = TrainingConfig.from_inputs(**parse_inputs(pairs, document, send_files=False))
-    except UserError as error:
-        if first:  # it is the same in all processes
-            print(error, file=sys.stderr)
-        return MISUSED
+
+    def prepare() -> tuple[Job, Callable[[], str]]:
+        with checking_arguments():
+            pairs, run = _split(arguments)
+            config = TrainingConfig.from_inputs(**parse_inputs(pairs, document, send_files=False))
+        return partial(_train, config, run), lambda: _resume_hint(run)
+
+    return run_job(prepare, stopping="stopping after this step; once more: without a checkpoint")
+
+
+def _train(config: TrainingConfig, run: Path, *, report: Report, stop: threading.Event) -> Path:
     from training.trainer import train  # torch is not needed for the help and for refusing settings
 
-    try:
-        result = train(config, run, stop=stop, report=view.line)
-    except UserError as error:
-        view.close()
-        # A single process of several may fail, for example because its GPU has too little memory.
-        print(error if first else f"process {rank}: {error}", file=sys.stderr)
-        return FAILED
-    except (Stopped, KeyboardInterrupt):
-        view.close()
-        if first:
-            print(_resume_hint(run), file=sys.stderr)
-        return INTERRUPTED
-    view.close()
-    if first:
-        print(result / "lora.safetensors")
-    return 0
+    return train(config, run, stop=stop, report=report) / "lora.safetensors"
 
 
 def _split(arguments: list[str]) -> tuple[list[str], Path]:

@@ -98,11 +98,8 @@ def known_rows(run: Path, origin: Path | None, fingerprints: dict[str, str]) -> 
     foreign = {} if origin is None else _rows(origin / checkpoints.CAPTIONS, fingerprints)
     more = [row for name, row in foreign.items() if name not in own and row.status == "captioned"]
     if more:
-        journal = Journal(run / "captions.jsonl")
-        try:
+        with Journal(run / "captions.jsonl") as journal:
             journal.add(more)
-        finally:
-            journal.close()
     return own | {row.file_name: row for row in more}
 
 
@@ -131,14 +128,13 @@ def _caption(
 ) -> list[Row]:  # fmt: skip
     """Caption this process's clips; the captioner is loaded for them and freed afterwards."""
     process = accelerator.process_index
-    journal = Journal(run / (f"captions.{process}.jsonl" if process else "captions.jsonl"))
     try:
-        return caption_clips(
-            _load(name, report), clips, settings, journal=journal, known={}, model=label(name),
-            batch_size=BATCH, report=report, stop=stop,
-        )  # fmt: skip
+        with Journal(run / (f"captions.{process}.jsonl" if process else "captions.jsonl")) as journal:
+            return caption_clips(
+                _load(name, report), clips, settings, journal=journal, known={}, model=label(name),
+                batch_size=BATCH, report=report, stop=stop,
+            )  # fmt: skip
     finally:
-        journal.close()
         free_memory()
 
 

@@ -7,26 +7,19 @@ On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m lib.commands
 The same command resumes a stopped run (captions.jsonl lists what is done).
 """
 
-import os
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lib.cancellation import Stopped
 from lib.commands.caption_paths import CaptionPaths, resolve_paths
-from lib.commands.common import (
-    FAILED,
-    INTERRUPTED,
-    MISUSED,
-    allow_local_sources,
-    help_status,
-    stop_on_signals,
-)
+from lib.commands.common import Job, checking_arguments, help_status, run_job
 from lib.distributed.accelerate_processes import AccelerateProcesses, FirstProcessError
 from lib.errors import UserError
 from lib.predictors.input_files import check_file
-from lib.progress import LogView, Report, silent
+from lib.progress import Report
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import input_document
@@ -41,35 +34,14 @@ def main(arguments: list[str]) -> int:
     status = help_status(arguments, usage=USAGE, about=__doc__ or "", document=document)
     if status is not None:
         return status
-    rank = int(os.environ.get("RANK", "0"))
-    first = rank == 0
-    allow_local_sources()
-    stop = stop_on_signals("stopping" if first else "")
-    view = LogView()
-    status = MISUSED
-    try:
-        values = parse_inputs(_pairs(arguments), document, send_files=False)
-        status = FAILED
+
+    def prepare() -> tuple[Job, Callable[[], str]]:
+        with checking_arguments():
+            values = parse_inputs(_pairs(arguments), document, send_files=False)
         paths = _paths(values.pop(SOURCE), values.pop(OUTPUT_DIR, ""))
-    except UserError as error:
-        if first:  # the others have the same error
-            print(error, file=sys.stderr)
-        return status
-    try:
-        result = _run(paths, values, stop, view.line if first else silent)
-    except UserError as error:
-        view.close()
-        print(error if first else f"process {rank}: {error}", file=sys.stderr)
-        return FAILED
-    except (Stopped, KeyboardInterrupt):
-        view.close()
-        if first:
-            print("stopped; the same command resumes it", file=sys.stderr)
-        return INTERRUPTED
-    view.close()
-    if first and result is not None:
-        print(result)
-    return 0 if result is not None else FAILED
+        return partial(_run, paths, values), lambda: "stopped; the same command resumes it"
+
+    return run_job(prepare, stopping="stopping")
 
 
 def _settings() -> dict[str, Any]:
@@ -98,7 +70,9 @@ def _paths(source: str, output: str) -> CaptionPaths:
     return resolve_paths(clips, Path(output).expanduser() if output else None)
 
 
-def _run(paths: CaptionPaths, values: dict[str, Any], stop: threading.Event, report: Report) -> Path | None:
+def _run(
+    paths: CaptionPaths, values: dict[str, Any], *, report: Report, stop: threading.Event
+) -> Path | None:
     """Return the folder of captions; None if the first process failed, which reports why."""
     from lib.commands.caption_run import caption_dataset  # torch loads only after the arguments are checked
 

@@ -55,8 +55,8 @@ def caption_dataset(
             waiting = [clip for clip in clips if clip.name not in done]
             ended = request.stops_at_bad_clip and any(row.status == "failed" for row in done.values())
             if waiting and not ended:
-                journal = Journal(paths.journal(processes.rank))
-                _caption(model, processes.share(waiting), request, journal, identity, report, stop)
+                with Journal(paths.journal(processes.rank)) as journal:
+                    _caption(model, processes.share(waiting), request, journal, identity, report, stop)
             if first:
                 if processes.count > 1:
                     report("waiting for the other processes")
@@ -79,14 +79,11 @@ def _caption(
     """Caption clips that have no row yet."""
     captioner, precision = load_for_this_machine(model)
     report(f"{model.title} on {precision}")
-    try:
-        caption_clips(
-            captioner, clips, request.settings,
-            journal=journal, known={}, model=identity, batch_size=request.batch_size, report=report,
-            replace=request.replaces_captions, stop_on_failure=request.stops_at_bad_clip, stop=stop,
-        )  # fmt: skip
-    finally:
-        journal.close()
+    caption_clips(
+        captioner, clips, request.settings,
+        journal=journal, known={}, model=identity, batch_size=request.batch_size, report=report,
+        replace=request.replaces_captions, stop_on_failure=request.stops_at_bad_clip, stop=stop,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

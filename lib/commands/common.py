@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from lib.cancellation import Stopped
 from lib.errors import UserError
+from lib.progress import LogView, silent
 from lib.serving.client import Canceled, PredictionError
 from lib.serving.inputs import describe_inputs
 from lib.serving.server import ServerError
@@ -20,6 +22,9 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 READER_GONE, TERMINATED = 141, 143
 """Exit statuses with which shells report SIGPIPE and SIGTERM."""
 EXAMPLE_PROMPT = "a red circle moves right on a black background"
+
+
+Job = Callable[..., object]
 
 
 class MisusedError(UserError):
@@ -40,6 +45,41 @@ def run_command(command: Callable[[list[str]], int], arguments: list[str]) -> in
     except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
+
+
+def run_job(prepare: Callable[[], tuple[Job, Callable[[], str]]], *, stopping: str) -> int:
+    """Run a long job in this terminal, one of several processes perhaps, and return its exit status.
+
+    `prepare` checks the arguments and returns the job, and what to say when it was stopped. The job takes
+    `report` and `stop` and returns what to print, None when another process reports why it failed.
+    `stopping` is printed at Ctrl-C. The first process alone prints what is the same in all.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank == 0
+    allow_local_sources()
+    stop, view = stop_on_signals(stopping if first else ""), LogView()
+    try:
+        job, stopped = prepare()
+    except UserError as error:
+        if first:
+            print(error, file=sys.stderr)
+        return MISUSED if isinstance(error, MisusedError) else FAILED
+    try:
+        result = job(report=view.line if first else silent, stop=stop)
+    except UserError as error:
+        view.close()
+        # A single process of several may fail, for example because its GPU has too little memory.
+        print(error if first else f"process {rank}: {error}", file=sys.stderr)
+        return FAILED
+    except (Stopped, KeyboardInterrupt):
+        view.close()
+        if first:
+            print(stopped(), file=sys.stderr)
+        return INTERRUPTED
+    view.close()
+    if first and result is not None:
+        print(result)
+    return 0 if result is not None else FAILED
 
 
 @contextlib.contextmanager

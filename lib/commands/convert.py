@@ -17,21 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lib.cancellation import Stopped
-from lib.commands.common import (
-    FAILED,
-    INTERRUPTED,
-    MISUSED,
-    allow_local_sources,
-    help_status,
-    stop_on_signals,
-)
+from lib.commands.common import Job, checking_arguments, help_status, run_job
 from lib.convert.request import LoraRequest, ModelRequest, lora_request, model_request
 from lib.errors import UserError
 from lib.network import offline
 from lib.predictors.convert import UPLOAD_MESSAGE, convert_lora, convert_model
 from lib.predictors.convert_files import CheckpointInput
-from lib.progress import LogView, Report
+from lib.progress import Report
 from lib.serving.inputs import parse_inputs
 from lib.serving.registry import PROJECT
 from lib.serving.schema import input_document
@@ -76,28 +68,14 @@ def main(arguments: list[str]) -> int:
     status = help_status(arguments, usage=command.usage, about=__doc__ or "", document=document)
     if status is not None:
         return status
-    allow_local_sources()
-    stop, view = stop_on_signals("stopping"), LogView()
-    try:
-        pairs, output = _split(arguments, command)
-        values = _defaults(document) | parse_inputs(pairs, document, send_files=False)
-        run = _prepare(command, values, output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return MISUSED
-    try:
-        result = run(report=view.line, stop=stop)
-    except UserError as error:
-        view.close()
-        print(error, file=sys.stderr)
-        return FAILED
-    except (Stopped, KeyboardInterrupt):
-        view.close()
-        print("stopped; the same command starts it again", file=sys.stderr)
-        return INTERRUPTED
-    view.close()
-    print(result)
-    return 0
+
+    def prepare() -> tuple[Job, Callable[[], str]]:
+        with checking_arguments():
+            pairs, output = _split(arguments, command)
+            values = _defaults(document) | parse_inputs(pairs, document, send_files=False)
+            return _prepare(command, values, output), lambda: "stopped; the same command starts it again"
+
+    return run_job(prepare, stopping="stopping")
 
 
 def settings_of(command: Command) -> dict[str, Any]:

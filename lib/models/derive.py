@@ -1,16 +1,16 @@
 """Derive a ModelSpec from a folder's own configs, for models that lib/models/specs.py does not list."""
 
 import json
-import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from lib.errors import UserError
 from lib.models.specs import MODEL_CLASSES, SPECS, ModelSpec, SizeRule, Task
 from lib.settings import Dtype
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 COGVIDEOX, COGVIDEOX_15, CAPTION = "cogvideox-5b", "cogvideox1.5-5b", "cogvlm2-caption"
 """The known models whose values are used where a folder's configs say nothing."""
 
@@ -123,12 +123,10 @@ def weights_dtype(folder: Path) -> Dtype:
     names: dict[str, Dtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-        except (struct.error, ValueError):
+            with safe_open(path, "np") as file:
+                dtypes = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118
+        except SafetensorError:
             raise UserError(f"{path} is not a complete safetensors file.") from None
-        dtypes = [tensor["dtype"] for key, tensor in header.items() if key != "__metadata__"]
         known: Counter[Dtype] = Counter(names[dtype] for dtype in dtypes if dtype in names)
         if known:
             return known.most_common(1)[0][0]

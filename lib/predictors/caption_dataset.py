@@ -120,11 +120,8 @@ def resumable_journal(key: str, fallback: Path) -> Iterator[Journal]:
         except OSError as error:
             print_line(f"a cancelled request will start from scratch: {disk_error(error, path)}")
             owned = False
-        journal = Journal(path if owned else fallback)
-        try:
+        with Journal(path if owned else fallback) as journal:
             yield journal
-        finally:
-            journal.close()
 
 
 def _remove_oldest(folder: Path, newest: Path) -> None:
