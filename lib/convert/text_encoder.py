@@ -4,7 +4,6 @@ All released CogVideoX models share the same T5-XXL; the rest of a released mode
 """
 
 import os
-import shutil
 import threading
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from lib.network.offline import forbidden
 from lib.network.transport import Rules
 from lib.progress import Report
 from lib.settings import current
-from lib.storage.disk import require_free_space
+from lib.storage.disk import link_or_copy, require_free_space
 from lib.storage.lock import lock
 from lib.weights import checkpoints, hub_model
 from lib.weights.shared_components import TEXT, has_text_encoder
@@ -40,7 +39,7 @@ def include_text_encoder(source: Path, folder: Path) -> list[str]:
     for part in TEXT:
         (folder / part).mkdir()
         for file in sorted(path for path in (source / part).iterdir() if path.is_file()):
-            _link_or_copy(file.resolve(), folder / part / file.name)
+            link_or_copy(file, folder / part / file.name)
     return list(TEXT)
 
 
@@ -93,12 +92,3 @@ def _download(repository: str, report: Report, stop: threading.Event | None) -> 
                   report=report, rules=Rules(stop=stop))  # fmt: skip
         os.replace(work, final)
     return final
-
-
-def _link_or_copy(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # on another disk, or one without hard links
-        require_free_space(target.parent, file.stat().st_size)
-        shutil.copyfile(file, target)
-        target.chmod(0o644)

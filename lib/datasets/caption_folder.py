@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 from lib.datasets.caption_files import (
@@ -26,7 +24,7 @@ from lib.datasets.clips import Clip
 from lib.datasets.files import TABLES, Files, UnreadableError, read_lines, read_table, read_text
 from lib.datasets.listings import CAPTION_COLUMNS, CAPTION_LINES, VIDEO_COLUMNS, VIDEO_LINES, column_of
 from lib.progress import Report
-from lib.storage.disk import disk_error, replacing, require_free_space
+from lib.storage.disk import disk_error, link_or_copy, replacing
 
 
 def write_folder(made: CaptionedDataset, folder: Path, *, videos: bool) -> None:
@@ -146,11 +144,7 @@ def _link_or_copy(clip: Clip, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
-        try:
-            os.link(clip.path.resolve(), partial)
-        except OSError:  # another disk, or a file system without links
-            require_free_space(target, clip.path.stat().st_size)
-            shutil.copyfile(clip.path, partial)
+        link_or_copy(clip.path, partial)
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from lib.distributed.layout import Layout, ParallelPlan
+from lib.distributed.layout import Layout
 from lib.generation.prompts import Embeddings
 from lib.generation.request import Request
 from lib.lora.source import Choice
@@ -56,20 +54,3 @@ class WorkerFailed:
     """The last message of a worker that cannot go on."""
 
     error: str
-
-
-def denoising_job(
-    request: Request, loras: list[Choice], embeddings: Embeddings, plan: ParallelPlan
-) -> DenoisingJob:
-    """Build the job of a request, with its embeddings on the CPU: every process has a GPU of its own."""
-    prompt, negative = embeddings
-    return DenoisingJob(
-        request=request,
-        loras=loras,
-        embeddings=(_on_cpu(prompt), None if negative is None else _on_cpu(negative)),
-        layout=plan.layout(guided=request.guided),
-    )
-
-
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu()

@@ -25,7 +25,6 @@ from lib.distributed.messages import (
     ModelLoaded,
     ModelSetup,
     WorkerFailed,
-    denoising_job,
 )
 from lib.distributed.process_group import ProcessGroup
 from lib.errors import UserError
@@ -109,7 +108,13 @@ class WorkerPool:
         The block must call the transformer and the check exactly as Generator.latents does in the workers.
         Raises LostProcessError.
         """
-        job = denoising_job(request, loras, embeddings, self.plan)
+        prompt, negative = embeddings
+        job = DenoisingJob(
+            request=request,
+            loras=loras,
+            embeddings=(prompt.detach().cpu(), None if negative is None else negative.detach().cpu()),
+            layout=self.plan.layout(guided=request.guided),
+        )
         group = self._send_job(job, stop)
         try:
             with group.shared_forward(transformer, job.layout):

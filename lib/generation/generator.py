@@ -54,11 +54,10 @@ class Generator:
         *,
         stop: threading.Event | None = None,
         embeddings: Embeddings | None = None,
-        shared_denoising: SharedDenoising | None = None,
     ) -> np.ndarray:
         """Generate one clip: uint8 [frames, height, width, 3]. The arguments are those of `stream`."""
         collector = FrameCollector()
-        self.stream(request, collector, stop=stop, embeddings=embeddings, shared_denoising=shared_denoising)
+        self.stream(request, collector, stop=stop, embeddings=embeddings)
         return collector.clip()
 
     def stream(

@@ -66,6 +66,15 @@ def replacing(target: Path, *, partial: Path | None = None) -> Iterator[Path]:
         remove(partial)
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """Make `target` a hard link to a file, or a copy on another disk. Raises NoSpaceError."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:  # another disk, or a file system without links
+        require_free_space(target, file.stat().st_size)
+        shutil.copyfile(file, target)
+
+
 def partial_path(target: Path) -> Path:
     """Return where a file or folder is written until it is complete."""
     return target.with_name(f"{target.name}.partial")
