@@ -11,7 +11,7 @@ from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.input_files import check_file
 from lib.progress import print_line
 from lib.storage.disk import disk_error
-from lib.storage.lock import lock
+from lib.storage.lock import remove_unused
 from lib.storage.packing import pack
 from lib.storage.scratch import Scratch
 from lib.weights.cache import cache_folder
@@ -73,10 +73,7 @@ def _new_run(resume_from: str) -> Path:
         needed = Path(resume_from).absolute()
         folders = (path.absolute() for path in trainings.iterdir() if path.is_dir())
         earlier = sorted(path for path in folders if not needed.is_relative_to(path))
-        for path in earlier[: -KEPT_RUNS + 1]:
-            with lock(path, print_line, wait=False) as unused:
-                if unused:  # not by a training of another server
-                    shutil.rmtree(path, ignore_errors=True)
+        remove_unused(earlier[: -KEPT_RUNS + 1])  # not those of another server's trainings
         run = trainings / f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(3)}"
         run.mkdir()
     except OSError as error:

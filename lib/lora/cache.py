@@ -277,7 +277,7 @@ def _make_room(entry: Path, needed: int) -> None:
     for left in folder.glob("*.gone"):
         remove(left)
     for left in folder.glob("*.partial"):
-        if left.name != f"{entry.name}.partial":
+        if left != partial_path(entry):
             with lock(left.with_suffix(""), silent, wait=False) as unowned:
                 if unowned:  # left by a killed process
                     remove(left)

@@ -24,7 +24,7 @@ from lib.predictors.caption import CaptionService
 from lib.predictors.model import MetricSink
 from lib.progress import print_line
 from lib.storage.disk import disk_error
-from lib.storage.lock import lock
+from lib.storage.lock import lock, remove_unused
 from lib.weights.cache import cache_folder
 
 KEPT_JOURNALS = 20
@@ -128,7 +128,4 @@ def _remove_oldest(folder: Path, newest: Path) -> None:
     """Remove the oldest journals that are not in use."""
     others = [path for path in folder.glob("*.jsonl") if path != newest]
     others.sort(key=lambda path: path.stat().st_mtime)
-    for path in others[: max(0, len(others) - KEPT_JOURNALS + 1)]:
-        with lock(path, print_line, wait=False) as unused:
-            if unused:
-                path.unlink(missing_ok=True)
+    remove_unused(others[: max(0, len(others) - KEPT_JOURNALS + 1)])

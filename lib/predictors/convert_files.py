@@ -24,12 +24,12 @@ from lib.lora.source import HUB_HOSTS
 from lib.network.download import fetch
 from lib.network.urls import request_rules
 from lib.predictors.input_files import check_file
-from lib.progress import Report, silent
+from lib.progress import Report
 from lib.settings import current
 from lib.storage import zip_archive
 from lib.storage.archive import archive_kind, extract_archive
 from lib.storage.disk import disk_error
-from lib.storage.lock import lock
+from lib.storage.lock import lock, remove_unused
 
 MAX_BYTES = 100 * 10**9
 """Limit of a file, and of an archive's content. A 5B model with its text encoder has 42 GB in float32."""
@@ -174,10 +174,7 @@ def _remove_old_downloads(folder: Path, entry: Path) -> None:
     """Remove all but the newest unfinished downloads, except those of running requests."""
     others = [path for path in folder.iterdir() if path.is_dir() and path != entry]
     others.sort(key=lambda path: path.stat().st_mtime)
-    for path in others[: max(0, len(others) - KEPT + 1)]:
-        with lock(path, silent, wait=False) as unowned:
-            if unowned:
-                shutil.rmtree(path, ignore_errors=True)
+    remove_unused(others[: max(0, len(others) - KEPT + 1)])
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -3,14 +3,14 @@
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lib.cancellation import check_stop
 from lib.errors import UserError
 from lib.progress import Report, silent
-from lib.storage.disk import disk_error
+from lib.storage.disk import disk_error, remove
 
 POLL_SECONDS = 0.2
 
@@ -60,6 +60,14 @@ def exclusive(final: Path, refusal: str) -> Iterator[None]:
         if not held:
             raise UserError(refusal)
         yield
+
+
+def remove_unused(paths: Iterable[Path]) -> None:
+    """Remove files and folders, except those whose lock is held."""
+    for path in paths:
+        with lock(path, silent, wait=False) as unused:
+            if unused:
+                remove(path)
 
 
 def _wait_for(handle: int, stop: threading.Event | None) -> None:
