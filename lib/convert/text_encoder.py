@@ -3,11 +3,9 @@
 All released CogVideoX models share the same T5-XXL; the rest of a released model is not downloaded for it.
 """
 
-import os
 import threading
 from pathlib import Path
 
-from lib.cancellation import check_stop
 from lib.convert import detect
 from lib.convert.configs import FAMILIES
 from lib.convert.lora import split_base
@@ -15,13 +13,11 @@ from lib.convert.planning import shapes_of
 from lib.convert.reading import open_checkpoint
 from lib.errors import UserError
 from lib.models.specs import RELEASED_TEXT_ENCODER
-from lib.network import hub
-from lib.network.download import fetch
+from lib.network.download import fetch_repository
 from lib.network.offline import forbidden
-from lib.network.transport import Rules
 from lib.progress import Report
 from lib.settings import current
-from lib.storage.disk import link_or_copy, require_free_space
+from lib.storage.disk import link_or_copy
 from lib.storage.lock import lock
 from lib.weights import checkpoints, hub_model
 from lib.weights.shared_components import TEXT, has_text_encoder
@@ -84,11 +80,5 @@ def _download(repository: str, report: Report, stop: threading.Event | None) -> 
             return final
         listed = hub_model.snapshot(repository, REVISION).files
         files = [file for file in listed if file.path.partition("/")[0] in TEXT]
-        work = final.with_name(final.name + ".partial")
-        require_free_space(work, sum(file.size or 0 for file in files if not (work / file.path).exists()))
-        for file in files:
-            check_stop(stop)
-            fetch(file.url, work / file.path, size=file.size, sha256=file.sha256, headers=hub.headers(),
-                  report=report, rules=Rules(stop=stop))  # fmt: skip
-        os.replace(work, final)
+        fetch_repository(files, final, report=report, stop=stop)
     return final

@@ -1,6 +1,5 @@
 """Opening a data set: a folder, an archive to unpack, or a data set repository on the Hub."""
 
-import os
 import re
 import threading
 from pathlib import Path, PurePosixPath
@@ -8,11 +7,11 @@ from pathlib import Path, PurePosixPath
 from lib.datasets.files import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
 from lib.errors import UserError
 from lib.network import hub
-from lib.network.download import fetch, sha256_of
+from lib.network.download import fetch_repository, sha256_of
 from lib.network.transport import Rules
 from lib.progress import Report, silent
 from lib.storage.archive import archive_kind, extract_archive
-from lib.storage.disk import disk_error, require_free_space, size_text
+from lib.storage.disk import disk_error, size_text
 from lib.storage.lock import lock
 
 UNPACKED_PER_ARCHIVE_BYTE, UNSUSPICIOUS_BYTES = 100, 1 << 30
@@ -72,37 +71,13 @@ def fetch_hub_dataset(
     try:
         with lock(final, report, stop=stop):
             if not final.exists():
-                _fetch_files(repository, files, final, report, stop)
+                total = size_text(sum(file.size or 0 for file in files))
+                report(f"{repository}: downloading {len(files)} files, {total}")
+                # Silent: hundreds of small files would flood the log.
+                fetch_repository(files, final, report=silent, stop=stop)
     except OSError as error:
         raise disk_error(error, final) from error
     return final
-
-
-def _fetch_files(
-    repository: str,
-    files: list[hub.HubFile],
-    final: Path,
-    report: Report,
-    stop: threading.Event | None,
-) -> None:
-    partial = final.with_name(final.name + ".partial")
-    total = sum(file.size or 0 for file in files)
-    # Partial files are sparse: they have their final length from the start, but not yet all blocks.
-    present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
-    require_free_space(partial, total - present, hint=", or set COGVIDEOX_CACHE to a folder on another disk")
-    report(f"{repository}: downloading {len(files)} files, {size_text(total)}")
-    headers = hub.headers()
-    for file in files:
-        fetch(
-            file.url,
-            partial / file.path,
-            size=file.size,
-            sha256=file.sha256,
-            headers=headers,
-            report=silent,  # hundreds of small files would flood the log
-            rules=Rules(stop=stop),
-        )
-    os.replace(partial, final)
 
 
 def _is_wanted(path: PurePosixPath) -> bool:

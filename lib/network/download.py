@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO
@@ -14,12 +14,12 @@ from typing import BinaryIO
 import httpx2
 
 from lib.cancellation import check_stop
-from lib.network import partial_file
+from lib.network import hub, partial_file
 from lib.network.http import SILENCE_SECONDS, FetchError, Source, copy_body, retry, save
 from lib.network.partial_file import Part, Progress, Remote
 from lib.network.transport import ANYTHING, STOP_POLL_SECONDS, Rules
 from lib.progress import Report
-from lib.storage.disk import NoSpaceError, disk_error, require_free_space, size_text
+from lib.storage.disk import NoSpaceError, disk_error, partial_path, require_free_space, size_text
 
 BLOCK_BYTES = 1 << 20
 # pget waits for ever on a body that stalls: below this rate it is stopped and Python takes over.
@@ -98,6 +98,31 @@ def fetch(
         if target.exists() or not part.done:
             part.remove()
     return target
+
+
+def fetch_repository(
+    files: Sequence[hub.HubFile], final: Path, *, report: Report, stop: threading.Event | None
+) -> None:
+    """Download files of a Hub repository to the folder `final`, which appears when all are there.
+
+    The next call resumes an interrupted one. Raises as `fetch` does.
+    """
+    partial = partial_path(final)
+    # Partial files are sparse: they have their final length from the start, but not yet all blocks.
+    present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    missing = sum(file.size or 0 for file in files) - present
+    require_free_space(partial, missing, hint=", or set COGVIDEOX_CACHE to a folder on another disk")
+    for file in files:
+        fetch(
+            file.url,
+            partial / file.path,
+            size=file.size,
+            sha256=file.sha256,
+            headers=hub.headers(),
+            report=report,
+            rules=Rules(stop=stop),
+        )
+    os.replace(partial, final)
 
 
 def remote_size(url: str) -> int | None:
