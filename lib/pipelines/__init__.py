@@ -13,3 +13,5 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")
+# peft says so when a second LoRA is attached, which is on purpose here.
+warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

@@ -143,6 +143,7 @@ def test_two_loras_are_applied_and_reported_apart(server, host, folder):
     extra = {"extra_lora": str(second), "extra_lora_scale": 0.5, "extra_lora_alpha": 2}
     reply = post(server, lora_weights="me/mine", **extra)
     assert reply["status"] == "succeeded", reply
+    assert "Warning" not in reply["logs"]
     assert {name: value for name, value in reply["metrics"].items() if "lora" in name} == {
         "lora": "me/mine",
         "lora_scale": 1,
