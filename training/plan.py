@@ -192,9 +192,9 @@ def _check_base(name: str, task: Task, validation: ValidationConfig) -> None:
         )
     if task == "i2v" and prompts != images:
         raise UserError(
-            f"validation needs an image for each prompt, as {name} starts from images: there are {prompts} "
-            f"prompts (validation_prompt, separated by {validation.validation_prompt_separator!r}) and "
-            f"{images} validation_images."
+            f"validation needs an image for each prompt, as {name} starts from images; prompts given: "
+            f"{prompts} (validation_prompt, separated by {validation.validation_prompt_separator!r}), "
+            f"validation_images given: {images}."
         )
 
 

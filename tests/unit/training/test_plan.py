@@ -161,8 +161,8 @@ def test_validation_images_are_refused_where_videos_come_from_text(base):
 def test_image_to_video_needs_an_image_for_each_validation_prompt(base, prompts, images):
     count = len(prompts.split(":::"))
     assert rejection(base, validation_prompt=prompts, validation_images=images) == (
-        f"validation needs an image for each prompt, as {base} starts from images: there are {count} prompts "
-        f"(validation_prompt, separated by ':::') and {len(images)} validation_images."
+        f"validation needs an image for each prompt, as {base} starts from images; prompts given: {count} "
+        f"(validation_prompt, separated by ':::'), validation_images given: {len(images)}."
     )
     validate(config(validation_prompt="a:::b", validation_images=["1", "2"]), base, "cpu")
 
