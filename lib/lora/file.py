@@ -1,6 +1,7 @@
-"""Recognize safetensors files by their first bytes, and read their headers."""
+"""Recognize safetensors files by their first bytes, and read their headers and alphas."""
 
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,6 +89,21 @@ def read_header(path: Path, *, name: str) -> Header:
         reason = str(error).removeprefix("Error while deserializing header: ")
         damage = f"not a complete safetensors file: {reason}. It is damaged or cut off"
         raise UserError(f"{name} is {text or damage}.") from error
+
+
+def read_alphas(path: Path, keys: Mapping[str, str], name: str) -> dict[str, float]:
+    """Read the alphas that are stored as tensors; NaN stands for one that is not a single number."""
+    if not keys:
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {module: file.get_tensor(key) for module, key in keys.items()}
+    except SafetensorError as error:
+        raise UserError(f"{name} is not a complete safetensors file: {error}. Download it again.") from error
+    return {
+        module: float(tensor.double()) if tensor.numel() == 1 else float("nan")
+        for module, tensor in tensors.items()
+    }
 
 
 def _is_old_tar(path: Path) -> bool:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.lora.file import FLOATS, Header, Tensor, read_header
-from lib.lora.scaling import Scaling, read_alphas, resolve_scaling
+from lib.lora.file import FLOATS, Header, Tensor, read_alphas, read_header
+from lib.lora.scaling import Scaling, resolve_scaling
 from lib.models.specs import SPECS, TASK_NAMES, ModelSpec
 
 Shapes = Mapping[str, tuple[int, int]]

@@ -8,10 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from lib.errors import UserError
 
@@ -71,21 +68,6 @@ def resolve_scaling(
             f"{declared.summary()}; leave {input_name} out."
         )
     return declared
-
-
-def read_alphas(path: Path, keys: Mapping[str, str], name: str) -> dict[str, float]:
-    """Read the alphas that are stored as tensors; NaN stands for one that is not a single number."""
-    if not keys:
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {module: file.get_tensor(key) for module, key in keys.items()}
-    except SafetensorError as error:
-        raise UserError(f"{name} is not a complete safetensors file: {error}. Download it again.") from error
-    return {
-        module: float(tensor.double()) if tensor.numel() == 1 else float("nan")
-        for module, tensor in tensors.items()
-    }
 
 
 def _declared(
