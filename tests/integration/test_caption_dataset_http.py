@@ -9,6 +9,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from lib.datasets.clips import find_clips
@@ -74,7 +75,7 @@ def in_background(server: Server, identifier: str, **inputs) -> threading.Thread
 
 
 def _put_in_vain(server: Server, identifier: str, inputs: dict) -> None:
-    with contextlib.suppress(OSError):  # the server was killed
+    with contextlib.suppress(httpx2.HTTPError):  # the server was killed
         request(server.url, "PUT", f"/predictions/{identifier}", {"input": inputs})
 
 
