@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-REQUIREMENTS = {"base": ["requirements.txt"], "dev": ["requirements.txt", "requirements-dev.txt"]}
+REQUIREMENTS = {"base": ["requirements-local.txt"], "dev": ["requirements-dev.txt"]}
 EXTRAS = VENV / "extras"
 """Only tests look here: diffusers would import an installed bitsandbytes at every start."""
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"

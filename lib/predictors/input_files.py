@@ -82,7 +82,7 @@ def _check_probe() -> None:
 def _incompatible(reason: str) -> IncompatibleCogError:
     return IncompatibleCogError(
         f"cog {version('cog')} is not supported: in cog.types, {reason}. Inputs could not be restricted to "
-        "public addresses, so nothing is served. Install the version of cog in requirements.txt."
+        "public addresses, so nothing is served. Install the version of cog in requirements-local.txt."
     )
 
 
