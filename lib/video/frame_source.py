@@ -19,6 +19,8 @@ from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from lib.sandbox.child import Refused
+
 MAX_FRAME_PIXELS = 8192 * 8192
 """More than 8K in either orientation; a header with more is an attack or damage."""
 DECODING_THREADS = min(4, os.cpu_count() or 1)
@@ -41,10 +43,6 @@ NO_PTS = object()
 """Placeholder that differs from every frame's pts, which can be None."""
 
 
-class Undecodable(Exception):
-    """The file cannot be decoded; the message is shown to the user."""
-
-
 class Source:
     """The frames of a file in display order, with `times` and `duration` in seconds and `fps` (0: unknown).
 
@@ -62,7 +60,7 @@ class Source:
             self._list_by_decoding()
 
     def frame(self, index: int) -> VideoFrame:
-        """Return frame `index` as decoded. Indices must not decrease. Raises Undecodable."""
+        """Return frame `index` as decoded. Indices must not decrease. Raises Refused."""
         if self._frame is not None and index == self._number:
             return self._frame
         sought = self._seek_towards(index)
@@ -73,7 +71,7 @@ class Source:
             found = self._decode_until(index)
         if not found or self._frame is None:
             count = len(self.times)
-            raise Undecodable(f"frame {index} of {count} cannot be decoded: damaged or cut off")
+            raise Refused(f"frame {index} of {count} cannot be decoded: damaged or cut off")
         return self._frame
 
     def _restart(self) -> None:
@@ -173,7 +171,7 @@ class Source:
     def _set_times(self, pts: np.ndarray, durations: np.ndarray) -> None:
         """Set times and duration from increasing `pts`; a missing last duration becomes the median one."""
         if not len(pts):
-            raise Undecodable("it has no frames")
+            raise Refused("it has no frames")
         seconds = float(self._time_base)
         self.times = (
             pts.astype(np.float64) - float(pts[0])
@@ -251,19 +249,19 @@ def _open(path: str) -> tuple[InputContainer, VideoStream]:
     try:
         container = av.open(path, options=options, metadata_errors="replace")
     except (FFmpegError, ValueError):
-        raise Undecodable("it is not a video, or it is damaged or cut off") from None
+        raise Refused("it is not a video, or it is damaged or cut off") from None
     cover = Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
-        raise Undecodable("it has no video stream, or it is cut off before its index")
+        raise Refused("it has no video stream, or it is cut off before its index")
     best = container.streams.best("video")
     stream = next((stream for stream in streams if stream is best), streams[0])
     decoder = stream.codec_context
     if decoder is None:
-        raise Undecodable("there is no decoder for its video stream")
+        raise Refused("there is no decoder for its video stream")
     if decoder.width * decoder.height > MAX_FRAME_PIXELS:
         size = f"{decoder.width}x{decoder.height}"
-        raise Undecodable(f"its frames of {size} are larger than {MAX_FRAME_PIXELS:,} pixels")
+        raise Refused(f"its frames of {size} are larger than {MAX_FRAME_PIXELS:,} pixels")
     decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
     decoder.thread_type, decoder.thread_count = "AUTO", DECODING_THREADS
     for other in container.streams:

@@ -6,30 +6,20 @@ skipped (for example MPEG-2, WMV and transport streams), and reading complete cl
 
 import contextlib
 import json
-import math
 import os
-import select
-import signal
-import struct
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
-from lib.cancellation import check_stop
 from lib.errors import UserError
+from lib.sandbox.process import Sandbox, SandboxError, start
 
-POLL_SECONDS = 0.05
-"""How long to wait at a time: exceptions injected into a waiting thread are raised after its wait."""
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = ("-m", "lib.video.decode_worker")
+ADDRESS_SPACE_BYTES = 12 << 30
+"""Limit for FFmpeg."""
+WORKER = "lib.video.decode_worker"
 TEXT_STARTS = (b"#EXTM3U", b"ffconcat", b"v=0", b"<?xml", b"<MPD", b"<SmoothStreamingMedia")
 """Playlists, whose other files FFmpeg would open."""
 
@@ -64,28 +54,17 @@ def open_video(
     """
     path = Path(path)
     _check_is_binary_file(path)
-    # A CPU limit in addition to the timeout: a spinning decoder must not outlive a parent that was killed.
-    cpu_seconds = math.ceil(timeout) * 4 + 10
-    command = [sys.executable, "-P", *WORKER, os.path.abspath(path), str(cpu_seconds)]
-    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-        env=os.environ | threads | {"PYTHONPATH": python_path},
-        start_new_session=True,  # Ctrl-C goes to the parent, which then kills the worker
-    )
-    requests, messages = cast(FileIO, process.stdin), cast(FileIO, process.stdout)
     try:
-        yield OpenVideo(path, process, requests, messages, timeout=timeout, stop=stop)
-    finally:
-        process.kill()
-        process.wait()
-        requests.close()
-        messages.close()
+        with start(
+            WORKER,
+            [os.path.abspath(path)],
+            memory_bytes=ADDRESS_SPACE_BYTES,
+            seconds=timeout,
+            stop=stop,
+        ) as decoder:
+            yield OpenVideo(path, decoder)
+    except SandboxError as error:
+        raise _undecodable(path.name, str(error)) from None
 
 
 def _check_is_binary_file(path: Path) -> None:
@@ -108,17 +87,11 @@ class OpenVideo:
     info: VideoInfo
     timestamps: np.ndarray
 
-    def __init__(
-        self, path: Path, process: subprocess.Popen[bytes], requests: FileIO, messages: FileIO, *,
-        timeout: float, stop: threading.Event | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, path: Path, decoder: Sandbox) -> None:
         self.name = path.name
-        self._process, self._requests, self._messages = process, requests, messages
-        self._timeout, self._left, self._stop = timeout, timeout, stop
-        self._poll = select.poll()
-        self._poll.register(messages, select.POLLIN)
-        self.info = VideoInfo(**json.loads(self._receive(b"I")))
-        self.timestamps = np.frombuffer(self._receive(b"T"), np.float64)
+        self.decoder = decoder
+        self.info = VideoInfo(**json.loads(decoder.receive(b"I")))
+        self.timestamps = np.frombuffer(decoder.receive(b"T"), np.float64)
 
     def read(self, indices: Sequence[int], *, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
         """Yield the frames at `indices`, which must increase, as uint8 [H, W, 3]. Call it once per video.
@@ -127,51 +100,13 @@ class OpenVideo:
         """
         width, height = size or (self.info.width, self.info.height)
         request = {"indices": [int(index) for index in indices], "size": size and [width, height]}
-        with contextlib.suppress(BrokenPipeError):  # the next message says why the worker ended
-            self._requests.write(json.dumps(request).encode() + b"\n")
+        self.decoder.send(request)
         for _ in request["indices"]:
-            pixels = self._receive(b"F")
+            pixels = self.decoder.receive(b"F")
             if len(pixels) != height * width * 3:
-                raise self._error("its frames change size midway")
+                raise _undecodable(self.name, "its frames change size midway")
             yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
-    def _receive(self, expected: bytes) -> bytearray:
-        kind, length = struct.unpack(">cI", self._read_exactly(5))
-        payload = self._read_exactly(length)
-        if kind == expected:
-            return payload
-        raise self._error(payload.decode()) if kind == b"E" else self._bug(payload.decode())
 
-    def _read_exactly(self, length: int) -> bytearray:
-        buffer = bytearray(length)
-        rest = memoryview(buffer)
-        while rest:
-            check_stop(self._stop)
-            started = time.monotonic()
-            ready = self._poll.poll(max(0.0, min(self._left, POLL_SECONDS)) * 1000)
-            self._left -= time.monotonic() - started
-            if not ready and self._left > 0:
-                continue
-            if not ready:
-                raise self._error(f"decoding it took longer than {self._timeout:g} s")
-            count = self._messages.readinto(rest)
-            if not count:
-                raise self._exit_error()
-            rest = rest[count:]
-        return buffer
-
-    def _exit_error(self) -> Exception:
-        """Return the error for a worker that ended without a message."""
-        status = self._process.wait()
-        if status >= 0:
-            return self._bug(f"exit status {status}")
-        if status == -signal.SIGXCPU:
-            return self._error("decoding it took too much processor time")
-        cause = signal.Signals(-status).name
-        return self._error(f"the decoder crashed on it ({cause}): it is damaged, or not a video")
-
-    def _bug(self, reason: str) -> RuntimeError:
-        return RuntimeError(f"the decoding process failed on {self.name}: {reason}")
-
-    def _error(self, reason: str) -> UserError:
-        return UserError(f"video {self.name} cannot be decoded: {reason}")
+def _undecodable(name: str, reason: str) -> UserError:
+    return UserError(f"video {name} cannot be decoded: {reason}")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
+from lib.sandbox.child import Refused
 from lib.video import frame_source
-from lib.video.frame_source import Source, Undecodable
+from lib.video.frame_source import Source
 from tests.numbered_clips import read_number, write_numbered
 from tests.video_decoding import decode, probe
 
@@ -56,7 +57,7 @@ def test_frames_that_are_too_large_are_refused_before_they_are_allocated(tmp_pat
     with pytest.raises(UserError, match=r"clip\.gif cannot be decoded: frame 0 of 2 cannot be decoded"):
         probe(path)
     monkeypatch.setattr(frame_source, "MAX_FRAME_PIXELS", 64 * 48 - 1)
-    with pytest.raises(Undecodable, match="its frames of 64x48 are larger than 3,071 pixels"):
+    with pytest.raises(Refused, match="its frames of 64x48 are larger than 3,071 pixels"):
         Source(str(write_numbered(tmp_path / "clip.mkv", count=2)))
 
 
@@ -74,13 +75,13 @@ def test_frames_that_are_too_large_are_refused_before_they_are_allocated(tmp_pat
 def test_files_that_refer_to_others_are_refused(tmp_path, name, text):
     clip = write_numbered(tmp_path / "clip.ts", count=3)
     (tmp_path / name).write_text(text.format(clip=clip.name))
-    with pytest.raises(Undecodable, match="it is not a video"):
+    with pytest.raises(Refused, match="it is not a video"):
         Source(str(tmp_path / name))
 
 
 def test_an_image_sequence_pattern_is_a_file_name(tmp_path):
     write_numbered(tmp_path / "frame1.jpg", codec="mjpeg", pixels="yuvj420p", count=1, format="mjpeg")
-    with pytest.raises(Undecodable, match="it is not a video"):
+    with pytest.raises(Refused, match="it is not a video"):
         Source(str(tmp_path / "frame%d.jpg"))
 
 

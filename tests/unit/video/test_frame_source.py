@@ -241,7 +241,7 @@ def peak_of_worker(path: Path, indices: list[int]) -> int:
     with open_video(path) as opened:
         for index, _ in zip(indices, opened.read(indices), strict=True):
             if index == indices[-4]:
-                status = Path(f"/proc/{opened._process.pid}/status").read_text()
+                status = Path(f"/proc/{opened.decoder.pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 
 
