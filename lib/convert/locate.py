@@ -1,5 +1,6 @@
 """Find the files that hold the weights: an input file or folder -> one pickle, or safetensors files."""
 
+import codecs
 import json
 import os.path
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _pickles(folder: Path) -> list[Path]:
 
 def _of_step(latest: Path, name: str) -> Located:
     with latest.open("rb") as file:
-        step = file.read(MAX_LATEST_BYTES).decode("utf-8", "replace").strip()
+        step = _decode(file.read(MAX_LATEST_BYTES)).strip()
     folder = latest.parent / step
     if step in ("", "..") or Path(step).name != step or not os.path.isdir(folder):
         raise UserError(
@@ -132,6 +133,12 @@ def _of_step(latest: Path, name: str) -> Located:
     if not (folder / STATES).is_file():
         raise UserError(f"{name}: its folder {step} has no {STATES}.")
     return Located(name=f"{name} ({step}/{STATES})", files=(folder / STATES,))
+
+
+def _decode(text: bytes) -> str:
+    """Decode a line of text by its byte order mark, as Windows' editors and shells write it."""
+    is_utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return text.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
 
 
 def _refuse_by_name(path: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Open a checkpoint: tensors by bare name, memory-mapped. Only plain data is unpickled.
+"""Open a checkpoint: tensors by bare name, memory-mapped. Nothing of a pickle is executed.
 
 A 5B file has 21 GB: a tensor is read only when its values are used.
 """
@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy._core.multiarray import _reconstruct
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lib.convert import pickles
 from lib.convert.locate import Located, is_torch_zip, locate_weights
 from lib.errors import UserError
 from lib.lora.file import describe_text, read_header
+from lib.sandbox.process import SandboxError
 from lib.storage import zip_archive
 from lib.storage.disk import size_text
 
@@ -64,9 +63,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
     """Open a SAT checkpoint or safetensors weights: a file, or the folder of a SAT download.
 
-    Pickles are read with weights_only. In addition to PyTorch's own list, only numpy arrays are allowed, in
-    which a full DeepSpeed file keeps its random state. Raises UserError naming the file and the reason for
-    anything else; nothing is executed.
+    A pickle may hold tensors and plain data, and numpy arrays, in which a full DeepSpeed file keeps its
+    random state. Raises UserError naming the file and the reason for anything else; nothing is executed.
     """
     located = locate_weights(path)
     checkpoint = _from_pickle(located) if located.is_pickle else _from_safetensors(located)
@@ -83,7 +81,7 @@ def _from_pickle(located: Located) -> Checkpoint:
     weights = _unwrapped(content, dropped, located.name)
     tensors = {}
     for key, value in weights.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and value is not pickles.NOT_PLAIN:
             dropped[str(key)[:200]] = "not a tensor"
         elif not isinstance(key, str):
             raise UserError(f"{located.name} is not a checkpoint: it has a tensor named {key!r:.40}.")
@@ -121,41 +119,26 @@ def _from_safetensors(located: Located) -> Checkpoint:
 
 
 def _load(path: Path, name: str) -> Any:
-    mapped = _check_is_pickle(path, name)
+    _check_is_pickle(path, name)
     try:
-        with torch.serialization.safe_globals(_numpy_arrays()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle fails in as many ways as there are instructions
+        return pickles.load(path)
+    except (SandboxError, ValueError) as error:
         raise _refusal(str(error), name) from error
 
 
-def _numpy_arrays() -> list[Any]:
-    """Return the types in a DeepSpeed file's random state; numpy has renamed their module."""
-    return [
-        (_reconstruct, "numpy.core.multiarray._reconstruct"),
-        (_reconstruct, "numpy._core.multiarray._reconstruct"),
-        np.ndarray,
-        np.dtype,
-        type(np.dtype("uint32")),
-    ]
-
-
-def _check_is_pickle(path: Path, name: str) -> bool:
-    """Return whether a file can be mapped. Raises UserError unless it starts like torch.save's files."""
+def _check_is_pickle(path: Path, name: str) -> None:
+    """Raise UserError unless a file starts like torch.save's files."""
     with path.open("rb") as file:
         start = file.read(64)
     if zip_archive.is_zip(path) and is_torch_zip(path):
-        _check_members(path, name)
-        return True
+        return _check_members(path, name)
     if start.startswith(LEGACY_START):
         if (size := path.stat().st_size) > MAX_LEGACY_BYTES:
             raise UserError(
                 f"{name} is in the format of PyTorch before 1.6, which cannot be mapped, and has "
                 f"{size_text(size)}. Load it on a machine with enough memory and save it with {RESAVE}."
             )
-        return False
+        return
     if text := describe_text(start):
         wrong = text
     elif not start:
@@ -190,22 +173,15 @@ def _refusal(message: str, name: str) -> UserError:
             f"{name} is refused: in addition to tensors it holds {found[1]}, and loading that could run any "
             f"code. Nothing was executed. If you trust the file, save its tensors alone with {RESAVE}."
         )
-    if "Weights only" in message or "weights_only" in message:
-        return UserError(
-            f"{name} is refused: it holds more than tensors and plain data. Nothing was executed. If you "
-            f"trust the file, save its tensors alone with {RESAVE}."
-        )
-    return UserError(
-        f"{name} is damaged or cut off: {message.splitlines()[0][:200] if message else 'unreadable'}"
-    )
+    reason = message.removeprefix("damaged ").splitlines()[0][:200] if message else "unreadable"
+    return UserError(f"{name} is damaged or cut off: {reason}")
 
 
 def _unwrapped(content: Any, dropped: dict[str, str], name: str) -> Mapping[Any, Any]:
     for _ in range(MAX_WRAPPERS):
         if not isinstance(content, Mapping):
-            raise UserError(
-                f"{name} is not a checkpoint: it holds a {type(content).__name__}, not named tensors."
-            )
+            kind = content.kind if isinstance(content, pickles.Other) else type(content).__name__
+            raise UserError(f"{name} is not a checkpoint: it holds a {kind}, not named tensors.")
         _refuse_parallel(content, name)
         wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if wrapper is None:
@@ -225,8 +201,8 @@ def _refuse_parallel(content: Mapping[Any, Any], name: str) -> None:
         )
 
 
-def _plain(tensor: Tensor, key: str, name: str) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+def _plain(tensor: Tensor | pickles.Other, key: str, name: str) -> Tensor:
+    if isinstance(tensor, pickles.Other):
         raise UserError(
             f"{name} cannot be converted: {key[:120]!r} is not a plain tensor. Quantized files are not "
             "supported."
@@ -237,7 +213,7 @@ def _plain(tensor: Tensor, key: str, name: str) -> Tensor:
             "the weights between processes. Join them first with the zero_to_fp32.py that DeepSpeed saves "
             "next to them."
         )
-    return tensor.detach()
+    return tensor
 
 
 def _split_parts(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> Checkpoint:

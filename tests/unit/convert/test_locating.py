@@ -119,3 +119,10 @@ def test_a_folder_without_weights_or_with_several_says_so(tmp_path):
     assert names(folder, tmp_path) == ["a"]
     save(folder / "b.pt", {"a": torch.ones(2)})
     assert refusal(folder, tmp_path) == ("model holds 2 files of weights (a.pt, b.pt); give one of them.")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_latest_may_start_with_a_byte_order_mark(tmp_path, encoding):
+    save(tmp_path / "model" / "1000" / STATES, {"module": {"a": torch.ones(2)}})
+    (tmp_path / "model" / "latest").write_bytes("1000\r\n".encode(encoding))
+    assert names(tmp_path / "model", tmp_path) == ["a"]

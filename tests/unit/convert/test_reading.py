@@ -96,13 +96,6 @@ def test_a_full_deepspeed_file_with_its_random_state_is_read(tmp_path):
     assert "time_embed.0.weight" in names(factory.source("t2v-2b-finetuned"), tmp_path)
 
 
-def test_numpy_is_allowed_only_while_a_file_is_read(tmp_path):
-    before = set(torch.serialization.get_safe_globals())
-    names(factory.source("t2v-2b-finetuned"), tmp_path)
-    assert set(torch.serialization.get_safe_globals()) == before
-    assert np.ndarray not in before
-
-
 def test_values_are_mapped_from_the_file_not_read(tmp_path):
     path = save(tmp_path / "file.pt", {"a": torch.arange(4.0)})
     with open_checkpoint(path) as checkpoint:
