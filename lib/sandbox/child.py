@@ -7,8 +7,8 @@
     if __name__ == "__main__":
         sys.exit(run(serve))
 
-Every message on stdout is one kind byte, a 4-byte big-endian length and that many bytes. Two kinds are taken:
-`E` says why the input is refused, `B` reports a bug of ours.
+Every message on stdout is one kind byte, a 4-byte big-endian length and that many bytes. Three kinds are
+taken: `E` says why the input is refused, `M` that memory ran out, `B` reports a bug of ours.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def run(serve: Callable[[list[str], Out], None]) -> int:
         out.send(b"E", str(error).encode(errors="replace"))
         return 1
     except MemoryError:
-        out.send(b"E", b"reading it takes too much memory")
+        out.send(b"M", b"")
         return 1
     except Exception as error:
         out.send(b"B", f"{type(error).__name__}: {error}".encode(errors="replace"))

@@ -32,6 +32,10 @@ class SandboxError(Exception):
     """The child refused its input or exceeded a limit; the message says which, for the user."""
 
 
+class RefusedError(SandboxError):
+    """The child refused its input, in its own words."""
+
+
 @contextlib.contextmanager
 def start(
     module: str,
@@ -106,7 +110,9 @@ class Sandbox:
         if kind == expected:
             return payload
         reason = payload.decode(errors="replace")
-        raise SandboxError(reason) if kind == b"E" else self._bug(reason)
+        if kind == b"M":
+            raise SandboxError("reading it takes too much memory")
+        raise RefusedError(reason) if kind == b"E" else self._bug(reason)
 
     def _read_exactly(self, length: int) -> bytearray:
         buffer = bytearray(length)

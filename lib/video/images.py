@@ -1,66 +1,62 @@
 """Reading uploaded images, and fitting them to a model's size."""
 
-import struct
+import json
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lib.errors import UserError
+from lib.sandbox.process import RefusedError, SandboxError, start
 
-MAX_IMAGE_PIXELS = 89_478_485
-"""Pillow's threshold for decompression bombs, 256 MiB of RGB."""
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
-"""Formats that Pillow decodes itself; EPS would go to Ghostscript, which runs programs in the file."""
+DECODER_BYTES = 3 << 30
+DECODER_SECONDS = 30.0
+DECODER_CPU_SECONDS = 10.0
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"hevc", b"mif1", b"msf1")
 
 
 def read_image(path: str | Path, *, name: str | None = None) -> Image.Image:
-    """Read an image as 8-bit RGB, turned by its EXIF orientation, with transparency over white.
+    """Read an image as 8-bit sRGB, turned by its EXIF orientation, with transparency over white.
 
-    Animations give their first frame; 16-bit and float images are scaled to 8 bits, not clipped. `name`, by
-    default the file's name, is used in messages. Raises UserError for a file that is not an image, is
-    damaged, or has more than MAX_IMAGE_PIXELS pixels.
+    It is decoded in a child process with limits on memory and time, and scaled down there if a side has more
+    than 4096 pixels. Animations give their first frame; 16-bit and float images are scaled to 8 bits, not
+    clipped. `name`, by default the file's name, is used in messages. Raises UserError for a file that is not
+    an image, is damaged, or has more than 89 megapixels.
     """
-    name = name or Path(path).name
+    path = Path(path)
+    name = name or path.name
+    if other := _other_kind(path, name):
+        raise UserError(f"{name} is {other}")
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise UserError(
-                    f"{name} is {image.width}x{image.height}, more than the "
-                    f"{MAX_IMAGE_PIXELS / 1e6:.0f} megapixels allowed: make it smaller"
-                )
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        raise UserError(f"{name} has more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels") from None
-    except Image.UnidentifiedImageError:
-        known = "PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP"
-        raise UserError(f"{name} is not an image that can be read: give a {known} file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name} cannot be read: {reason}") from None
+        with start(
+            "lib.video.image_worker",
+            [str(path.absolute())],
+            memory_bytes=DECODER_BYTES,
+            seconds=DECODER_SECONDS,
+            cpu_seconds=DECODER_CPU_SECONDS,
+        ) as decoder:
+            facts = json.loads(decoder.receive(b"I"))
+            pixels = decoder.receive(b"F")
+    except RefusedError as error:
+        raise UserError(f"{name} {error}") from None
+    except SandboxError as error:
+        raise UserError(f"{name} cannot be read: {error}") from None
+    return Image.frombytes("RGB", (facts["width"], facts["height"]), bytes(pixels))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_eight_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Convert a grey image of 16 or 32 bits, or floats in 0..1 or 0..255, to 8 bits."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    if image.mode == "F":
-        values *= 255 if values.max() <= 1 else 1
-    else:
-        values *= 1 / 257
-    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
+def _other_kind(path: Path, name: str) -> str | None:
+    """Return what a file is that is not for Pillow: a video, or a picture of another kind."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
+        return "a HEIC picture, which cannot be read here: give a JPEG or PNG file"
+    is_mp4 = start[4:8] == b"ftyp" and start[8:12] not in (b"avif", b"avis")
+    if is_mp4 or start.startswith((b"\x1aE\xdf\xa3", b"OggS")) or start[8:12] == b"AVI ":
+        return "a video, and a picture is needed here: give a JPEG or PNG file, such as one of its frames"
+    return None
 
 
 def fit_image(

@@ -1,7 +1,10 @@
 """Reading images and fitting them to a size."""
 
+import io
+import resource
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from PIL import Image
 
 from lib.errors import UserError
 from lib.video import images
+
+DATA = Path(__file__).parents[2] / "data"
 
 
 def test_applies_the_exif_orientation(tmp_path):
@@ -126,3 +131,91 @@ def test_an_image_of_the_right_size_is_unchanged(mode):
     noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
     assert (np.asarray(images.fit_image(Image.fromarray(noise), 64, 48, mode)) == noise).all()
     assert images.fit_image(Image.fromarray(noise), 1000, 3, mode).size == (1000, 3)
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes, *, checksum: int | None = None) -> bytes:
+    """Insert a chunk after the header of a PNG."""
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return (
+        png[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + png[33:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "checksum"),
+    [
+        (b"zTXt", b"workflow\0\0" + zlib.compress(b"node " * 300_000), None),
+        (b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(b"node " * 300_000), None),
+        (b"tEXt", b"note\0damaged", 7),
+        (b"iCCP", b"profile\0\0" + zlib.compress(bytes(1_100_000)), None),
+        (b"iCCP", b"profile\0\0not compressed", None),
+        (b"gAMA", b"no number", None),
+        (b"eXIf", b"MM no exif", None),
+        (b"pHYs", b"", 0),
+    ],
+)
+def test_chunks_that_are_not_needed_do_not_refuse_a_png(tmp_path, kind, content, checksum):
+    drawn = three_stripes()
+    drawn.save(tmp_path / "plain.png")
+    changed = with_chunk((tmp_path / "plain.png").read_bytes(), kind, content, checksum=checksum)
+    (tmp_path / "changed.png").write_bytes(changed)
+    assert images.read_image(tmp_path / "changed.png").tobytes() == drawn.tobytes()
+
+
+@pytest.mark.parametrize("name", ["exif_gps_types.jpg", "exif_gps_undefined.jpg"])
+def test_odd_entries_in_exif_neither_refuse_a_photo_nor_hide_its_orientation(name):
+    with Image.open(DATA / "images" / name) as stored:
+        assert stored.size == (240, 320)
+    assert images.read_image(DATA / "images" / name).size == (320, 240)
+
+
+@pytest.mark.parametrize("name", ["icc_p3.jpg", "icc_p3.png", "icc_adobergb.jpg"])
+def test_colour_profiles_are_converted_to_srgb(name):
+    pixels = np.asarray(images.read_image(DATA / "images" / name)).reshape(-1, 3).astype(int)
+    ball = np.median(pixels[pixels[:, 0] > 180], axis=0)
+    assert np.abs(ball - (225, 30, 30)).max() <= 6
+
+
+def test_a_profile_of_another_kind_of_picture_is_ignored(tmp_path):
+    with Image.open(DATA / "images" / "icc_p3.png") as tagged:
+        profile = tagged.info["icc_profile"]
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png", icc_profile=profile)
+    assert images.read_image(tmp_path / "grey.png").getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_transparency_stays_with_a_colour_profile(tmp_path):
+    with Image.open(DATA / "images" / "icc_p3.png") as tagged:
+        profile = tagged.info["icc_profile"]
+    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawing.putpixel((1, 1), (255, 255, 255, 255))
+    drawing.putpixel((2, 2), (0, 0, 0, 255))
+    drawing.save(tmp_path / "drawing.png", icc_profile=profile)
+    shown = images.read_image(tmp_path / "drawing.png")
+    assert [shown.getpixel((place, place)) for place in range(3)] == [(255,) * 3, (255,) * 3, (0, 0, 0)]
+
+
+def test_a_large_picture_is_scaled_down_while_it_is_read(tmp_path):
+    Image.new("L", (30_000, 2), 200).save(tmp_path / "wide.png")
+    wide = images.read_image(tmp_path / "wide.png")
+    assert wide.size == (4096, 1) and wide.getpixel((9, 0)) == (200, 200, 200)
+
+
+def test_hostile_pictures_leave_no_memory_behind(tmp_path):
+    scans = io.BytesIO()
+    Image.new("L", (64, 64)).save(scans, "jpeg", progressive=True)
+    scan = scans.getvalue().partition(b"\xff\xda")[2].partition(b"\xff")[0]
+    (tmp_path / "scans.jpg").write_bytes(scans.getvalue()[:-2] + (b"\xff\xda" + scan) * 100 + b"\xff\xd9")
+    with pytest.raises(UserError, match=r"scans\.jpg cannot be read: it is a JPEG of more than 64 scans"):
+        images.read_image(tmp_path / "scans.jpg")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"one-pixel-in-a-large-tile\.tif cannot be read"):
+        images.read_image(DATA / "hostile" / "one-pixel-in-a-large-tile.tif")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_names_a_video_and_a_heic_picture(tmp_path):
+    for start, kind in ((b"\0\0\0\x20ftypisom", "a video"), (b"\x1aE\xdf\xa3", "a video"),
+                        (b"\0\0\0\x18ftypheic", "a HEIC picture")):  # fmt: skip
+        (tmp_path / "file.png").write_bytes(start + bytes(100))
+        with pytest.raises(UserError, match=f"the given image is {kind}"):
+            images.read_image(tmp_path / "file.png", name="the given image")
