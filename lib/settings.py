@@ -46,6 +46,8 @@ class Settings:
     default_lora: str
     """A LoRA for every request that names none; empty for none."""
     hub_endpoint: str
+    hub_repositories: frozenset[str]
+    """Lower-case names of repositories, and owner/*, that requests may read with the operator's token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +129,17 @@ VARIABLES = (
         meaning="`cpu`: `script/setup` installs torch without CUDA",
         default="PyPI's torch",
     ),
-    Variable(name="HF_TOKEN", meaning="for private and gated repositories"),
+    Variable(
+        name="HF_TOKEN",
+        meaning="for private and gated repositories that variables name; for those that requests name see "
+        "the next line",
+    ),
+    Variable(
+        name="COGVIDEOX_HUB_REPOSITORIES",
+        meaning="repositories that requests may read with `HF_TOKEN`: `owner/name` or `owner/*`, separated "
+        "by commas",
+        default="none; all with `COGVIDEOX_LOCAL_SOURCES=1`",
+    ),
     Variable(name="HF_ENDPOINT", meaning="another Hub, such as a mirror", default="`https://huggingface.co`"),
     Variable(name="HF_HUB_OFFLINE", meaning="`1`: download nothing"),
 )
@@ -152,6 +164,9 @@ def current(environment: Mapping[str, str] | None = None) -> Settings:
         latents_bytes=_gigabytes(env, "COGVIDEOX_LATENTS_GB", 200),
         default_lora=env.get("COG_WEIGHTS", ""),
         hub_endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
+        hub_repositories=frozenset(
+            name.strip().lower() for name in env.get("COGVIDEOX_HUB_REPOSITORIES", "").split(",")
+        ),
     )
 
 

@@ -13,8 +13,10 @@ from lib.convert.planning import shapes_of
 from lib.convert.reading import open_checkpoint
 from lib.errors import UserError
 from lib.models.specs import RELEASED_TEXT_ENCODER
+from lib.network import hub
 from lib.network.download import fetch_repository
 from lib.network.offline import forbidden
+from lib.network.transport import Rules
 from lib.progress import Report
 from lib.settings import current
 from lib.storage.disk import link_or_copy
@@ -80,5 +82,6 @@ def _download(repository: str, report: Report, stop: threading.Event | None) -> 
             return final
         listed = hub_model.snapshot(repository, REVISION).files
         files = [file for file in listed if file.path.partition("/")[0] in TEXT]
-        fetch_repository(files, final, report=report, stop=stop)
+        headers = hub.operator_headers()
+        fetch_repository(files, final, headers=headers, report=report, rules=Rules(stop=stop))
     return final

@@ -1,5 +1,6 @@
 """Opening a data set: a folder, an archive to unpack, or a data set repository on the Hub."""
 
+import math
 import re
 import threading
 from pathlib import Path, PurePosixPath
@@ -8,7 +9,7 @@ from lib.datasets.files import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
 from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch_repository, sha256_of
-from lib.network.transport import Rules
+from lib.network.urls import request_rules
 from lib.progress import Report, silent
 from lib.storage.archive import archive_kind, extract_archive
 from lib.storage.disk import disk_error, size_text
@@ -62,7 +63,9 @@ def fetch_hub_dataset(
             f"dataset_name={name!r} is not a data set on the Hugging Face Hub: give owner/name, or "
             f"owner/name@revision.{meant}"
         )
-    snapshot = hub.listing(repository, revision or "main", kind="datasets", rules=Rules(stop=stop))
+    headers = hub.request_headers(repository)
+    rules = request_rules(stop=stop, trusted=hub.endpoint(), seconds=math.inf)
+    snapshot = hub.listing(repository, revision or "main", headers=headers, kind="datasets", rules=rules)
     files = [file for file in snapshot.files if _is_wanted(PurePosixPath(file.path))]
     _check_files(repository, [file.path for file in snapshot.files], [file.path for file in files])
     # Sanitized, as the server's answer becomes part of a path.
@@ -74,7 +77,7 @@ def fetch_hub_dataset(
                 total = size_text(sum(file.size or 0 for file in files))
                 report(f"{repository}: downloading {len(files)} files, {total}")
                 # Silent: hundreds of small files would flood the log.
-                fetch_repository(files, final, report=silent, stop=stop)
+                fetch_repository(files, final, headers=headers, report=silent, rules=rules)
     except OSError as error:
         raise disk_error(error, final) from error
     return final

@@ -171,12 +171,13 @@ def _fetch_from_hub(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Download the LoRA and return facts to record, and its adapter_config.json."""
     try:
-        listing = hub.listing(address.repository, address.revision, rules=rules)
+        headers = hub.operator_headers() if address.trusted else hub.request_headers(address.repository)
+        listing = hub.listing(address.repository, address.revision, headers=headers, rules=rules)
     except hub.NoRepositoryError as error:
         raise UserError(f"{error} {REPLICATE_HINT}") from error
     files = {file.path: file for file in listing.files}
     path = _choose_in_repository(address, list(files))
-    file, headers = files[path], hub.headers()
+    file = files[path]
     save(Source(url=file.url, headers=headers, max_bytes=max_bytes(), rules=rules), target)
     if file.sha256 is not None and sha256_of(target) != file.sha256.lower():
         raise FetchError(

@@ -242,7 +242,9 @@ def _hub(repository: str, revision: str | None, path: str | None, source: str, t
         place="hub",
         name=name,
         label=_cut(label),
-        key=f"hub:{hub.endpoint()}:{repository}@{revision}:{path}",
+        # A private file that was downloaded with the operator's token is not for requests without it.
+        key=f"hub:{hub.endpoint()}:{repository}@{revision}:{path}"
+        + (":token" if trusted or hub.may_use_token(repository) else ""),
         trusted=trusted,
         repository=repository,
         revision=revision,

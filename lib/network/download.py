@@ -101,7 +101,12 @@ def fetch(
 
 
 def fetch_repository(
-    files: Sequence[hub.HubFile], final: Path, *, report: Report, stop: threading.Event | None
+    files: Sequence[hub.HubFile],
+    final: Path,
+    *,
+    headers: Mapping[str, str],
+    report: Report,
+    rules: Rules,
 ) -> None:
     """Download files of a Hub repository to the folder `final`, which appears when all are there.
 
@@ -118,9 +123,9 @@ def fetch_repository(
             partial / file.path,
             size=file.size,
             sha256=file.sha256,
-            headers=hub.headers(),
+            headers=headers,
             report=report,
-            rules=Rules(stop=stop),
+            rules=rules,
         )
     os.replace(partial, final)
 

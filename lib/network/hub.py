@@ -6,6 +6,7 @@ interrupted file from the start, up to 5 GB for these checkpoints.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote
@@ -54,17 +55,19 @@ def listing(
     repository: str,
     revision: str,
     *,
+    headers: Mapping[str, str],
     kind: Literal["models", "datasets"] = "models",
     rules: Rules = ANYTHING,
 ) -> Snapshot:
-    """Resolve a revision and list every file. Raises UserError, NoRepositoryError among them."""
+    """Resolve a revision and list every file. Raises UserError, NoRepositoryError among them.
+
+    `headers` are operator_headers() or request_headers().
+    """
     hub = endpoint()
     address = f"{hub}/api/{kind}/{repository}/revision/{quote(revision, safe='')}?blobs=true"
     pages = hub if kind == "models" else f"{hub}/{kind}"
     try:
-        answer = json.loads(
-            read(Source(url=address, headers=headers(), max_bytes=LISTING_BYTES, rules=rules))
-        )
+        answer = json.loads(read(Source(url=address, headers=headers, max_bytes=LISTING_BYTES, rules=rules)))
         commit = str(answer["sha"])
         entries = [(str(entry["rfilename"]), entry) for entry in answer["siblings"]]
     except FetchError as error:
@@ -83,10 +86,24 @@ def listing(
     return Snapshot(repository=repository, revision=revision, commit=commit, files=files)
 
 
-def headers() -> dict[str, str]:
-    """Return the headers that carry the user's Hub token, if there is one (HF_TOKEN or `hf auth login`)."""
+def operator_headers() -> dict[str, str]:
+    """Return the headers with the operator's Hub token, if there is one (HF_TOKEN or `hf auth login`)."""
     token = get_token()
     return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def request_headers(repository: str) -> dict[str, str]:
+    """Return the headers for a repository that a request names: without the operator's token.
+
+    COGVIDEOX_LOCAL_SOURCES=1 and COGVIDEOX_HUB_REPOSITORIES say for which ones it is used.
+    """
+    return operator_headers() if may_use_token(repository) else {}
+
+
+def may_use_token(repository: str) -> bool:
+    """Return whether requests may read a repository with the operator's token."""
+    listed = (repository.lower(), f"{repository.partition('/')[0].lower()}/*")
+    return current().local_sources or not current().hub_repositories.isdisjoint(listed)
 
 
 def _explained(error: FetchError, repository: str, revision: str, kind: str) -> UserError:

@@ -21,6 +21,17 @@ from lib.settings import current
 TOTAL_SECONDS = 600.0  # a fetch occupies the server's only slot
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's platform, reachable from every machine there
+        "192.0.0.0/24",  # RFC 6890, IETF protocols
+        "192.88.99.0/24",  # RFC 7526, relays of 6to4
+        "64:ff9b:1::/48",  # RFC 8215, local translation
+        "2001::/32",  # RFC 4380, Teredo
+    )
+]
+"""Addresses that are not for everyone, though Python's ipaddress calls some of them global."""
 _COMPATIBLE = ipaddress.ip_network("::/96")  # RFC 4291, 2.5.5.1
 
 
@@ -49,6 +60,7 @@ def check_public(address: str, url: str) -> None:
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = _embedded(ip) or ip
     internal = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False) or not ip.is_global
+    internal = internal or any(ip in network for network in _NOT_PUBLIC)
     if internal and not current().local_sources:
         raise UserError(
             f"{without_secrets(url)[:200]!r} leads to the private address {address}; only public ones are "
@@ -66,8 +78,7 @@ def request_rules(
 
     def unless_trusted(check: Callable[..., None]) -> Callable[..., None]:
         def checked(*arguments: str) -> None:
-            # As they are sent: without a default port, dot segments or upper case in the host.
-            if trusted is None or not str(httpx2.URL(arguments[-1])).startswith(f"{httpx2.URL(trusted)}/"):
+            if trusted is None or not _is_below(arguments[-1], trusted):
                 check(*arguments)
 
         return checked
@@ -78,6 +89,14 @@ def request_rules(
         end=time.monotonic() + (TOTAL_SECONDS if seconds is None else seconds),
         stop=stop,
     )
+
+
+def _is_below(url: str, trusted: str) -> bool:
+    try:
+        # As it is sent: without a default port, dot segments or upper case in the host.
+        return str(httpx2.URL(url)).startswith(f"{httpx2.URL(trusted)}/")
+    except httpx2.InvalidURL:
+        return False
 
 
 def operator_rules(*, stop: threading.Event | None = None) -> Rules:

@@ -219,7 +219,7 @@ def _from_tar(source: Source, url: str, work: Path, report: Report) -> tuple[Pat
 def _from_hub(source: Source, work: Path, check: Check | None, report: Report) -> tuple[Path, dict]:
     repository = source.repository or source.name
     snapshot = hub_model.snapshot(repository, source.revision)
-    headers = hub.headers()
+    headers = hub.operator_headers()
     if check is not None:
         listed = {file.path: file for file in snapshot.files}
         index = next((listed[path] for path in INDICES if path in listed), None)

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 from lib.errors import UserError
 from lib.models.layout import INDEX
-from lib.network.hub import Snapshot, listing
+from lib.network.hub import Snapshot, listing, operator_headers
 
 FOLDERS = frozenset({"scheduler", "text_encoder", "tokenizer", "transformer", "vae"})
 # Configurations, weights, vocabularies, licences. Neither code nor pickles: nothing loads them.
@@ -22,7 +22,7 @@ VARIANT = re.compile(
 
 def snapshot(repository: str, revision: str) -> Snapshot:
     """Resolve a revision and list the model's files. Raises UserError when the repository holds no model."""
-    complete = listing(repository, revision)
+    complete = listing(repository, revision, headers=operator_headers())
     wanted = _wanted([file.path for file in complete.files], repository)
     return replace(complete, files=tuple(file for file in complete.files if file.path in wanted))
 

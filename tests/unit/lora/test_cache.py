@@ -156,6 +156,26 @@ def test_a_private_hub_endpoint_is_allowed_where_private_addresses_are_not(hub, 
         located(hub.address.replace("127.0.0.1", "localhost") + "/lora.safetensors")
 
 
+@pytest.mark.parametrize(("listed", "sent"), [("", 0), ("x/y", 0), ("o/n", 2), ("x/y, O/*", 2)])
+def test_a_request_uses_the_operators_token_only_for_listed_repositories(hub, monkeypatch, listed, sent):
+    monkeypatch.delenv("COGVIDEOX_LOCAL_SOURCES")
+    monkeypatch.setenv("COGVIDEOX_HUB_REPOSITORIES", listed)
+    hub.files = hub_of("o/n", {"lora.safetensors": weights(1)}, commit=COMMIT)
+    assert value_of(located("o/n")) == 1
+    assert [headers.get("Authorization") for _, _, headers in hub.requests].count("Bearer hf_secret") == sent
+    assert len(hub.requests) == 2
+
+
+def test_a_private_lora_in_the_cache_is_not_for_requests_without_the_token(hub, monkeypatch):
+    hub.files = hub_of("o/n", {"lora.safetensors": weights(1)}, commit=COMMIT)
+    assert value_of(located("o/n")) == 1
+    monkeypatch.delenv("COGVIDEOX_LOCAL_SOURCES")
+    hub.files = {}
+    with pytest.raises(UserError, match="has no repository o/n, or it is private") as caught:
+        located("o/n")
+    assert "lora.safetensors" not in str(caught.value)
+
+
 def test_a_redirect_of_the_hub_to_a_private_address_is_refused(hub, cache, monkeypatch):
     monkeypatch.delenv("COGVIDEOX_LOCAL_SOURCES")
     hub.files = hub_of("o/n", {"lora.safetensors": weights(1)}, commit=COMMIT)
