@@ -11,6 +11,7 @@ under names that no loader takes for a scale.
 import itertools
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ LORA_FILE = "lora.safetensors"
 PREFIX = "transformer."
 ORIGINAL = ".original."
 """Where SAT keeps the base weights of a layer with a LoRA."""
+ADAPTER = re.compile(r"(\.lora_[AB])\.(?!weight$).+\.weight$")
+"""The name of an adapter in peft's keys."""
 DEFAULT_ALPHA = 1.0
 """SAT's own."""
 MODULES = ("to_q", "to_k", "to_v", "to_out.0")
@@ -168,7 +171,7 @@ def plan_lora_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str 
     matrices = {target: tensors[pieces[0].source] for target, pieces in plan.outputs.items()}
     rank, layers = _check_matrices(tensors, matrices, name)
     modules = {key.partition(".lora_")[0]: rank for key in tensors}
-    scaling = resolve_scaling(metadata, ranks=modules, alpha_tensors={}, name=name)
+    scaling = resolve_scaling(metadata, checkpoint.adapter_config, ranks=modules, alpha_tensors={}, name=name)
     used = (_recorded_alpha(metadata) or DEFAULT_ALPHA) if alpha is None else float(alpha)
 
     def scale(key: str) -> float:
@@ -237,4 +240,4 @@ def _diffusers_key(key: str) -> str:
     _, key = without_prefix(key)
     for side, written in (("A", "lora.down"), ("B", "lora.up")):
         key = key.replace(f".{written}.weight", f".lora_{side}.weight")
-    return key
+    return ADAPTER.sub(r"\1.weight", key)

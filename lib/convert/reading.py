@@ -18,6 +18,7 @@ from torch import Tensor
 from lib.convert import pickles
 from lib.convert.locate import Located, is_torch_zip, locate_weights
 from lib.errors import UserError
+from lib.lora.cache import CONFIG, read_adapter_config
 from lib.lora.file import describe_text, read_header
 from lib.sandbox.process import SandboxError
 from lib.storage import zip_archive
@@ -57,6 +58,8 @@ class Checkpoint:
     """Metadata of a safetensors file."""
     config: dict[str, Any] | None = None
     """The config.json next to safetensors files."""
+    adapter_config: dict[str, Any] | None = None
+    """The adapter_config.json next to a LoRA."""
 
 
 @contextmanager
@@ -114,6 +117,7 @@ def _from_safetensors(located: Located) -> Checkpoint:
         tensors={},
         metadata=metadata,
         config=config if isinstance(config, dict) else None,
+        adapter_config=read_adapter_config(located.files[0].with_name(CONFIG), name=located.name),
     )
     return _split_parts(tensors, checkpoint)
 

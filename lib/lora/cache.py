@@ -81,7 +81,7 @@ def locate(address: Address, *, stop: threading.Event | None = None, report: Rep
         if address.place == "local" and address.file.is_dir():
             return _in_folder(address.file, name=address.name)
         if address.place == "local" and kind_of(address.file, name=address.name) == "safetensors":
-            config = _read_config(address.file.with_name(CONFIG), name=address.name)
+            config = read_adapter_config(address.file.with_name(CONFIG), name=address.name)
             return LocalLora(file=address.file, config=config)
     except OSError as error:
         raise UserError(f"{address.name} cannot be read: {error.strerror or error}.") from error
@@ -96,7 +96,7 @@ def locate(address: Address, *, stop: threading.Event | None = None, report: Rep
                 raise Stopped
     except OSError as error:
         raise disk_error(error, folder) from error
-    return LocalLora(file=entry / WEIGHTS, config=_read_config(entry / CONFIG, name=address.name))
+    return LocalLora(file=entry / WEIGHTS, config=read_adapter_config(entry / CONFIG, name=address.name))
 
 
 def _touch(entry: Path) -> bool:
@@ -252,10 +252,10 @@ def _in_folder(folder: Path, *, name: str) -> LocalLora:
     file = folder / choose(paths, name=name)
     if kind_of(file, name=name) != "safetensors":
         raise UserError(f"{name}: its {file.name} is not a safetensors file.")
-    return LocalLora(file=file, config=_read_config(file.with_name(CONFIG), name=name))
+    return LocalLora(file=file, config=read_adapter_config(file.with_name(CONFIG), name=name))
 
 
-def _read_config(path: Path, *, name: str) -> dict[str, Any] | None:
+def read_adapter_config(path: Path, *, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with path.open("rb") as file:

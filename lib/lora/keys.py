@@ -6,6 +6,7 @@
 | peft | base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight |
 | wrapper | diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight |
 | plain | transformer_blocks.0.attn1.to_q.lora_A.weight |
+| ComfyUI's own | diffusion_model.blocks.0.q.lora_A.weight |
 | kohya (VideoX-Fun) | lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight, .alpha |
 
 Every key is used or the file is refused: a part that a loader silently skips shows up only in the video.
@@ -33,10 +34,23 @@ PREFIXES = {
     "model.diffusion_model.": "wrapper",
     "diffusion_model.": "wrapper",
     "transformer.": "diffusers",
+    "module.": "plain",
 }
+COMPILED = "_orig_mod."
+"""What torch.compile adds to names, at any place."""
+CORE_BLOCK = re.compile(r"blocks\.(\d+)\.(q|k|v|attn_out|ff_proj|ff_out)(?=\.)")
+CORE_MODULES = {
+    "q": "attn1.to_q",
+    "k": "attn1.to_k",
+    "v": "attn1.to_v",
+    "attn_out": "attn1.to_out.0",
+    "ff_proj": "ff.net.0.proj",
+    "ff_out": "ff.net.2",
+}
+"""ComfyUI core's names of a block's modules."""
 FLAT = re.compile(r"(?:lora_unet|lora_transformer)_+(?=[a-z])")
 PAIR = re.compile(
-    r"(?P<module>.+?)(?:\.lora_(?P<letter>[AB])(?:\.(?!(?:weight|bias)$)\w+)?"
+    r"(?P<module>.+?)(?:\.lora_(?P<letter>[AB])(?:\.(?!(?:weight|bias)$).+?)?"
     r"|(?:\.lora[._]|\.lora_linear_layer\.|_lora\.)(?P<way>down|up))(?:\.weight)?"
 )
 ALPHA = re.compile(r"(?P<module>.+)\.(?:lora_)?alpha")
@@ -157,10 +171,12 @@ def recorded_facts(metadata: Mapping[str, str]) -> dict[str, object]:
 
 def without_prefix(key: str) -> tuple[str, str]:
     """Return the layout that a key's prefixes show, and the key without them."""
-    layout = "plain"
+    layout, key = "plain", key.replace(COMPILED, "")
     while prefix := next((each for each in PREFIXES if key.startswith(each)), None):
         layout = PREFIXES[prefix] if layout == "plain" else layout
         key = key.removeprefix(prefix)
+    if core := CORE_BLOCK.match(key):
+        key = f"transformer_blocks.{core[1]}.{CORE_MODULES[core[2]]}{key[core.end() :]}"
     return layout, key
 
 

@@ -14,6 +14,12 @@ from lib.errors import UserError
 
 BAKED = "alpha_over_rank_applied"
 """Metadata of a converted file whose B matrices are already multiplied by alpha / rank."""
+CONFIGS = ("lora_adapter_metadata", "lora_config")
+"""Metadata that holds peft's configuration as JSON: diffusers', and finetrainers'."""
+ALPHAS = frozenset({"lora_alpha", "network_alpha", "alpha"})
+"""Metadata with an alpha as text, after `ss_` (kohya) or a module's name and a dot."""
+MAX_ALPHA = 1e6
+"""Far above what anyone trains with, far below what overflows."""
 MODULE_NAME = re.compile(r"[\w.]+", re.ASCII)
 
 
@@ -42,23 +48,21 @@ def resolve_scaling(
 ) -> Scaling:
     """Return the scaling that a file declares, else `alpha_input`, else the ranks (strength 1).
 
-    A file declares its alpha in the first of these that is present: `lora_adapter_metadata` (diffusers) or
-    `lora_config` (finetrainers) in its metadata, the adapter_config.json that came with it (peft),
-    `alpha_tensors` (kohya). A converted file has alpha / rank multiplied in, so its alphas are its ranks.
+    A file declares its alpha in its metadata, as a configuration (CONFIGS) or as text (ALPHAS), in the
+    adapter_config.json that came with it (peft), or in `alpha_tensors` (kohya). A converted file has alpha /
+    rank multiplied in, so its alphas are its ranks.
 
     Raises:
-        UserError: two declarations contradict each other, one contradicts the ranks, or `alpha_input` was
-            given for a file that declares its own. `name` is what the message calls the file.
+        UserError: two declarations contradict each other, one contradicts the ranks or is not understood, or
+            `alpha_input` was given for a file that declares its own. `name` is what the message calls the
+            file.
     """
     if BAKED in metadata:
         declared = Scaling(alphas={module: float(rank) for module, rank in ranks.items()})
     else:
-        config = (
-            _parse_object(metadata.get("lora_adapter_metadata"), name)
-            or _parse_object(metadata.get("lora_config"), name)
-            or adapter_config
-            or {}
-        )
+        config = _header_config(metadata, name)
+        if _without_component(config).get("lora_alpha") is None:
+            config = adapter_config or config
         declared = _declared(config, ranks, alpha_tensors, name)
     if declared is None:
         return Scaling(alphas={module: float(alpha_input or rank) for module, rank in ranks.items()})
@@ -70,10 +74,39 @@ def resolve_scaling(
     return declared
 
 
+def _header_config(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Return the configuration in a file's metadata; empty without one.
+
+    Raises UserError for metadata that says an alpha which is not understood, or two different ones.
+    """
+    found: dict[str, Any] = {}
+    for key in CONFIGS:
+        found = found or _parse_object(metadata.get(key), name) or {}
+    alpha = _without_component(found).get("lora_alpha")
+    for key, text in sorted(metadata.items()):
+        if key in CONFIGS or "alpha" not in key.lower() or text.strip().lower() in ("", "none", "null"):
+            continue
+        if key.lower().rpartition(".")[2].removeprefix("ss_") not in ALPHAS:
+            raise UserError(
+                f"{name}: its metadata has {key[:60]!r} = {text[:60]!r}, an alpha that is not understood. "
+                f"Known are {', '.join(sorted(ALPHAS))}."
+            )
+        stated = _positive(text, name)
+        if alpha is not None and not math.isclose(stated, _positive(alpha, name)):
+            raise UserError(f"{name} stores two different alphas in its metadata: {alpha} and {text[:40]}.")
+        alpha = stated
+        found = found or {"lora_alpha": stated}
+    return found
+
+
+def _without_component(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("transformer."): value for key, value in config.items()}
+
+
 def _declared(
     config: Mapping[str, Any], ranks: Mapping[str, int], alpha_tensors: Mapping[str, float], name: str
 ) -> Scaling | None:
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    config = _without_component(config)
     configured = _from_config(config, ranks, name) if config.get("lora_alpha") is not None else None
     if not alpha_tensors:
         return configured
@@ -117,7 +150,7 @@ def _from_config(config: Mapping[str, Any], ranks: Mapping[str, int], name: str)
     rank_pattern, alpha_pattern = (_pattern(config, key, name) for key in ("rank_pattern", "alpha_pattern"))
     for module, found in ranks.items():
         declared = _look_up(rank_pattern, module, rank)
-        if declared is not None and declared != found:
+        if declared is not None and _number(declared) != found:
             raise UserError(
                 f"{name}: its metadata says rank {declared!s:.20} for {module[:120]!r}, but its matrices "
                 f"have rank {found}."
@@ -149,7 +182,17 @@ def _look_up(pattern: Mapping[str, Any], module: str, default: object) -> object
     return default
 
 
+def _number(value: object) -> float:
+    """Return a number, also one written as text; NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def _positive(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise UserError(f"{name} stores {value!s:.40} as an alpha; it has to be a number above 0.")
-    return float(value)
+    if not 0 < (number := _number(value)) <= MAX_ALPHA:
+        raise UserError(
+            f"{name} stores {value!s:.40} as an alpha; it has to be a number above 0, at most {MAX_ALPHA:g}."
+        )
+    return number

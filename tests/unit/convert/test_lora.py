@@ -244,3 +244,25 @@ def test_the_report_names_rank_alpha_and_what_was_left_out(tmp_path):
         "At strength 1 it has the effect it had in SAT with alpha 2: alpha / rank, 2 / 4, is multiplied"
         in readme
     )
+
+
+@pytest.mark.parametrize("adapter", ["", ".my-lora"])
+def test_the_alpha_in_adapter_config_counts_as_the_one_in_the_metadata(tmp_path, adapter):
+    source = load_file(converted(factory.source("lora-t2v-2b"), tmp_path))
+    plain = {key.removeprefix("transformer."): value for key, value in source.items()}
+    save_file(plain, tmp_path / "file.safetensors",
+              metadata={"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 8})})  # fmt: skip
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    named = {f"base_model.model.{key.removesuffix('.weight')}{adapter}.weight": value
+             for key, value in plain.items()}  # fmt: skip
+    save_file(named, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    states = []
+    for place in (tmp_path / "file.safetensors", folder):
+        target = tmp_path / f"sat-{place.name}"
+        lora_to_sat(place, target=target, report=silent)
+        (saved,) = target.rglob("*.pt")
+        states.append(torch.load(saved, weights_only=True)["module"])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -124,6 +124,57 @@ def test_alpha_is_found_wherever_a_trainer_stores_it(tmp_path, state, metadata, 
         read(tmp_path, tensors, metadata, config, alpha=3.0)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lora_alpha": "10", "rank": "4"},
+        {"network_alpha": "10.0", "network_dim": "4"},
+        {"ss_network_alpha": "10.0", "ss_network_dim": "Dynamic"},
+        {"alpha": " 10 ", "r": "4"},
+        {"transformer.lora_alpha": "1e1", "transformer.r": "4", "conv_alpha": "None"},
+        {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "10"})},
+        {"lora_config": json.dumps({"r": "4", "lora_alpha": 10.0}), "lora_alpha": "10"},
+    ],
+)
+def test_alpha_is_found_under_any_key_in_use_also_as_text(tmp_path, state, metadata):
+    assert set(read(tmp_path, state, metadata).scaling.alphas.values()) == {ALPHA}
+    assert "leave lora_alpha out" in complaint(tmp_path, state, metadata, alpha=3)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"my_alpha": "3"}, "its metadata has 'my_alpha' = '3', an alpha that is not understood"),
+        ({"lora_alpha": "ten"}, "it stores ten as an alpha; it has to be a number above 0"),
+        ({"network_alpha": "inf"}, "it stores inf as an alpha"),
+        ({"alpha": "1e30"}, "it stores 1e30 as an alpha"),
+        ({"alpha": "8", "lora_alpha": "4"}, "two different alphas in its metadata: 8.0 and 4"),
+    ],
+)
+def test_an_alpha_that_is_not_understood_is_an_error(tmp_path, state, metadata, message):
+    assert message in complaint(tmp_path, state, metadata)
+
+
+@pytest.mark.parametrize("adapter", ["default", "cogvideox-lora", "v1.0", "my lora", "ずー"])
+def test_the_adapters_name_in_the_keys_may_be_anything(tmp_path, state, adapter):
+    named = renamed(state, (".weight", f".{adapter}.weight"))
+    assert read(tmp_path, named).pairs.keys() == read(tmp_path, state).pairs.keys()
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "transformer._orig_mod.", "module.base_model.model._orig_mod."]
+)
+def test_what_wrappers_add_to_names_is_removed(tmp_path, state, prefix):
+    assert read(tmp_path, prefixed(state, prefix)).pairs.keys() == read(tmp_path, state).pairs.keys()
+
+
+def test_comfyuis_own_names_of_modules_are_known(tmp_path, state):
+    pairs = ("transformer_blocks.", "blocks."), ("attn1.to_out.0", "attn_out"), ("attn1.to_", "")
+    core = renamed(prefixed(state, "diffusion_model."), *pairs)
+    assert "diffusion_model.blocks.0.attn_out.lora_A.weight" in core
+    assert read(tmp_path, core).pairs.keys() == read(tmp_path, state).pairs.keys()
+
+
 def test_without_a_stored_alpha_it_is_the_input_and_else_the_rank(tmp_path, state):
     tensors = prefixed(state, "transformer.")
     assert set(read(tmp_path, tensors).scaling.alphas.values()) == {float(RANK)}
@@ -208,7 +259,7 @@ def test_a_file_without_tensors_is_refused(tmp_path):
     [
         (diffusers_metadata(r=8, lora_alpha=8), "rank 8 for"),
         (diffusers_metadata(r=RANK, lora_alpha=-1), "has to be a number above 0"),
-        (diffusers_metadata(r=RANK, lora_alpha="8"), "has to be a number above 0"),
+        (diffusers_metadata(r=RANK, lora_alpha="eight"), "has to be a number above 0"),
         (diffusers_metadata(r=RANK, lora_alpha=8, use_dora=True), "DoRA"),
         (diffusers_metadata(r=RANK, lora_alpha=8, peft_type="LOKR"), "LOKR"),
         (diffusers_metadata(r=RANK, lora_alpha=8, alpha_pattern={"(a+)+$": 1}), "only names of modules"),
