@@ -1,6 +1,5 @@
 """Lists of clips, one row each: read from .txt, .csv or .jsonl and checked before anything starts."""
 
-import csv
 import hashlib
 import json
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lib.datasets.files import UnreadableError, read_lines, read_table
 from lib.errors import UserError
 from lib.serving.inputs import input_properties, parse_inputs
 
@@ -45,7 +45,8 @@ def read_rows(path: Path, *, common: list[str], document: Document) -> list[Row]
     """Read the rows of a list; `common` (input=value) applies to rows that do not set the input themselves.
 
     A .txt has a prompt on each line, a .csv a column and a .jsonl a key for each input; empty lines, empty
-    cells and null set nothing. Paths in a list are relative to its folder. Raises UserError naming the row.
+    cells and null set nothing. They are read as listings of data sets are. Paths in a
+    list are relative to its folder. Raises UserError naming the row.
     """
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"prompts={path} is not a supported list: use {', '.join(ENDINGS)}.")
@@ -80,27 +81,18 @@ def _entries(path: Path) -> Iterator[dict[str, str]]:
             raise UserError(
                 f"{path} is too large for a list of prompts: at most {MAX_LIST_BYTES // 2**20} MiB are read."
             )
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompts={path} cannot be read: {getattr(error, 'strerror', None) or error}."
-        ) from error
-    if path.suffix.lower() == ".txt":
-        yield from ({"prompt": line.strip()} for line in text.splitlines() if line.strip())
-    elif path.suffix.lower() == ".csv":
-        for record in csv.DictReader(text.splitlines(keepends=True)):
-            if None in record:
-                raise UserError(f"{path.name}: a row has more cells than there are columns.")
-            yield {name.strip(): cell for name, cell in record.items() if cell}
-    else:
-        for number, line in enumerate((line for line in text.split("\n") if line.strip()), start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path.name}, row {number} is not valid JSON: {error}.") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path.name}, row {number} is not a JSON object.")
-            yield {name: _as_text(value) for name, value in record.items() if value is not None}
+        if path.suffix.lower() == ".txt":
+            yield from ({"prompt": line} for line in read_lines(path) if line)
+            return
+        _, rows = read_table(path)
+    except OSError as error:
+        raise UserError(f"prompts={path} cannot be read: {error.strerror or error}.") from error
+    except UnreadableError as error:
+        raise UserError(f"prompts={path} {error}.") from error
+    for row in rows:
+        if row.fault:
+            raise UserError(f"{path.name}, line {row.line}: {row.fault}.")
+        yield {name: _as_text(value) for name, value in row.values.items() if value not in (None, "")}
 
 
 def _as_text(value: Any) -> str:

@@ -108,16 +108,26 @@ def _within(root: Path, path: Path) -> str:
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_CAPTION_BYTES) -> str:
-    """Return the text of a file in UTF-8, or UTF-16 with a byte order mark. Raises UnreadableError."""
+    """Return the text of a file in UTF-8 or UTF-16. Raises UnreadableError."""
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise UnreadableError(f"is larger than {max_bytes >> 20} MiB")
-    has_utf16_bom = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-16" if has_utf16_bom else "utf-8-sig")
+        return content.decode(_encoding(content))
     except UnicodeDecodeError:
         raise UnreadableError("is not UTF-8 text: save it in that encoding") from None
+
+
+def _encoding(content: bytes) -> str:
+    """Return the encoding that the start of a text shows; programs also write UTF-16 without a mark."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    start = content[:200]
+    zeros = [start[place::2].count(0) for place in (0, 1)]
+    if max(zeros) * 4 > len(start):
+        return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    return "utf-8-sig"
 
 
 def read_lines(path: Path) -> list[str]:
@@ -131,7 +141,8 @@ def read_lines(path: Path) -> list[str]:
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
     """Return the columns and rows of a .jsonl or .csv; damaged rows carry a fault. Raises UnreadableError.
 
-    A CSV's first row names the columns; fields are separated by commas, semicolons or tabs.
+    A CSV's first row names the columns; fields are separated by commas, semicolons or tabs, and blanks after
+    them are skipped. A first line such as `sep=;` (Excel) names the separator.
     """
     return _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
 
@@ -153,12 +164,19 @@ def _json_row(number: int, line: str) -> Row:
 
 def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     text = read_text(path, max_bytes=MAX_LISTING_BYTES)
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    lines = io.StringIO(text, newline="")
+    header = lines.readline().rstrip("\r\n")
+    skipped = 1 if len(header) == 5 and header.lower().startswith("sep=") else 0
+    if not skipped:
+        lines.seek(0)
+    delimiter = header[4] if skipped else max(",;\t", key=header.count)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     columns: list[str] = []
     rows = []
+    line = 0
     try:
         for fields in reader:
+            line = reader.line_num + skipped
             if not any(field.strip() for field in fields):
                 continue
             if not columns:
@@ -168,10 +186,10 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
                     f"the row has {len(fields)} fields and the table {len(columns)} columns: "
                     'put captions with commas in "quotes"'
                 )
-                rows.append(Row(line=reader.line_num, values={}, fault=fault))
+                rows.append(Row(line=line, values={}, fault=fault))
             else:
-                rows.append(Row(line=reader.line_num, values=dict(zip(columns, fields, strict=False))))
+                rows.append(Row(line=line, values=dict(zip(columns, fields, strict=False))))
     except csv.Error as error:
-        fault = f"the table cannot be read from here on ({error})"
-        rows.append(Row(line=reader.line_num, values={}, fault=fault))
+        fault = f"the table cannot be read from here on ({error}): is a quote left open?"
+        rows.append(Row(line=line + 1, values={}, fault=fault))
     return columns, rows

@@ -15,9 +15,6 @@ from lib.storage.archive import archive_kind, extract_archive
 from lib.storage.disk import disk_error, size_text
 from lib.storage.lock import lock
 
-UNPACKED_PER_ARCHIVE_BYTE, UNSUSPICIOUS_BYTES = 100, 1 << 30
-"""Video does not compress: an archive that unpacks to over 1 GiB and over 100 times its size is a bomb."""
-
 
 def open_data(
     source: Path, work: Path, *, max_bytes: int | None = None, stop: threading.Event | None = None
@@ -25,9 +22,8 @@ def open_data(
     """Return the folder of a data set: `source` itself, or its unpacked content in a folder under `work`.
 
     An archive is a zip or tar, whatever its name. It is unpacked completely or not at all, and once for the
-    same content. Its content may have up to `max_bytes`, and not more than the larger of 1 GiB and 100 times
-    the archive's size. Raises UserError naming the archive and the member at fault, NoSpaceError when the
-    disk is full, and Stopped.
+    same content. Its content may have up to `max_bytes`. Raises UserError naming the archive and the
+    member at fault, NoSpaceError when the disk is full, and Stopped.
     """
     if source.is_dir():
         return source
@@ -38,12 +34,9 @@ def open_data(
             f"{source.name} is neither a folder nor a zip or tar archive (.zip, .tar, .tar.gz, .tar.bz2, "
             f".tar.xz). {FORMS}"
         )
-    limit = max(UNSUSPICIOUS_BYTES, UNPACKED_PER_ARCHIVE_BYTE * source.stat().st_size)
-    if max_bytes is not None:
-        limit = min(limit, max_bytes)
     target = Path(work) / f"data-{sha256_of(source, stop=stop)[:16]}" / source.name
     with lock(target, silent, stop=stop):  # the processes of one run open the same data
-        return target if target.exists() else extract_archive(source, target, max_bytes=limit, stop=stop)
+        return target if target.exists() else extract_archive(source, target, max_bytes=max_bytes, stop=stop)
 
 
 def fetch_hub_dataset(

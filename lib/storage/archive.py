@@ -12,8 +12,10 @@ from lib.storage import tar_archive, zip_archive
 from lib.storage.disk import replacing, require_free_space, size_text
 from lib.storage.member import Member
 
-# More than any checkpoint or data set has: a billion empty files exhaust inodes, not bytes.
-MAX_MEMBERS = 100_000
+MAX_MEMBERS = 20_000
+"""More than any checkpoint or data set has: many small files take time and inodes, not bytes."""
+UNPACKED_PER_ARCHIVE_BYTE, UNSUSPICIOUS_BYTES = 100, 1 << 30
+"""Videos and weights do not compress: what unpacks to over 1 GiB and over 100 times its size is a bomb."""
 
 Stop = threading.Event | None
 
@@ -22,8 +24,9 @@ def extract_archive(archive: Path, target: Path, *, max_bytes: int | None = None
     """Unpack a zip or tar, recognized by its content, into the new folder `target` and return it.
 
     `target` appears only when everything is unpacked: until then the files are in `target.partial`, which is
-    removed when anything goes wrong. Modes and owners are dropped. The sizes in a zip are checked before
-    anything is written, and no member is written past its announced size.
+    removed when anything goes wrong. Modes and owners are dropped. At most MAX_MEMBERS members are
+    unpacked, and at most the larger of 1 GiB and 100 times the archive's size. The sizes in a zip are checked
+    before anything is written, and no member is written past its announced size.
 
     Raises:
         UserError: `target` exists; the archive is unreadable or larger than `max_bytes` unpacked; or a member
@@ -54,6 +57,8 @@ def archive_kind(path: Path) -> str | None:
 
 
 def _extract(kind: str, archive: Path, target: Path, *, max_bytes: int | None, stop: Stop) -> Path:
+    limit = max(UNSUSPICIOUS_BYTES, UNPACKED_PER_ARCHIVE_BYTE * archive.stat().st_size)
+    max_bytes = limit if max_bytes is None else min(limit, max_bytes)
     if os.path.lexists(target):
         raise UserError(f"{target} exists already; {archive.name} is not unpacked over it.")
     with replacing(target) as partial:
@@ -70,7 +75,7 @@ def _extract(kind: str, archive: Path, target: Path, *, max_bytes: int | None, s
     return target
 
 
-def _write(members: Iterable[Member], archive: Path, root: Path, max_bytes: int | None, stop: Stop) -> None:
+def _write(members: Iterable[Member], archive: Path, root: Path, max_bytes: int, stop: Stop) -> None:
     total = 0
     for count, member in enumerate(members, start=1):
         check_stop(stop)
@@ -92,10 +97,12 @@ def _write(members: Iterable[Member], archive: Path, root: Path, max_bytes: int 
             )
 
 
-def _check_limits(archive: Path, count: int, total: int, max_bytes: int | None) -> None:
+def _check_limits(archive: Path, count: int, total: int, max_bytes: int) -> None:
     if count > MAX_MEMBERS:
-        raise UserError(f"{archive.name} holds more than {MAX_MEMBERS} members; it is refused.")
-    if max_bytes is not None and total > max_bytes:
+        raise UserError(
+            f"{archive.name} holds more than {MAX_MEMBERS:,} files and folders, the most that are unpacked."
+        )
+    if total > max_bytes:
         raise UserError(f"{archive.name} unpacks to more than the {size_text(max_bytes)} that are allowed.")
 
 

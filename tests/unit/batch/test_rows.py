@@ -29,6 +29,29 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path, t2v):
     assert rows[0].inputs["width"] is None
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
+def test_only_line_ends_end_a_prompt(tmp_path, t2v, separator):
+    prompts = [f"a cat{separator}asleep", "a dog", "a fox"]
+    (tmp_path / "list.txt").write_bytes(f"{prompts[0]}\n{prompts[1]}\r\n{prompts[2]}\r".encode())
+    rows = read_rows(tmp_path / "list.txt", common=[], document=t2v)
+    assert [row.inputs["prompt"] for row in rows] == prompts
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prompt, seed\n"a cat, asleep", 7\n a dog,\n',
+        'sep=;\r\nprompt;seed\r\n"a cat, asleep";7\r\na dog;\r\n',
+        "prompt\tseed\ra cat, asleep\t7\ra dog\t\r",
+    ],
+)
+def test_tables_are_read_as_spreadsheets_write_them(tmp_path, t2v, encoding, text):
+    (tmp_path / "list.csv").write_bytes(text.encode(encoding))
+    rows = read_rows(tmp_path / "list.csv", common=[], document=t2v)
+    assert [row.given for row in rows] == [{"prompt": "a cat, asleep", "seed": 7}, {"prompt": "a dog"}]
+
+
 def test_a_table_has_a_column_for_each_input_and_overrides_the_command_line(tmp_path, t2v):
     (tmp_path / "list.csv").write_text('prompt,seed,output_format\n"a cat, asleep",,webm\na dog,9,\n')
     rows = read_rows(tmp_path / "list.csv", common=["seed=7"], document=t2v)
@@ -69,9 +92,14 @@ def test_a_rows_fingerprint_changes_with_its_inputs_and_the_model(tmp_path, t2v)
     [
         ("list.csv", "promt\na cat\n", "list.csv, row 1: there is no input 'promt'. Did you mean prompt?"),
         ("list.csv", "prompt,seed\na cat,x\n", "list.csv, row 1: seed: x is not a whole number"),
-        ("list.csv", "prompt\na cat, asleep\n", "list.csv: a row has more cells than there are columns."),
-        ("list.jsonl", '{"prompt": "a"}\n[1]\n', "list.jsonl, row 2 is not a JSON object."),
-        ("list.jsonl", "{\n", "list.jsonl, row 1 is not valid JSON: "),
+        (
+            "list.csv",
+            "prompt\na cat, asleep\n",
+            "list.csv, line 2: the row has 2 fields and the table 1 columns",
+        ),
+        ("list.jsonl", '{"prompt": "a"}\n[1]\n', "list.jsonl, line 2: the line is not a JSON object."),
+        ("list.jsonl", "{\n", "list.jsonl, line 1: the line is not JSON ("),
+        ("list.csv", 'prompt\na\n"b, c\n', "list.csv, line 3: the table cannot be read from here on"),
         ("list.txt", "\n\n", "contains no prompts."),
         ("list.json", "[]", "is not a supported list: use .txt, .csv, .jsonl."),
     ],

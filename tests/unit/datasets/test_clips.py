@@ -205,7 +205,8 @@ def test_captions_with_commas_and_line_breaks_need_quotes(tmp_path):
         "metadata.csv, line 4": (
             'the row has 3 fields and the table 2 columns: put captions with commas in "quotes"'
         ),
-        "metadata.csv, line 5": "the table cannot be read from here on (unexpected end of data)",
+        "metadata.csv, line 5": "the table cannot be read from here on (unexpected end of data): "
+        "is a quote left open?",
     }
 
 

@@ -108,7 +108,7 @@ def test_bounds_the_unpacked_size(tmp_path):
 
 def test_bounds_the_number_of_members(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
-    refuse(tmp_path, ("b", b""), ("c", b""), match="more than 2 members")
+    refuse(tmp_path, ("b", b""), ("c", b""), match="more than 2 files and folders")
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
@@ -395,7 +395,7 @@ def test_tars_damaged_anywhere_unpack_correctly_or_are_refused(tmp_path):
 
 def test_bounds_the_number_of_zip_members_and_the_table_of_contents(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
-    refuse_zip(tmp_path, ("b", b""), ("c", b""), match=r"bad\.zip holds more than 2 members")
+    refuse_zip(tmp_path, ("b", b""), ("c", b""), match=r"bad\.zip holds more than 2 files and folders")
     monkeypatch.setattr(archive.zip_archive, "MAX_CONTENTS_BYTES", 100)
     refuse_zip(tmp_path, ("b", b""), match=r"its table of contents claims \d+ bytes")
 
