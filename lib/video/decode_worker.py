@@ -17,6 +17,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from lib.sandbox.child import Out, Refused, read_request, run
+from lib.video.display import matrix_of, over_white, shown_size
 from lib.video.frame_source import Source
 
 
@@ -27,7 +28,8 @@ def serve(arguments: list[str], out: Out) -> None:
     first = source.frame(0)
     stored = (first.width, first.height)
     turn = turn_of(first)
-    shown = stored[::-1] if turn[0] else stored
+    square = shown_size(*stored, source.pixel_aspect)
+    shown = square[::-1] if turn[0] else square
     fps = source.fps
     with open(path, "rb") as file:
         is_gif = file.read(4) == b"GIF8"  # delays instead of a rate, and FFmpeg's estimate omits one
@@ -71,7 +73,14 @@ def pixels(
     """Return `frame` as shown, scaled to `size` (width, height): uint8 [H, W, 3], RGB, contiguous."""
     swap, mirror_x, mirror_y = turn
     width, height = size[::-1] if swap else size
-    rgb = reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC)
+    rgb = reformatter.reformat(
+        over_white(frame),
+        width,
+        height,
+        "rgb24",
+        src_colorspace=matrix_of(frame),
+        interpolation=Interpolation.BICUBIC,
+    )
     plane = rgb.planes[0]  # its rows may be padded
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
     picture = rows[:, : width * 3].reshape(height, width, 3)

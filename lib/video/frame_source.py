@@ -9,13 +9,16 @@ import os
 from array import array
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
 from av.stream import Discard, Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -39,6 +42,8 @@ INTERLACED = {2, 3, 4, 5}
 """The values of FFmpeg's AVFieldOrder for interlaced video."""
 FRAMES_OF_FIELDS = 8
 """How many frames show whether a packet is a frame or a field."""
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that read the second layer of a WebM, in which transparency is stored."""
 NO_PTS = object()
 """Placeholder that differs from every frame's pts, which can be None."""
 
@@ -55,6 +60,7 @@ class Source:
         self._path = path
         self._restart()
         self.fps = float(self._stream.average_rate or 0)
+        self.pixel_aspect = self._stream.sample_aspect_ratio
         self._seekable = not SEEKABLE.isdisjoint(self._container.format.name.split(","))
         if not (self._list_by_packets() and self._starts_as_listed()):
             self._list_by_decoding()
@@ -76,6 +82,7 @@ class Source:
 
     def _restart(self) -> None:
         self._container, self._stream = _open(self._path)
+        self._decoder = _decoder_of(self._stream)
         self._time_base = self._stream.time_base or Fraction(1, 90_000)
         self._frames = self._decoded(self._packets())
         self._number = -1
@@ -90,7 +97,7 @@ class Source:
                     yield packet
 
     def _decoded(self, packets: Iterator[Packet]) -> Iterator[VideoFrame]:
-        decoder = self._stream.codec_context
+        decoder = self._decoder
         for packet in itertools.chain(packets, [None]):
             try:
                 frames = decoder.decode(packet)
@@ -218,6 +225,7 @@ class Source:
             target = dts - round(seconds / self._time_base)
             try:
                 self._container.seek(target, stream=self._stream)
+                self._decoder.flush_buffers()
             except (FFmpegError, OverflowError):
                 break
             packets = self._packets()
@@ -236,6 +244,17 @@ class Source:
 def _sorted(pts: array, other: array) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(pts, kind="stable")
     return np.array(pts, np.int64)[order], np.array(other, np.int64)[order]
+
+
+def _decoder_of(stream: VideoStream) -> VideoCodecContext:
+    """Return the stream's decoder; libvpx where it has transparency, which FFmpeg's own decoders drop."""
+    decoder = stream.codec_context
+    if decoder.name not in WITH_ALPHA or stream.metadata.get("alpha_mode") != "1":
+        return decoder
+    with_alpha = cast(VideoCodecContext, CodecContext.create(WITH_ALPHA[decoder.name], "r"))
+    with_alpha.extradata = decoder.extradata
+    with_alpha.options = decoder.options
+    return with_alpha
 
 
 def _open(path: str) -> tuple[InputContainer, VideoStream]:

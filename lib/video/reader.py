@@ -26,7 +26,7 @@ TEXT_STARTS = (b"#EXTM3U", b"ffconcat", b"v=0", b"<?xml", b"<MPD", b"<SmoothStre
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """Properties of a video file; width and height after the rotation in its metadata."""
+    """Properties of a video file; width and height as shown: square pixels, after the rotation."""
 
     frames: int
     fps: float
