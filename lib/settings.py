@@ -46,6 +46,10 @@ class Settings:
     default_lora: str
     """A LoRA for every request that names none; empty for none."""
     hub_endpoint: str
+    api_token: str
+    """What callers of a local server must send as a bearer token; empty for none."""
+    api_hosts: frozenset[str]
+    """Lower-case names under which callers reach a local server, besides its own."""
     hub_repositories: frozenset[str]
     """Lower-case names of repositories, and owner/*, that requests may read with the operator's token."""
 
@@ -111,6 +115,17 @@ VARIABLES = (
         default="refused; `script/predict` sets it for the server that it starts",
     ),
     Variable(
+        name="COGVIDEOX_API_TOKEN",
+        meaning="a secret that callers of [`script/serve`](serving.md#who-may-call) must send; "
+        "`script/predict --url` sends it",
+        default="none; needed for `--host` beyond this machine",
+    ),
+    Variable(
+        name="COGVIDEOX_API_HOSTS",
+        meaning="host names under which callers reach `script/serve`, such as a proxy's, separated by commas",
+        default="this machine's",
+    ),
+    Variable(
         name="COGVIDEOX_LORA_CACHE_GB",
         meaning="how much of the cache folder [downloaded LoRAs](lora.md#cache) may take",
         default="20",
@@ -164,9 +179,9 @@ def current(environment: Mapping[str, str] | None = None) -> Settings:
         latents_bytes=_gigabytes(env, "COGVIDEOX_LATENTS_GB", 200),
         default_lora=env.get("COG_WEIGHTS", ""),
         hub_endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
-        hub_repositories=frozenset(
-            name.strip().lower() for name in env.get("COGVIDEOX_HUB_REPOSITORIES", "").split(",")
-        ),
+        api_token=_token(env, "COGVIDEOX_API_TOKEN"),
+        api_hosts=_names(env, "COGVIDEOX_API_HOSTS"),
+        hub_repositories=_names(env, "COGVIDEOX_HUB_REPOSITORIES"),
     )
 
 
@@ -189,6 +204,19 @@ def _choice(
 
 def _flag(env: Mapping[str, str], name: str) -> bool:
     return _choice(env, name, ("0", "1")) == "1"
+
+
+def _names(env: Mapping[str, str], name: str) -> frozenset[str]:
+    """Return the names in a list separated by commas, in lower case."""
+    return frozenset(each.strip().lower() for each in env.get(name, "").split(",") if each.strip())
+
+
+def _token(env: Mapping[str, str], name: str) -> str:
+    """Return a secret that can be sent in a header. The message does not show it."""
+    value = env.get(name, "").strip()
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise UserError(f"{name} has characters that a header cannot hold; use letters, digits and -._~+/=.")
+    return value
 
 
 def _gigabytes(env: Mapping[str, str], name: str, default: int) -> int:

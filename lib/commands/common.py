@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 from lib.cancellation import Stopped
 from lib.errors import UserError
 from lib.progress import LogView, silent
+from lib.serving.backend import ServerError
 from lib.serving.client import Canceled, PredictionError
 from lib.serving.inputs import describe_inputs
-from lib.serving.server import ServerError
 from lib.serving.signature import SignatureError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130

@@ -8,12 +8,14 @@ from typing import Any
 
 from lib.commands.common import EXAMPLE_PROMPT, checking_arguments, run_command
 from lib.errors import UserError
+from lib.serving.backend import ServerError
 from lib.serving.inputs import input_properties
 from lib.serving.registry import find_predictor, predictors
-from lib.serving.server import Server, ServerError
+from lib.serving.server import Server
+from lib.settings import current
 
 TRAINING_EXAMPLE = (
-    "curl -s {}/trainings -H 'Content-Type: application/json' "
+    "curl -s {}/trainings{} -H 'Content-Type: application/json' "
     """-d '{{"input": {{"input_videos": "https://example.org/clips.zip"}}}}'"""
 )
 EXAMPLE_FILES = {"video": ("video.mp4", "video/mp4"), "input_videos": ("clips.zip", "application/zip")}
@@ -42,15 +44,15 @@ def _serve(arguments: list[str]) -> int:
         if given.train and config.train is None:
             trainable = [name for name, each in predictors().items() if each.train is not None]
             raise UserError(f"{config.name} has no training; those that have: {', '.join(trainable)}")
-    mode = "train" if given.train else "predict"
+    options = {"host": given.host, "port": given.port, "prediction_logs": True}
     try:
-        with Server(config, host=given.host, port=given.port, prediction_logs=True, mode=mode) as server:
+        with Server(config, mode="train" if given.train else "predict", **options) as server:
             if given.train:
-                what, example = "training", TRAINING_EXAMPLE.format(server.url)
+                what, example = "training", TRAINING_EXAMPLE.format(server.url, token_header())
             else:
                 what, example = config.name, curl_example(server.url, config.openapi())
             print(f"{what} is ready at {server.url} (Ctrl-C stops it). Try:\n{example}", file=sys.stderr)
-            raise ServerError(f"the server ended with status {server.wait()}")
+            raise ServerError(server.wait())
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 0
@@ -69,7 +71,7 @@ def curl_example(url: str, document: dict[str, Any]) -> str:
     address = next((name for name in shapes if name.endswith("_url")), None)
     inputs |= {address: f"https://example.org/{address.removesuffix('_url')}.pt"} if address else {}
     body = json.dumps({"input": inputs})
-    curl = f"curl -s {url}/predictions -H 'Content-Type: application/json' -d"
+    curl = f"curl -s {url}/predictions{token_header()} -H 'Content-Type: application/json' -d"
     files = [_example_file(name)[0] for name in required if shapes[name].get("format") == "uri"]
     if not files:
         return f"{curl} {shlex.quote(body)}"
@@ -77,6 +79,11 @@ def curl_example(url: str, document: dict[str, Any]) -> str:
     template = body.replace("\\", "\\\\").replace("%", "%%").replace(FILE_PLACE, "%s")
     contents = " ".join(f'"$(base64 -w0 {name})"' for name in files)
     return f"printf {shlex.quote(template)} {contents} | {curl} @-"
+
+
+def token_header() -> str:
+    """Return the option of curl that sends the token, where this server needs one. It does not show it."""
+    return ' -H "Authorization: Bearer $COGVIDEOX_API_TOKEN"' if current().api_token else ""
 
 
 def _example_file(name: str) -> tuple[str, str]:

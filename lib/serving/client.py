@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 
 from lib.errors import UserError
+from lib.settings import current
 
 POLL_SECONDS = 0.25
 CANCEL_SECONDS = 20.0
@@ -92,12 +93,15 @@ def request(
 ) -> tuple[int, bytes]:
     """Send one HTTP request with a JSON body and return `(status, body)`. Raises httpx2.HTTPError.
 
-    Proxy settings of the environment are not used: these servers are addressed directly.
+    COGVIDEOX_API_TOKEN is sent where it is set. Proxy settings of the environment are not used: these servers
+    are addressed directly.
     """
     verify = url.startswith("https:")  # loading the certificates takes 40 ms, and http needs none
     # Not httpx2's own JSON, which cannot send the surrogates of arguments that are not UTF-8.
     content = None if body is None else json.dumps(body)
     headers = {} if body is None else {"Content-Type": "application/json"}
+    if token := current().api_token:
+        headers["Authorization"] = f"Bearer {token}"
     address = url.rstrip("/") + path
     options = {"timeout": timeout, "trust_env": False, "verify": verify}
     try:

@@ -4,7 +4,7 @@ import ast
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -13,6 +13,7 @@ from lib.models import specs
 from lib.serving.schema import openapi_schema
 from lib.weights import manifest
 
+Mode = Literal["predict", "train"]
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -33,10 +34,17 @@ class PredictorConfig:
         docstring = ast.get_docstring(ast.parse(self.predictor.read_text(encoding="utf-8"))) or self.name
         return docstring.splitlines()[0].partition(":")[0].rstrip(".")
 
-    def openapi(self) -> dict[str, Any]:
-        """Return the OpenAPI document, training included. Raises SignatureError."""
+    def openapi(self, mode: Mode | None = None) -> dict[str, Any]:
+        """Return the OpenAPI document of a server in this mode, or of an image. Raises SignatureError.
+
+        An image serves predictions and trainings, a server one of them. Pages that read the document show the
+        form for trainings where it has both.
+        """
         return openapi_schema(
-            self.predictor, name=self.class_name, train=self.train, train_name=self.train_name
+            self.predictor if mode != "train" else None,
+            name=self.class_name,
+            train=self.train if mode != "predict" else None,
+            train_name=self.train_name,
         )
 
 

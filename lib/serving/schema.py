@@ -35,7 +35,11 @@ KEYWORDS = {
 
 
 def openapi_schema(
-    predictor: Path, *, name: str = "Runner", train: Path | None = None, train_name: str = "train"
+    predictor: Path | None,
+    *,
+    name: str = "Runner",
+    train: Path | None = None,
+    train_name: str = "train",
 ) -> dict[str, Any]:
     """Return the document for class `name` in the file `predictor`, and for `train_name` in the file `train`.
 
@@ -43,8 +47,12 @@ def openapi_schema(
     """
     text = TEMPLATE.read_text(encoding="utf-8")
     document = json.loads(text)
-    schemas = document["components"]["schemas"]
-    _add_signature(schemas, "", read_signature(predictor, name))
+    paths, schemas = document["paths"], document["components"]["schemas"]
+    if predictor is None:
+        document["paths"] = {path: paths[path] for path in paths if not path.startswith("/predictions")}
+        schemas.clear()
+    else:
+        _add_signature(schemas, "", read_signature(predictor, name))
     if train is not None:
         for word, replacement in TRAINING_WORDS.items():
             text = text.replace(word, replacement)

@@ -1,44 +1,29 @@
-"""Start and stop a local coglet server: the HTTP server that Replicate runs, without Docker.
+"""A local server: the HTTP front that callers reach, and coglet behind it, started again when it fails."""
 
-Each server has its own scratch directory as working directory, because coglet reads the input schema from
-`.cog/openapi_schema.json` there. The project is on PYTHONPATH, so several servers can run at once.
-"""
-
-import json
-import os
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable
+
+import uvicorn
+from starlette.middleware import Middleware
 
 from lib.errors import UserError
-from lib.serving.client import health
-from lib.serving.host import GRACE_SECONDS
-from lib.serving.registry import (
-    PROJECT,
-    PredictorConfig,
-    absolute_folders,
-    find_predictor,
-    local_environment,
-)
-from lib.serving.schema import write_schema
+from lib.network.transport import Rules
+from lib.network.urls import operator_rules, request_rules
+from lib.serving.access import Access, check_token_for
+from lib.serving.backend import Backend, ServerError, free_port
+from lib.serving.front import EndedError, Front, Target
+from lib.serving.registry import Mode, PredictorConfig, find_predictor
+from lib.serving.webhooks import SECONDS as WEBHOOK_SECONDS
+from lib.serving.webhooks import Webhooks
+from lib.settings import current
 
-HEALTH_POLL_SECONDS = 0.05
-COGLET_TARGET = b'"target":"coglet"'
-# What coglet puts before the reason when setup() fails.
-SETUP_FAILED = "Setup failed: "
-
-
-class ServerError(RuntimeError):
-    """The server did not start, or ended; the message holds its reason and the end of its log."""
+WATCH_SECONDS = 0.5
+STOP_SECONDS = 2
+MAX_CONNECTIONS = 256
+KINDS: dict[Mode, str] = {"predict": "predictions", "train": "trainings"}
 
 
 def print_log(line: str) -> None:
@@ -52,7 +37,10 @@ class Server:
     `predictor` is a name from the cog*.yaml files or a configuration. `mode` is "predict" or "train".
     `local_sources` lets requests name files of this machine. `on_log` receives every line that the
     predictor prints during setup, and with `prediction_logs` those of predictions too. Entering raises
-    ServerError when the server does not become ready (within `timeout` seconds, if given).
+    ServerError when the server does not become ready (within `timeout` seconds, if given), and UserError
+    for a host and port that cannot be used.
+
+    When the worker process dies, coglet is started again and the next request waits for that.
     """
 
     def __init__(
@@ -61,7 +49,7 @@ class Server:
         *,
         host: str = "127.0.0.1",
         port: int | None = None,
-        mode: str = "predict",
+        mode: Mode = "predict",
         local_sources: bool = False,
         environment: dict[str, str] | None = None,
         on_log: Callable[[str], None] = print_log,
@@ -71,21 +59,27 @@ class Server:
         self.config = find_predictor(predictor) if isinstance(predictor, str) else predictor
         self.host = host
         self.port = port or free_port(host)
-        self.mode = mode
-        self.local_sources = local_sources
-        self.environment = environment or {}
+        self.mode: Mode = mode
+        self.environment = ({"COGVIDEOX_LOCAL_SOURCES": "1"} if local_sources else {}) | (environment or {})
         self.on_log = on_log
         self.prediction_logs = prediction_logs
         self.timeout = timeout
         self.log: deque[str] = deque(maxlen=1000)
-        self.scratch: Path | None = None
-        self.process: subprocess.Popen[bytes] | None = None
-        self._logged = threading.Event()
-        """Set when coglet has logged something, such as that it accepts requests."""
+        self.backend: Backend | None = None
+        self._ready = False
+        self._starting = threading.Lock()
+        """Held while a coglet is made, so that none is made once this server is stopped."""
+        self._ended = threading.Event()
+        self._stopping = threading.Event()
+        self._failure = ""
+        self._http: uvicorn.Server | None = None
+        self._threads: list[threading.Thread] = []
 
     @property
     def url(self) -> str:
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        """The address for callers on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def __enter__(self) -> "Server":
         try:
@@ -99,155 +93,132 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Start the process and wait until it is ready. Raises ServerError."""
-        document = self.config.openapi()
-        check_port(self.host, self.port)
-        self.scratch = scratch = Path(tempfile.mkdtemp(prefix="cogvideox-server-"))
-        write_schema(scratch / ".cog" / "openapi_schema.json", document)
-        (scratch / "tmp").mkdir()
-        self.process = process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lib.serving.host", str(scratch), self.host, self.mode],
-            cwd=scratch,
-            env=self._variables(scratch),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # Its own group: Ctrl-C in the terminal reaches only the client, which then cancels and stops.
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._relay_log, args=(process,), daemon=True)
-        self._reader.start()
-        self._wait_until_ready(process)
+        """Start the server and wait until it is ready. Raises ServerError, and UserError."""
+        check_token_for(self.host, current().api_token)
+        listener = _listen(self.host, self.port)
+        self._http = http = uvicorn.Server(self._http_config())
+        self._run(lambda: http.run(sockets=[listener]))
+        self._start_backend()
+        self._run(self._watch)
 
     def stop(self) -> None:
-        """End the process and all its children, and remove the scratch directory. Safe to repeat.
+        """End all processes and remove what they left. Safe to repeat.
 
-        An interrupt while this waits for the server kills it, and is raised again.
+        An interrupt while this waits for a prediction to end kills the processes, and is raised again.
         """
-        process, self.process = self.process, None
+        with self._starting:
+            self._stopping.set()
         try:
-            if process is not None:
-                _pipe(process.stdin).close()  # the signal to end, see host.py
-                process.wait(timeout=GRACE_SECONDS + 2)
-        except subprocess.TimeoutExpired:
-            print_log("the server did not stop in time and is killed")
+            if self.backend is not None:
+                self.backend.stop()
         finally:
-            if process is not None:
-                _kill_group(process)
-                process.wait()
-                self._reader.join(timeout=2)
-                _pipe(process.stdout).close()
-            if self.scratch is not None:
-                shutil.rmtree(self.scratch, ignore_errors=True)
+            if self._http is not None:
+                self._http.should_exit = True
+            for thread in self._threads:
+                thread.join(STOP_SECONDS + 1)
 
-    def wait(self) -> int:
-        """Block until the process ends by itself, and return its exit status."""
-        if self.process is None:
-            raise RuntimeError("the server is not running")
-        return self.process.wait()
+    def wait(self) -> str:
+        """Block until the server ends by itself, and return the reason."""
+        self._ended.wait()
+        return self._failure
 
-    def _variables(self, scratch: Path) -> dict[str, str]:
-        """Return the server's environment: this process's, the configuration's, and what coglet needs."""
-        variables = dict(os.environ) | local_environment(self.config)
-        variables |= absolute_folders(variables)
-        # coglet starts its worker as plain `python`, which must be this interpreter.
-        variables["PATH"] = os.pathsep.join(
-            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    def _run(self, task: Callable[[], None]) -> None:
+        thread = threading.Thread(target=task, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _http_config(self) -> uvicorn.Config:
+        settings = current()
+        access = Middleware(Access, host=self.host, token=settings.api_token, names=settings.api_hosts)
+        front = Front(
+            kind=KINDS[self.mode],
+            url=self.url,
+            target=self._target,
+            webhooks=Webhooks(self._webhook_rules, self._log),
+            access=access,
         )
-        paths = [str(self.config.file.parent), str(PROJECT), os.environ.get("PYTHONPATH", "")]
-        variables["PYTHONPATH"] = os.pathsep.join(path for path in dict.fromkeys(paths) if path)
-        variables["PYTHONUNBUFFERED"] = "1"
-        variables["TMPDIR"] = str(scratch / "tmp")
-        variables["PORT"] = str(self.port)
-        variables["COG_PREDICT_TYPE_STUB"] = f"{self.config.predictor}:{self.config.class_name}"
-        if self.config.train is not None:
-            variables["COG_TRAIN_TYPE_STUB"] = f"{self.config.train}:{self.config.train_name}"
-        if self.local_sources:
-            variables["COGVIDEOX_LOCAL_SOURCES"] = "1"
-        return variables | self.environment
+        return uvicorn.Config(
+            front.app,
+            ws="none",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = None if self.timeout is None else time.monotonic() + self.timeout
-        while True:
-            if process.poll() is not None:
-                self._reader.join(timeout=2)
-                raise ServerError(self._failure(f"the server ended with status {process.returncode}"))
-            state = health(self.url)
-            status = state.get("status")
-            if status in ("READY", "BUSY"):
+    def _webhook_rules(self) -> Rules:
+        if self.environment.get("COGVIDEOX_LOCAL_SOURCES") == "1":
+            return operator_rules()
+        return request_rules(seconds=WEBHOOK_SECONDS)
+
+    def _start_backend(self) -> None:
+        with self._starting:
+            if self._stopping.is_set():
+                raise ServerError("the server is stopped")
+            self.backend = backend = Backend(
+                self.config,
+                mode=self.mode,
+                environment=self.environment,
+                on_line=self._log_line,
+                timeout=self.timeout,
+            )
+            backend.start()
+        backend.wait_until_ready()
+        self._ready = True
+
+    def _target(self) -> Target | None:
+        """Return the coglet to which requests go, None while it starts. Raises EndedError."""
+        if self._ended.is_set():
+            raise EndedError(self._failure)
+        backend = self.backend
+        if not self._ready or backend is None or backend.has_failed():
+            return None
+        return Target(url=backend.url, folder=backend.scratch / "predictions", lost=backend.fail)
+
+    def _watch(self) -> None:
+        """Start coglet again when its worker has died, until it ends by itself or this server is stopped."""
+        while not self._stopping.wait(WATCH_SECONDS):
+            backend = self.backend
+            assert backend is not None, "started before this thread"
+            status = backend.exit_status()
+            if status is not None:
+                self._end(f"the server ended with status {status}")
                 return
-            if status in ("SETUP_FAILED", "DEFUNCT"):
-                raise ServerError(self._failure(_setup_reason(state)))
-            if deadline is not None and time.monotonic() > deadline:
-                raise ServerError(self._failure(f"the server was not ready after {self.timeout:g} s"))
-            self._logged.wait(HEALTH_POLL_SECONDS)
-            self._logged.clear()
+            if not backend.has_failed():
+                continue
+            self._ready = False
+            self._log("the worker process ended, for lack of memory or by a crash; starting it again ...")
+            backend.stop()
+            try:
+                self._start_backend()
+            except (ServerError, OSError) as error:
+                self._end(str(error))
+                return
+            self._log("the worker process is ready again")
 
-    def _failure(self, reason: str) -> str:
-        return "\n".join([f"{self.config.name} did not start: {reason}", *list(self.log)[-20:]])
+    def _end(self, reason: str) -> None:
+        if not self._stopping.is_set():
+            self._failure = reason
+        self._ended.set()
 
-    def _relay_log(self, process: subprocess.Popen[bytes]) -> None:
-        """Keep what the predictor prints and pass it on, for as long as the server runs."""
-        for raw in iter(_pipe(process.stdout).readline, b""):
-            if COGLET_TARGET in raw:
-                self._logged.set()
-            for line, in_prediction in _readable(raw):
-                self.log.append(line)
-                if self.prediction_logs or not in_prediction:
-                    self.on_log(line)
+    def _log_line(self, line: str, in_prediction: bool) -> None:
+        if self.prediction_logs or not in_prediction:
+            self._log(line)
+        else:
+            self.log.append(line)
 
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """Return a port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise UserError when the port cannot be listened on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another port"
-            ) from error
+    def _log(self, line: str) -> None:
+        self.log.append(line)
+        self.on_log(line)
 
 
-def _readable(raw: bytes) -> Iterator[tuple[str, bool]]:
-    """Yield the lines in one line of coglet's JSON log, and whether a prediction printed them."""
-    text = raw.decode(errors="replace").rstrip("\r\n")
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on host and port. Raises UserError when that is not possible."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        record = json.loads(text)
-        fields, target = record["fields"], record.get("target", "")
-    except (ValueError, KeyError, TypeError):
-        # Not coglet's own: a traceback, or something printed before it took over the streams.
-        yield text, False
-        return
-    # What is printed at the very end of setup comes as coglet::user.
-    printed = target in ("coglet::setup", "coglet::user") or "source" in fields
-    if printed or record.get("level") in ("WARN", "ERROR"):
-        for line in str(fields.get("message", "")).split("\n"):
-            yield line.rstrip(), target == "coglet::prediction"
-
-
-def _setup_reason(state: dict[str, Any]) -> str:
-    """Return the reason in coglet's message, such as `RuntimeError: no weights here`."""
-    logs = state.get("setup", {}).get("logs", "") or state.get("status", "")
-    reason = logs.rpartition(SETUP_FAILED)[2].strip()
-    return reason.removeprefix("setup failed: ")
-
-
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    assert stream is not None, "opened with PIPE"
-    return stream
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the process and its children."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # nothing was left
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another port") from error

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from lib.datasets.clips import find_clips
+from lib.serving.backend import free_port
 from lib.serving.registry import PROJECT
-from lib.serving.server import free_port
 from tests.caption_factory import write_captioner
 from tests.clips_factory import write_clips, zip_of
 from tests.training_commands import finished, started

@@ -106,7 +106,7 @@ def test_a_cancelled_request_is_resumed_when_sent_again(server, folder, referenc
     request(server.url, "POST", "/predictions/cancelled/cancel")
     thread.join(30)
     wait_until_idle(server.url)
-    tmp = server.scratch / "tmp"
+    tmp = server.backend.scratch / "tmp"
     wait_for(lambda: not [path for path in tmp.rglob("*") if not path.name.startswith(PREFIX)])
     reply = put(server, "again", **inputs)
     assert 1 <= done_already(reply) < COUNT
@@ -147,9 +147,10 @@ def test_after_a_killed_server_no_clip_is_captioned_twice(server, folder, enviro
     inputs = {"input_videos": data_uri(folder / "clips.zip"), **SLOW}
     with Server("caption_dataset", local_sources=True, environment=environment, timeout=300) as doomed:
         thread = in_background(doomed, "doomed", **inputs)
-        os.killpg(doomed.process.pid, signal.SIGKILL)  # including the worker process
+        os.killpg(doomed.backend.process.pid, signal.SIGKILL)  # including the worker process
         thread.join(30)
-        wait_for(lambda: not group_members(doomed.process.pid))  # until then it holds the journal's lock
+        # Until then it holds the journal's lock.
+        wait_for(lambda: not group_members(doomed.backend.process.pid))
     [record] = (folder / "cache" / "captions").glob("*.jsonl")
     done = [json.loads(line)["file_name"] for line in record.read_text().splitlines()]
     reply = put(server, "after", **inputs)

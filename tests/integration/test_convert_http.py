@@ -97,7 +97,7 @@ def unpacked(reply: dict, target: Path) -> Path:
 
 def left(server: Server, cache: Path) -> list[str]:
     """Files that a request would have left: in the server's temporary folder, or fetched."""
-    kept = [path for path in (server.scratch / "tmp").rglob("*") if path.is_file()]
+    kept = [path for path in (server.backend.scratch / "tmp").rglob("*") if path.is_file()]
     return [path.name for path in [*kept, *(cache / "checkpoints").rglob("*")]]
 
 
@@ -126,7 +126,7 @@ def test_uploads_become_a_tar_of_a_folder_and_the_metrics_say_what_they_were(ser
     here = len(expected(NAME))
     assert f"progress: converting transformer {here}/{here}" in reply["logs"] == event["logs"]
     assert event["metrics"]["sha256"] == metrics["sha256"]
-    assert str(server.scratch) not in reply["logs"] + json.dumps(report)
+    assert str(server.backend.scratch) not in reply["logs"] + json.dumps(report)
     wait_for(lambda: left(server, cache) == ["converted.tar"])
 
 
@@ -279,7 +279,7 @@ def test_a_cancelled_download_leaves_nothing_that_counts_and_the_server_works_on
     wait_until_idle(server.url)
     assert health(server.url)["status"] == "READY"
     wait_for(lambda: not left(server, cache))
-    assert list((server.scratch / "tmp").glob(f"{PREFIX}*/*")) == []
+    assert list((server.backend.scratch / "tmp").glob(f"{PREFIX}*/*")) == []
     assert content(send(server, "after", transformer=upload(source(NAME)), overrides=OVERRIDES)[1])
 
 
@@ -298,7 +298,7 @@ def test_a_cancel_in_the_middle_of_writing_leaves_nothing_and_the_server_works_o
     assert [(reply["status"], reply.get("output")) for reply in replies] == [("canceled", None)]
     wait_until_idle(server.url)
     wait_for(lambda: not left(server, cache))
-    assert list((server.scratch / "tmp").glob(f"{PREFIX}*/*")) == []
+    assert list((server.backend.scratch / "tmp").glob(f"{PREFIX}*/*")) == []
     assert [path.name for path in large.parent.iterdir()] == ["large.pt"]
     large.unlink()
     assert content(send(server, "resumed", transformer=upload(source(NAME)), overrides=OVERRIDES)[1])
@@ -306,7 +306,7 @@ def test_a_cancel_in_the_middle_of_writing_leaves_nothing_and_the_server_works_o
 
 def written(server: Server) -> int:
     """Bytes of weights that the running request has written."""
-    files = (server.scratch / "tmp").glob(f"{PREFIX}*/**/*.partial/transformer/*.safetensors")
+    files = (server.backend.scratch / "tmp").glob(f"{PREFIX}*/**/*.partial/transformer/*.safetensors")
     return sum(path.stat().st_size for path in files)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import UserError
+from lib.serving.backend import ServerError, free_port
 from lib.serving.client import (
     Canceled,
     PredictionError,
@@ -24,7 +25,7 @@ from lib.serving.client import (
     request,
 )
 from lib.serving.registry import PROJECT
-from lib.serving.server import Server, ServerError, free_port
+from lib.serving.server import Server
 from tests.integration.conftest import SAMPLE, sample_config, start_slowly, wait_for
 from tests.serving import wait_until_idle
 
@@ -202,7 +203,7 @@ def test_two_servers_run_side_by_side(url, tmp_path):
             predict(second.url, {"text": "a", "steps": 4})
         assert predict(url, {"text": "a", "steps": 4})["metrics"]["steps"] == 4
     assert health(second.url) == {}
-    assert not second.scratch.exists()
+    assert not second.backend.scratch.exists()
 
 
 def test_a_failing_setup_shows_its_reason_and_leaves_nothing(sample):
@@ -211,7 +212,7 @@ def test_a_failing_setup_shows_its_reason_and_leaves_nothing(sample):
     with pytest.raises(ServerError, match="sample did not start: RuntimeError: no weights here"):
         server.start()
     server.stop()
-    assert not server.scratch.exists()
+    assert not server.backend.scratch.exists()
     assert health(server.url) == {}
 
 

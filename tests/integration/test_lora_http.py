@@ -14,8 +14,9 @@ from PIL import Image
 from lib.generation.generator import Generator
 from lib.generation.request import build_request
 from lib.models.specs import SPECS
+from lib.serving.backend import ServerError
 from lib.serving.client import health, request
-from lib.serving.server import Server, ServerError
+from lib.serving.server import Server
 from lib.video.writer import read_metadata, write_video
 from tests.http_host import Host, Served, hub_of
 from tests.integration.conftest import start_slowly, wait_for

@@ -9,8 +9,9 @@ import numpy as np
 import psutil
 import pytest
 
+from lib.serving.backend import ServerError
 from lib.serving.client import request
-from lib.serving.server import Server, ServerError
+from lib.serving.server import Server
 from tests.integration.conftest import wait_for
 from tests.integration.test_video_http import saved
 from tests.serving import wait_until_idle
@@ -24,7 +25,7 @@ TWO = {"COGVIDEOX_PARALLEL": "2", "OMP_NUM_THREADS": "1"}
 
 
 def workers(server: Server) -> list[psutil.Process]:
-    found = psutil.Process(server.process.pid).children(recursive=True)
+    found = psutil.Process(server.backend.process.pid).children(recursive=True)
     return [process for process in found if "lib.distributed.worker" in _command(process)]
 
 
@@ -115,10 +116,10 @@ def test_a_wrong_setting_ends_the_start():
 @pytest.mark.slow
 def test_no_process_outlives_a_server_that_is_killed():
     with Server("t2v", environment=TWO, timeout=300, on_log=lambda line: None) as server:
-        family = psutil.Process(server.process.pid).children(recursive=True)
+        family = psutil.Process(server.backend.process.pid).children(recursive=True)
         others = workers(server)
         assert len(others) == 1
-        for process in [psutil.Process(server.process.pid), *family]:
+        for process in [psutil.Process(server.backend.process.pid), *family]:
             if process not in others:
                 process.kill()
         psutil.wait_procs(others, timeout=20)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.serving.client import health, predict, request
+from lib.serving.client import health, predict
 from lib.serving.registry import PROJECT
 from lib.serving.server import Server
 from lib.storage.scratch import PREFIX
@@ -42,14 +42,13 @@ class Runner(BaseRunner):
 
 
 def send_signal(number: int):
-    return lambda server: os.kill(server.process.pid, number)
+    return lambda server: os.kill(server.backend.process.pid, number)
 
 
 STOPS = {
     "SIGTERM": send_signal(signal.SIGTERM),
     "SIGINT": send_signal(signal.SIGINT),
-    "POST /shutdown": lambda server: request(server.url, "POST", "/shutdown"),
-    "a closed standard input": lambda server: server.process.stdin.close(),
+    "a closed standard input": lambda server: server.backend.process.stdin.close(),
 }
 
 
@@ -66,7 +65,7 @@ def test_a_stopped_server_removes_its_results_itself(tmp_path, way, busy):
         assert len(list(kept.glob(f"{PREFIX}*/*/result.txt"))) == 1
         thread = start_slowly(server.url, "last", steps=30) if busy else None
         STOPS[way](server)
-        server.process.wait(timeout=60)
+        server.backend.process.wait(timeout=60)
         if thread:
             thread.join()
         wait_for(lambda: not list(kept.iterdir()))
@@ -79,7 +78,7 @@ from lib.serving.registry import read_config
 from lib.serving.server import Server
 server = Server(read_config(Path(sys.argv[1])))
 server.start()
-print(server.url, server.scratch, server.process.pid, flush=True)
+print(server.url, server.backend.scratch, server.backend.process.pid, flush=True)
 sys.stdin.read()
 """
 
@@ -146,7 +145,7 @@ from lib.serving.server import Server
 
 server = Server(read_config(Path(sys.argv[1])), on_log=lambda line: None)
 server.start()
-process, scratch = server.process, server.scratch
+process, scratch = server.backend.process, server.backend.scratch
 call = {"input": {"text": "slow", "steps": 400}}
 connection = threading.Thread(target=request, args=(server.url, "PUT", "/predictions/a", call), daemon=True)
 connection.start()

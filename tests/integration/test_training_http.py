@@ -94,7 +94,7 @@ def same_lora(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
 
 def temporary_files(server: Server) -> list[str]:
     """The content of the server's temporary folder, except the empty folder for results."""
-    tmp = server.scratch / "tmp"
+    tmp = server.backend.scratch / "tmp"
     return [str(path) for path in tmp.rglob("*") if path.parent != tmp or not path.name.startswith(PREFIX)]
 
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from lib.serving.backend import free_port
 from lib.serving.registry import PROJECT
-from lib.serving.server import free_port
 from tests.clips_factory import star_frames, write_clips, zip_of
 from tests.training_commands import finished, losses, several, started, wait_for_step
 from training import checkpoints

@@ -319,11 +319,11 @@ def test_webhooks_carry_the_log_of_a_success(server, inputs, webhooks):
 
 
 def test_a_failure_has_its_log_in_the_webhook_and_none_in_the_reply(server, inputs, webhooks):
-    before = result_folders(server.scratch / "tmp")
+    before = result_folders(server.backend.scratch / "tmp")
     long = inputs | {"num_inference_steps": 100}
     thread, replies = in_background(server, long, "/predictions/lost", webhook=webhooks.url)
     deadline = time.monotonic() + 10
-    while not (made := [f for f in result_folders(server.scratch / "tmp") if f not in before]):
+    while not (made := [f for f in result_folders(server.backend.scratch / "tmp") if f not in before]):
         assert time.monotonic() < deadline, "the request made no directory"
         time.sleep(0.01)
     shutil.rmtree(made[0])  # so it fails after all steps, when it writes the file
@@ -337,7 +337,7 @@ def test_a_failure_has_its_log_in_the_webhook_and_none_in_the_reply(server, inpu
 
 
 def resident_bytes(server) -> int:
-    process = psutil.Process(server.process.pid)
+    process = psutil.Process(server.backend.process.pid)
     return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
 
 

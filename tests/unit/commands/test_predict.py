@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from lib.commands import predict
+from lib.serving.backend import free_port
 from lib.serving.registry import PROJECT
 from lib.serving.schema import openapi_schema
-from lib.serving.server import free_port
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from lib.errors import UserError
+from lib.serving.backend import free_port
 from lib.serving.client import _message, _plain_error, fetch_schema, health
-from lib.serving.server import free_port
 
 
 def test_the_servers_errors_are_shown_without_its_prefixes():
