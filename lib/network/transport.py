@@ -66,7 +66,11 @@ class Transport(httpx2.BaseTransport):
             )
             response = pool.handle_request(
                 httpcore2.Request(
-                    request.method, target, headers=request.headers.raw, extensions=request.extensions
+                    request.method,
+                    target,
+                    headers=request.headers.raw,
+                    content=request.stream,
+                    extensions=request.extensions,
                 )
             )
         except BaseException:
