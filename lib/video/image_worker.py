@@ -6,16 +6,16 @@ sentence that begins with the picture's name.
 
 import io
 import json
-import struct
 import sys
 import warnings
-import zlib
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageChops, ImageCms
 
 from lib.sandbox.child import Out, Refused, run
+from lib.video.picture_parts import count_scans, needed_parts
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Pillow's threshold for decompression bombs, 256 MiB of RGB."""
@@ -23,7 +23,8 @@ MAX_SIDE = 4096
 """A larger picture is scaled down to this: three times the longest side that any model takes."""
 MAX_SCANS = 64
 """Scans of a progressive JPEG, each of which takes the time of a complete picture; usual are up to 14."""
-MAX_PROFILE_BYTES = 1 << 20
+MAX_DIFFERENCE = 2
+"""The most by which an ICC profile's colours may differ from sRGB's, of 255, to be taken for the same."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
 """Formats that Pillow decodes itself; EPS would go to Ghostscript, which runs programs in the file."""
 KNOWN = "PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP"
@@ -38,9 +39,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF's orientations; 1 is upright."""
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PROFILE_MODES = {"RGB ": ("RGB", "RGBA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}
-"""Colour space of an ICC profile -> modes of the pictures that it can be for."""
+PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Colour space of an ICC profile -> mode of the pictures that it can be for, without alpha."""
 
 
 def serve(arguments: list[str], out: Out) -> None:
@@ -63,93 +63,92 @@ def serve(arguments: list[str], out: Out) -> None:
 
 
 def _read(data: bytes) -> Image.Image:
-    if data.startswith(PNG_START):
-        data = _needed_chunks(data)
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+    if count_scans(data) > MAX_SCANS:
         raise Refused(f"cannot be read: it is a JPEG of more than {MAX_SCANS} scans; save it again")
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+    with Image.open(io.BytesIO(needed_parts(data)), formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise Refused(
                 f"is {image.width}x{image.height}, more than the {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels "
                 "allowed: make it smaller"
             )
-        turn = TURNS.get(_orientation(image))
+        image.draft(None, _size_within(image.size))  # a JPEG is decoded at the smallest size that is enough
         image.load()
-        picture = _to_rgb(_to_srgb(image))
-    if max(picture.size) > MAX_SIDE:
-        scale = MAX_SIDE / max(picture.size)
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        turn = TURNS.get(_orientation(image))  # after load(), which itself turns a TIFF
+        # Colours are converted after scaling, which is the quicker of the two.
+        picture = _to_rgb(_to_srgb(_scaled(_with_channels(image)), image.info.get("icc_profile")))
     return picture.transpose(turn) if turn else picture
-
-
-def _needed_chunks(data: bytes) -> bytes:
-    """Return a PNG without the chunks that are not needed to show it, which may be damaged or huge."""
-    kept, place = [PNG_START], len(PNG_START)
-    while len(head := data[place : place + 8]) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        content = data[place + 8 : place + 8 + length]
-        place += length + 12
-        if not kind[0] & 0x20:  # critical, so its checksum matters
-            kept.append(data[place - length - 12 : place])
-        elif len(content) == length and _is_needed(kind, content):
-            kept += [head, content, struct.pack(">I", zlib.crc32(kind + content))]
-    return b"".join(kept)
-
-
-def _is_needed(kind: bytes, content: bytes) -> bool:
-    if kind == b"iCCP":
-        packed = content.partition(b"\0")[2][1:]
-        try:
-            unpacking = zlib.decompressobj()
-            unpacking.decompress(packed, MAX_PROFILE_BYTES)
-            return unpacking.eof
-        except zlib.error:
-            return False
-    return kind in (b"tRNS", b"eXIf") or (kind == b"zTXt" and content.startswith(b"Raw profile type exif\0"))
 
 
 def _orientation(image: Image.Image) -> int:
     """Return EXIF's orientation, 1 where there is none that can be read; nothing else of EXIF matters."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        value = image.getexif().get(ORIENTATION, 1)
+        if isinstance(value, (bytes, tuple, list)):  # of another type than the standard's, or repeated
+            value = next(each for each in value if each)
+        return int(value)
     except Exception:
         return 1
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Convert from the colour profile in the file; a profile that does not fit the picture is ignored."""
-    content = image.info.get("icc_profile")
+def _with_channels(image: Image.Image) -> Image.Image:
+    """Return a picture whose pixels can be scaled and converted: no palette, and 8 bits for each channel."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_eight_bits(image)
+    if image.mode in ("P", "PA", "1") or "transparency" in image.info:
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    if max(image.size) <= MAX_SIDE:
+        return image
+    return image.resize(_size_within(image.size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _size_within(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size to which a picture is scaled."""
+    scale = min(1.0, MAX_SIDE / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _to_srgb(image: Image.Image, content: bytes | None) -> Image.Image:
+    """Convert from an ICC profile; one that does not fit the picture, or changes nothing, is ignored."""
     if not content:
         return image
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+    colours = image.convert(image.mode.removesuffix("A")) if alpha else image
     try:
         profile = ImageCms.getOpenProfile(io.BytesIO(content))
         facts: Any = profile.profile
-        if image.mode not in PROFILE_MODES.get(facts.xcolor_space, ()):
+        if colours.mode != PROFILE_MODES.get(facts.xcolor_space):
             return image
-        if "srgb" in (facts.profile_description or "").lower():
+        if colours.mode == "RGB" and _is_like_srgb(profile):
             return image
-        alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
-        colours = image.convert(image.mode.removesuffix("A")) if alpha else image
-        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-        target = ImageCms.createProfile("sRGB")
-        shown = ImageCms.profileToProfile(colours, profile, target, outputMode="RGB", renderingIntent=intent)
+        shown = _converted(colours, profile)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image
-    if shown is None:
         return image
     if alpha is not None:
         shown.putalpha(alpha)
-    elif "transparency" in image.info and image.mode == "RGB":
-        shown.putalpha(image.convert("RGBA").getchannel("A"))
+    return shown
+
+
+def _is_like_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    """Return whether a profile moves no colour visibly; many have sRGB's values, whatever their names say."""
+    levels = bytes(range(0, 256, 51))
+    colours = Image.frombytes("RGB", (6, 36), bytes(chain.from_iterable(product(levels, repeat=3))))
+    moved = ImageChops.difference(colours, _converted(colours, profile))
+    return max(moved.tobytes()) <= MAX_DIFFERENCE
+
+
+def _converted(colours: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    srgb = ImageCms.createProfile("sRGB")
+    shown = ImageCms.profileToProfile(colours, profile, srgb, outputMode="RGB", renderingIntent=intent)
+    assert shown is not None, "it is not converted in place"
     return shown
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_eight_bits(image).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

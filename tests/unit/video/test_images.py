@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from lib.errors import UserError
 from lib.video import images
@@ -151,6 +151,10 @@ def with_chunk(png: bytes, kind: bytes, content: bytes, *, checksum: int | None 
         (b"iCCP", b"profile\0\0not compressed", None),
         (b"gAMA", b"no number", None),
         (b"eXIf", b"MM no exif", None),
+        (b"iCCP", b"profile\0\1" + zlib.compress(bytes(100)), None),
+        (b"tRNS", b"\0\0\0", None),
+        (b"zTXt", b"Raw profile type exif\0\0damaged", None),
+        (b"tEXt", b"Raw profile type exif\0\nexif\n   4\nno digits", None),
         (b"pHYs", b"", 0),
     ],
 )
@@ -213,9 +217,144 @@ def test_hostile_pictures_leave_no_memory_behind(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
-def test_names_a_video_and_a_heic_picture(tmp_path):
-    for start, kind in ((b"\0\0\0\x20ftypisom", "a video"), (b"\x1aE\xdf\xa3", "a video"),
-                        (b"\0\0\0\x18ftypheic", "a HEIC picture")):  # fmt: skip
-        (tmp_path / "file.png").write_bytes(start + bytes(100))
-        with pytest.raises(UserError, match=f"the given image is {kind}"):
-            images.read_image(tmp_path / "file.png", name="the given image")
+VIDEO_STARTS = {
+    "MP4": b"\0\0\0\x20ftypisom",
+    "QuickTime of old": b"\0\0\0\x08wide\0\0\0\0mdat",
+    "Matroska": b"\x1aE\xdf\xa3",
+    "AVI": b"RIFF\0\0\0\0AVI LIST",
+    "FLV": b"FLV\1\5",
+    "WMV": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
+    "MPEG program stream": b"\0\0\1\xba",
+    "MPEG transport stream": (b"G" + bytes(187)) * 3,
+    "transport stream of a camera": (bytes(4) + b"G" + bytes(187)) * 3,
+}
+
+
+@pytest.mark.parametrize("kind", VIDEO_STARTS)
+def test_a_video_is_named_as_one(tmp_path, kind):
+    (tmp_path / "file.png").write_bytes(VIDEO_STARTS[kind] + bytes(1000))
+    with pytest.raises(UserError, match="the given image is a video, and a picture is needed here"):
+        images.read_image(tmp_path / "file.png", name="the given image")
+
+
+def test_a_heic_picture_is_named_and_an_avif_with_its_brand_is_read(tmp_path):
+    (tmp_path / "file.png").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(UserError, match="the given image is a HEIC picture"):
+        images.read_image(tmp_path / "file.png", name="the given image")
+    Image.new("RGB", (16, 16), (10, 200, 30)).save(tmp_path / "plain.avif")
+    content = (tmp_path / "plain.avif").read_bytes()
+    assert content[8:12] == b"avif" and b"mif1" in content[16:32]
+    (tmp_path / "other.avif").write_bytes(content[:8] + b"mif1" + content[12:])
+    shown = images.read_image(tmp_path / "other.avif").getpixel((5, 5))
+    assert max(abs(each - right) for each, right in zip(shown, (10, 200, 30), strict=True)) <= 3
+
+
+def half_and_half() -> Image.Image:
+    """A picture that is red on the left and blue on the right."""
+    drawn = Image.new("RGB", (40, 20), (0, 0, 255))
+    drawn.paste((255, 0, 0), (0, 0, 20, 20))
+    return drawn
+
+
+def exif_of(orientation: int, *, kind: int = 3) -> bytes:
+    """EXIF with nothing but an orientation; `kind` is 1 BYTE, 3 SHORT, 4 LONG, 7 UNDEFINED."""
+    value = {1: struct.pack("<Bxxx", orientation), 7: struct.pack("<Bxxx", orientation)}
+    entry = struct.pack("<HHI", 0x0112, kind, 1) + value.get(kind, struct.pack("<I", orientation))
+    return b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+
+
+def assert_is_turned_right(path: Path) -> None:
+    shown = images.read_image(path)
+    assert shown.size == (20, 40)
+    top, bottom = shown.getpixel((10, 5)), shown.getpixel((10, 35))
+    assert top[0] > 200 > 60 > top[2] and bottom[2] > 200 > 60 > bottom[0]
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4, 7])
+def test_an_orientation_of_any_type_is_honoured(tmp_path, kind):
+    half_and_half().save(tmp_path / "photo.jpg", exif=b"Exif\0\0" + exif_of(6, kind=kind), quality=95)
+    assert_is_turned_right(tmp_path / "photo.jpg")
+
+
+def test_a_tiff_is_turned_once(tmp_path):
+    half_and_half().save(tmp_path / "scan.tif", tiffinfo={0x0112: 6})
+    assert_is_turned_right(tmp_path / "scan.tif")
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt"])
+@pytest.mark.parametrize("padding", [0, 1_500_000])
+def test_the_orientation_in_a_text_chunk_is_honoured(tmp_path, kind, padding):
+    exif = b"Exif\0\0" + exif_of(6) + bytes(padding)
+    text = b"\nexif\n%8d\n%s\n" % (len(exif), exif.hex().encode())
+    content = b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if kind == b"zTXt" else text)
+    half_and_half().save(tmp_path / "plain.png")
+    photo = with_chunk((tmp_path / "plain.png").read_bytes(), kind, content)
+    (tmp_path / "photo.png").write_bytes(photo)
+    assert_is_turned_right(tmp_path / "photo.png")
+
+
+def test_a_text_chunk_after_the_picture_is_honoured(tmp_path):
+    half_and_half().save(tmp_path / "plain.png")
+    plain, end = (content := (tmp_path / "plain.png").read_bytes())[:-12], content[-12:]
+    chunk = with_chunk(bytes(33), b"eXIf", exif_of(6))[33:]
+    (tmp_path / "photo.png").write_bytes(plain + chunk + end)
+    assert_is_turned_right(tmp_path / "photo.png")
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\xff\xff damaged"),
+        segment(0xED, b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\xff\xff\xff\xff"),
+        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation='wrong'"),
+        segment(0xFE, b"\xff\xda" * 200),
+        segment(0xE4, bytes(60_000)),
+    ],
+    ids=["MPF", "Photoshop", "XMP", "comment", "unknown"],
+)
+def test_segments_that_are_not_needed_do_not_refuse_a_photo(tmp_path, added):
+    half_and_half().save(tmp_path / "photo.jpg", exif=b"Exif\0\0" + exif_of(6), quality=95)
+    content = (tmp_path / "photo.jpg").read_bytes()
+    (tmp_path / "photo.jpg").write_bytes(content[:2] + added + content[2:])
+    assert_is_turned_right(tmp_path / "photo.jpg")
+
+
+def test_the_clip_behind_a_motion_photo_is_not_part_of_it(tmp_path):
+    half_and_half().save(tmp_path / "plain.jpg", exif=b"Exif\0\0" + exif_of(6), progressive=True, quality=95)
+    clip = b"\0\0\0\x18ftypmp42" + b"\xff\xda\x12\x34" * 5000
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes() + clip)
+    assert_is_turned_right(tmp_path / "photo.jpg")
+
+
+def test_a_profile_is_judged_by_its_colours_and_not_by_its_name(tmp_path):
+    with Image.open(DATA / "images" / "icc_p3.png") as tagged:
+        right = images.read_image(DATA / "images" / "icc_p3.png")
+        profile = bytearray(tagged.info["icc_profile"])
+        place, size = struct.unpack(">II", profile[profile.index(b"desc", 128) + 4 :][:8])
+        name = b"sRGB IEC61966-2.1"
+        renamed = b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name
+        assert size >= len(renamed)
+        profile[place : place + size] = renamed.ljust(size, b"\0")
+        assert ImageCms.getProfileDescription(io.BytesIO(profile)).startswith("sRGB")
+        tagged.save(tmp_path / "renamed.png", icc_profile=bytes(profile))
+    assert images.read_image(tmp_path / "renamed.png").tobytes() == right.tobytes()
+
+
+def test_a_picture_with_the_profile_of_srgb_keeps_its_values(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png", icc_profile=profile)
+    assert (np.asarray(images.read_image(tmp_path / "noise.png")) == noise).all()
+
+
+def test_a_large_photo_with_a_profile_is_read(tmp_path):
+    with Image.open(DATA / "images" / "icc_p3.png") as tagged:
+        profile = tagged.info["icc_profile"]
+    Image.new("RGB", (9000, 5000), (200, 40, 40)).save(tmp_path / "large.jpg", icc_profile=profile)
+    large = images.read_image(tmp_path / "large.jpg")
+    assert large.size == (4096, 2276)
+    assert large.getpixel((9, 9))[0] > 205, "Display P3's red is a stronger one in sRGB"
