@@ -12,11 +12,12 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.storage.member import BLOCK_BYTES, Kind, Member
+from lib.storage.zip_names import member_names
 
 STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, and empty
 MAX_CONTENTS_BYTES = 32 << 20
 """Largest table of contents, which Python reads into memory at once: 100,000 members with long names."""
-UTF_8_NAME, ENCRYPTED = 0x800, 0x1
+ENCRYPTED = 0x1
 METHODS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA"}
 FAULTS = (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, struct.error, ValueError)
 """What zipfile raises for damaged files."""
@@ -42,11 +43,12 @@ def opened(archive: Path) -> Iterator[zipfile.ZipFile]:
 
 def members(file: zipfile.ZipFile, archive: Path) -> list[Member]:
     """Return all members. Raises UserError for encrypted ones and for compression other than deflate."""
-    return [_member(file, entry, archive) for entry in file.infolist()]
+    entries = file.infolist()
+    names = member_names(entries)
+    return [_member(file, entry, name, archive) for entry, name in zip(entries, names, strict=True)]
 
 
-def _member(file: zipfile.ZipFile, entry: zipfile.ZipInfo, archive: Path) -> Member:
-    name = _name(entry)
+def _member(file: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, archive: Path) -> Member:
     if entry.flag_bits & ENCRYPTED:
         raise UserError(f"{archive.name}: {name!r} is encrypted. Pack the files without a password.")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -105,14 +107,3 @@ class _Reader(io.FileIO):
         if size is not None and size > MAX_CONTENTS_BYTES:
             raise zipfile.BadZipFile(f"its table of contents claims {size:,} bytes")
         return super().read(-1 if size is None else size) or b""
-
-
-def _name(entry: zipfile.ZipInfo) -> str:
-    name = entry.orig_filename
-    if not entry.flag_bits & UTF_8_NAME:
-        # Without the flag a name is in code page 437; macOS writes UTF-8 all the same.
-        try:
-            name = name.encode("cp437").decode("utf-8")
-        except UnicodeError:
-            name = entry.orig_filename
-    return name.replace("\\", "/")  # as some Windows programs write it
