@@ -17,7 +17,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from lib.sandbox.child import Out, Refused, read_request, run
-from lib.video.display import matrix_of, over_white, shown_size
+from lib.video.colour import needs_conversion, to_srgb
+from lib.video.display import has_alpha, matrix_of, on_white, over_white, shown_size
 from lib.video.frame_source import Source
 
 
@@ -73,20 +74,33 @@ def pixels(
     """Return `frame` as shown, scaled to `size` (width, height): uint8 [H, W, 3], RGB, contiguous."""
     swap, mirror_x, mirror_y = turn
     width, height = size[::-1] if swap else size
-    rgb = reformatter.reformat(
-        over_white(frame),
-        width,
-        height,
-        "rgb24",
-        src_colorspace=matrix_of(frame),
-        interpolation=Interpolation.BICUBIC,
-    )
-    plane = rgb.planes[0]  # its rows may be padded
-    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
-    picture = rows[:, : width * 3].reshape(height, width, 3)
+    if needs_conversion(frame):
+        # Scaled first: the conversion of a 4K frame would take longer than its decoding.
+        transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+        layout = "rgba64le" if has_alpha(frame) else "rgb48le"
+        scaled = _scaled(frame, (width, height), layout, reformatter)
+        picture = to_srgb(scaled[..., :3], transfer=transfer, primaries=primaries)
+        if has_alpha(frame):
+            picture = on_white(picture, scaled[..., 3:] >> 8)
+    else:
+        picture = _scaled(over_white(frame), (width, height), "rgb24", reformatter)
     if swap:
         picture = picture.transpose(1, 0, 2)
     return np.ascontiguousarray(picture[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1])
+
+
+def _scaled(
+    frame: VideoFrame, size: tuple[int, int], layout: str, reformatter: VideoReformatter
+) -> np.ndarray:
+    width, height = size
+    rgb = reformatter.reformat(
+        frame, width, height, layout, src_colorspace=matrix_of(frame), interpolation=Interpolation.BICUBIC
+    )
+    plane = rgb.planes[0]  # its rows may be padded
+    dtype, channels = (np.uint8, 3) if layout == "rgb24" else (np.uint16, 4 if layout == "rgba64le" else 3)
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
+    used = width * channels * np.dtype(dtype).itemsize
+    return np.ascontiguousarray(rows[:, :used]).view(dtype).reshape(height, width, channels)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,21 @@ def matrix_of(frame: VideoFrame) -> Colorspace | None:
     return Colorspace.ITU709
 
 
+def has_alpha(frame: VideoFrame) -> bool:
+    """Return whether parts of a frame can be transparent."""
+    return frame.format.name == WITH_PALETTE or any(part.is_alpha for part in frame.format.components)
+
+
 def over_white(frame: VideoFrame) -> VideoFrame:
     """Return a frame with its transparent parts over white, as images are read; others unchanged."""
-    if frame.format.name != WITH_PALETTE and not any(part.is_alpha for part in frame.format.components):
+    if not has_alpha(frame):
         return frame
-    pixels = frame.to_ndarray(format="rgba").astype(np.uint16)
-    alpha = pixels[..., 3:]
-    shown = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-    return VideoFrame.from_ndarray(np.ascontiguousarray(shown.astype(np.uint8)), "rgb24")
+    pixels = frame.to_ndarray(format="rgba")
+    return VideoFrame.from_ndarray(on_white(pixels[..., :3], pixels[..., 3:]), "rgb24")
+
+
+def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Return colours, uint8 [H, W, 3], with `alpha` from 0 to 255, [H, W, 1], over white."""
+    alpha = alpha.astype(np.uint16)
+    shown = (colours.astype(np.uint16) * alpha + 255 * (255 - alpha) + 127) // 255
+    return np.ascontiguousarray(shown.astype(np.uint8))
