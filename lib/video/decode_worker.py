@@ -18,6 +18,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from lib.sandbox.child import Out, Refused, read_request, run
 from lib.video.colour import needs_conversion, to_srgb
+from lib.video.deinterlace import Progressive
 from lib.video.display import has_alpha, matrix_of, on_white, over_white, shown_size
 from lib.video.frame_source import Source
 
@@ -45,8 +46,9 @@ def serve(arguments: list[str], out: Out) -> None:
         return
     width, height = request["size"] or shown
     reformatter = VideoReformatter()
+    progressive = Progressive(source)
     for index in request["indices"]:
-        frame = source.frame(index)
+        frame = progressive.frame(index)
         if (frame.width, frame.height) != stored:
             raise Refused("its frames change size midway")
         out.send(b"F", pixels(frame, (width, height), turn=turn, reformatter=reformatter).data.cast("B"))

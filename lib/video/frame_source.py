@@ -61,6 +61,7 @@ class Source:
         self._restart()
         self.fps = float(self._stream.average_rate or 0)
         self.pixel_aspect = self._stream.sample_aspect_ratio
+        self.field_order = self._stream.codec_context.field_order
         self._seekable = not SEEKABLE.isdisjoint(self._container.format.name.split(","))
         if not (self._list_by_packets() and self._starts_as_listed()):
             self._list_by_decoding()
