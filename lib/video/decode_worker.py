@@ -77,7 +77,7 @@ def pixels(
     swap, mirror_x, mirror_y = turn
     width, height = size[::-1] if swap else size
     if needs_conversion(frame):
-        # Scaled first: the conversion of a 4K frame would take longer than its decoding.
+        # Scaled first, so that fewer pixels are converted.
         transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
         layout = "rgba64le" if has_alpha(frame) else "rgb48le"
         scaled = _scaled(frame, (width, height), layout, reformatter)

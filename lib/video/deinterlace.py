@@ -4,24 +4,25 @@ from av.filter import Graph
 from av.video.frame import VideoFrame
 
 from lib.sandbox.child import Refused
-from lib.video.frame_source import INTERLACED, Source
+from lib.video.frame_source import INTERLACED, PROGRESSIVE, Source
 
 
 class Progressive:
-    """The frames of a source as progressive ones: as many, at the same times; others are unchanged."""
+    """The frames of a source, interlaced ones made progressive: as many, at the same times."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._is_interlaced = source.field_order in INTERLACED
+        self._declared = source.field_order in INTERLACED
+        self._needs_neighbours = source.field_order != PROGRESSIVE  # until a frame shows that it does not
         self._recent: dict[int, VideoFrame] = {}
 
     def frame(self, index: int) -> VideoFrame:
         """Return frame `index`. Indices must not decrease. Raises Refused."""
-        before = self._neighbour(index - 1) if self._is_interlaced else self._recent.get(index - 1)
+        before = self._neighbour(index - 1) if self._needs_neighbours else self._recent.get(index - 1)
         frame = self._stored(index)
+        self._needs_neighbours = self._declared or frame.interlaced_frame
         if not frame.interlaced_frame:
             return frame
-        self._is_interlaced = True
         return _deinterlaced(before, frame, self._neighbour(index + 1))
 
     def _stored(self, index: int) -> VideoFrame:

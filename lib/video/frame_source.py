@@ -38,6 +38,7 @@ SEEK_GAP = 12
 """Seek if it saves decoding more frames than this."""
 SEEK_BACK_SECONDS = (0, 2, 20)
 """How much earlier to seek when a seek ends after the key frame that it was for."""
+PROGRESSIVE = 1
 INTERLACED = {2, 3, 4, 5}
 """The values of FFmpeg's AVFieldOrder for interlaced video."""
 FRAMES_OF_FIELDS = 8
