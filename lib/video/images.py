@@ -8,24 +8,11 @@ from PIL import Image
 
 from lib.errors import UserError
 from lib.sandbox.process import RefusedError, SandboxError, start
+from lib.video.file_kind import file_kind
 
 DECODER_BYTES = 3 << 30
 DECODER_SECONDS = 30.0
 DECODER_CPU_SECONDS = 10.0
-AVIF_BRANDS = {b"avif", b"avis"}
-HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-QUICKTIME_ATOMS = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-"""How a QuickTime file without a type begins, after the length."""
-VIDEO_STARTS = (
-    b"\x1aE\xdf\xa3",  # Matroska, WebM
-    b"OggS",
-    b"FLV",
-    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF: WMV
-    b"\x00\x00\x01\xba",  # MPEG program stream
-    b"\x00\x00\x01\xb3",  # MPEG video
-    b"\x06\x0e\x2b\x34",  # MXF
-    b".RMF",
-)
 
 
 def read_image(path: str | Path, *, name: str | None = None) -> Image.Image:
@@ -60,28 +47,14 @@ def read_image(path: str | Path, *, name: str | None = None) -> Image.Image:
 def _other_kind(path: Path, name: str) -> str | None:
     """Return what a file is that is not for Pillow: a video, or a picture of another kind."""
     try:
-        with path.open("rb") as file:
-            start = file.read(1024)
+        kind = file_kind(path)
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
-    if brands := _brands(start):
-        if brands & AVIF_BRANDS:
-            return None
-        if brands & HEIC_BRANDS:
-            return "a HEIC picture, which cannot be read here: give a JPEG or PNG file"
-    is_transport_stream = b"GGG" in (start[0:377:188], start[4:389:192])
-    is_video = start.startswith(VIDEO_STARTS) or start[8:12] == b"AVI " or start[4:8] in QUICKTIME_ATOMS
-    if brands or is_video or is_transport_stream:
+    if kind == "HEIC picture":
+        return "a HEIC picture, which cannot be read here: give a JPEG or PNG file"
+    if kind == "video":
         return "a video, and a picture is needed here: give a JPEG or PNG file, such as one of its frames"
     return None
-
-
-def _brands(start: bytes) -> set[bytes]:
-    """Return what an MP4 or HEIF file says it is; nothing for other files."""
-    if start[4:8] != b"ftyp":
-        return set()
-    size = min(int.from_bytes(start[:4], "big"), len(start))
-    return {start[8:12], *(start[place : place + 4] for place in range(16, size, 4))}
 
 
 def fit_image(

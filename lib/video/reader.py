@@ -16,6 +16,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.sandbox.process import Sandbox, SandboxError, start
+from lib.video.file_kind import START_BYTES, kind_of
 
 ADDRESS_SPACE_BYTES = 12 << 30
 """Limit for FFmpeg."""
@@ -73,12 +74,14 @@ def _check_is_binary_file(path: Path) -> None:
     if not path.is_file():  # opening a pipe would block
         raise UserError(f"video {path.name} is not a file")
     with path.open("rb") as file:
-        head = file.read(1024)
+        head = file.read(START_BYTES)
     if not head:
         raise UserError(f"video {path.name} is empty (0 bytes)")
     is_text = not any(byte < 32 and byte not in b"\t\n\v\f\r\x1b" for byte in head)
     if is_text or head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(TEXT_STARTS):
         raise UserError(f"video {path.name} is a text file or playlist, not a video")
+    if (kind := kind_of(head)).endswith("picture"):
+        raise UserError(f"video {path.name} is a {kind}, not a video: give a clip, such as an MP4 file")
 
 
 class OpenVideo:

@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from lib.cancellation import Stopped
 from lib.errors import UserError
@@ -286,3 +287,22 @@ def test_a_crashing_decoder_is_a_user_error_and_a_bug_is_not(tmp_path, monkeypat
 def test_a_decoder_without_a_parent_ends_by_its_cpu_limit():
     body = "from lib.sandbox.child import _limit_resources\n_limit_resources(1 << 33, 1)\nwhile True: pass"
     assert subprocess.run([sys.executable, "-c", body], timeout=20).returncode == -signal.SIGXCPU
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "photo.webp", "photo.avif", "photo.bmp"])
+def test_a_picture_given_as_a_video_is_named_as_one(tmp_path, name):
+    Image.new("RGB", (32, 32)).save(tmp_path / name)
+    os.rename(tmp_path / name, tmp_path / "clip.mp4")
+    with (
+        pytest.raises(UserError, match=r"video clip\.mp4 is a picture, not a video"),
+        open_video(tmp_path / "clip.mp4"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["moves.gif", "moves.png"])
+def test_an_animation_is_a_clip(tmp_path, name):
+    first, *rest = [Image.new("RGB", (32, 32), (shade, 0, 0)) for shade in (0, 100, 200)]
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=100)
+    with open_video(tmp_path / name) as video:
+        assert [int(frame[0, 0, 0]) for frame in video.read(range(video.info.frames))] == [0, 100, 200]
