@@ -21,6 +21,20 @@ ADAPTER = "default"
 PREFIX = "transformer."
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """Where diffusers looks for rank and alpha in a file's metadata."""
+WRITTEN = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "lora_dropout",
+    "init_lora_weights",
+)
+"""What is written of peft's configuration: diffusers passes all of it to peft, and older ones know no more."""
 
 
 def add_adapter(
@@ -72,7 +86,7 @@ def save_adapter(
     UserError when the file cannot be written.
     """
     config = transformer.peft_config[ADAPTER].to_dict()
-    packed = {f"{PREFIX}{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    packed = {f"{PREFIX}{key}": sorted(v) if isinstance(v := config[key], set) else v for key in WRITTEN}
     metadata = {
         "format": "pt",
         DIFFUSERS_METADATA: json.dumps(packed, indent=2, sort_keys=True, default=str),
@@ -89,11 +103,28 @@ def save_adapter(
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the mode of other new files; save_file's only their owner may read."""
+    """Write a safetensors file with the mode of other new files; save_file's only their owner may read.
+
+    The same tensors and metadata give the same bytes: save_file writes metadata in any order.
+    """
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
+    _sort_metadata(path)
     path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:  # would overwrite the tensors
+            raise RuntimeError(f"{path.name}: the header has {size} bytes, but {len(text)} in sorted order.")
+        file.seek(8)
+        file.write(text)
 
 
 def check_adapter(path: Path, *, base: str, rank: int, alpha: float) -> None:

@@ -186,18 +186,26 @@ def _load_tensors(file: LoraFile, dtype: torch.dtype, stop: Event | None) -> dic
                 check_stop(stop)
                 for side, key in (("lora_A", pair.down), ("lora_B", pair.up)):
                     # A copy: the file's own pages go with the file when the cache removes it.
-                    tensor = opened.get_tensor(key).to(dtype, copy=True).contiguous()
-                    if not torch.isfinite(tensor).all():
-                        raise UserError(
-                            f"{file.name} cannot be used: {key[:120]!r} contains NaN or infinity in "
-                            f"{str(dtype).removeprefix('torch.')}; its training may have diverged."
-                        )
+                    stored = opened.get_tensor(key)
+                    tensor = stored.to(dtype, copy=True).contiguous()
+                    _check_finite(stored, tensor, f"{file.name} cannot be used: {key[:120]!r}")
                     tensors[f"{module}.{side}.weight"] = tensor
     except SafetensorError as error:
         raise UserError(
             f"{file.name} is not a complete safetensors file: {error}. Download it again."
         ) from error
     return tensors
+
+
+def _check_finite(stored: torch.Tensor, used: torch.Tensor, subject: str) -> None:
+    if torch.isfinite(used).all():
+        return
+    if not torch.isfinite(stored).all():
+        raise UserError(f"{subject} contains NaN or infinity; its training may have diverged.")
+    raise UserError(
+        f"{subject} holds {stored.abs().max():.3g}, more than {str(used.dtype).removeprefix('torch.')} can "
+        f"represent ({torch.finfo(used.dtype).max:.3g}); its training may have diverged."
+    )
 
 
 def _adapter_config(file: LoraFile) -> dict[str, object]:

@@ -118,16 +118,26 @@ def _create_entry(address: Address, entry: Path, stop: threading.Event | None, r
     remove(work)
     remove(entry)
     try:
-        work.mkdir(parents=True)
+        work.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(mode=0o700)
         content = work / "content"
         content.mkdir()
         record = _fetch(address, work, content, stop, report)
         record |= {"source": address.label, "sha256": sha256_of(content / WEIGHTS)}
         (content / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _make_private(content)
         _make_room(entry, _bytes_of(content))
         os.replace(content, entry)
     finally:
         remove(work)
+
+
+def _make_private(folder: Path) -> None:
+    """Let only the owner read what a request brought, whatever the umask."""
+    folder.parent.parent.chmod(0o700)
+    folder.chmod(0o700)
+    for file in folder.iterdir():
+        file.chmod(0o600)
 
 
 def _fetch(

@@ -99,8 +99,10 @@ def _rotate_video(states: Tensor, text_tokens: int, cos: Tensor, sin: Tensor) ->
 def install(transformer: CogVideoXTransformer3DModel) -> None:
     """Give a transformer this attention, and blocks that compute on text and video in one tensor.
 
-    The result is the same; LoRAs, caches, offloading and regional compilation find the modules they know. For
-    inference only: blocks change intermediate tensors in place, which a backward pass does not survive.
+    The result is the same; LoRAs, offloading and regional compilation find the modules they know. A foreign
+    attention processor gets diffusers' own block; diffusers' caches that hook attention modules are not
+    supported. For inference only: blocks change intermediate tensors in place, which a backward pass does not
+    survive.
     """
     ours: Any = {name: CogVideoXAttention() for name in transformer.attn_processors}
     transformer.set_attn_processor(ours)

@@ -187,6 +187,23 @@ def test_the_file_has_diffusers_names_and_the_metadata(tmp_path):
     assert str(tmp_path) not in json.dumps(metadata)
 
 
+def test_the_same_lora_gives_the_same_bytes_and_only_what_older_peft_knows(tmp_path):
+    made, _ = adapted(alpha=1.5)
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for path in files:
+        save_adapter(made, path, {"trigger_word": "naïve \U0001f98a\n\t\x01"}, dtype=torch.float16)
+    assert len({path.read_bytes() for path in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        metadata = file.metadata()
+    assert list(json.loads(metadata["cogvideox"])) == ["trigger_word"]
+    assert {key.removeprefix("transformer.") for key in json.loads(metadata["lora_adapter_metadata"])} == {
+        "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+        "lora_dropout", "init_lora_weights", "peft_type",
+    }  # fmt: skip
+    weights = load_file(files[0])
+    assert all(torch.equal(weights[name], value.half()) for name, value in adapter_weights(made).items())
+
+
 def test_a_failed_write_keeps_the_earlier_file(tmp_path):
     made, _ = adapted()
     path = tmp_path / "lora.safetensors"
