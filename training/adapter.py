@@ -34,7 +34,7 @@ WRITTEN = (
     "lora_dropout",
     "init_lora_weights",
 )
-"""What is written of peft's configuration: diffusers passes all of it to peft, and older ones know no more."""
+"""What is written of peft's configuration: diffusers passes it to peft, and an older peft knows no more."""
 
 
 def add_adapter(

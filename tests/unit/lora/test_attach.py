@@ -230,6 +230,14 @@ def test_a_lora_with_nan_leaves_attached_ones_unchanged(tmp_path, generator, lor
     assert np.array_equal(frames_with(generator, loras, choice(good)), frames)
 
 
+def test_a_weight_that_the_dtype_cannot_hold_is_named_with_its_size():
+    stored = torch.tensor([1.0, -70_000.0])
+    message = r"a\.safetensors holds 7e\+04, more than float16 can represent \(6\.55e\+04\)"
+    with pytest.raises(UserError, match=message):
+        attach._check_finite(stored, stored.to(torch.float16), "a.safetensors")
+    attach._check_finite(stored, stored.to(torch.bfloat16), "a.safetensors")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_failed_attach_leaves_nothing(tmp_path, generator, loras, base_frames, monkeypatch, error, first):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import tarfile
@@ -76,6 +77,19 @@ def test_an_address_is_downloaded_once_and_another_query_is_another_address(cach
     records = [json.loads(path.read_text()) for path in cache.glob("*/source.json")]
     assert {record["source"] for record in records} == {host.url("/a.safetensors")}
     assert records[0]["sha256"] == hashlib.sha256(weights(1)).hexdigest()
+
+
+def test_only_the_owner_can_read_what_is_cached_whatever_the_umask(tmp_path, cache):
+    before = os.umask(0)
+    try:
+        with Host({"/a.safetensors": Served(weights(1))}) as host:
+            found = located(host.url("/a.safetensors"))
+    finally:
+        os.umask(before)
+    for path in [cache, *cache.rglob("*")]:
+        allowed = 0o700 if path.is_dir() else 0o600
+        assert stat.S_IMODE(path.stat().st_mode) & ~allowed == 0 or path.name.endswith(".lock"), path
+    assert stat.S_IMODE(found.file.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -175,20 +175,3 @@ def test_another_processor_is_used_with_diffusers_own_block():
     model.set_attn_processor(Counting())
     assert torch.equal(run(model, "5b"), run(stock, "5b"))
     assert len(calls) == len(model.transformer_blocks)
-
-
-@pytest.mark.parametrize("layout", ["2b", "5b"])
-def test_a_foreign_attention_processor_is_called_as_diffusers_calls_it(layout):
-    class Counting(CogVideoXAttnProcessor2_0):
-        calls = 0
-
-        def __call__(self, *arguments, **options):
-            Counting.calls += 1
-            return super().__call__(*arguments, **options)
-
-    model = build(layout)
-    expected = run(model, layout)
-    install(model)
-    model.set_attn_processor(Counting())
-    assert torch.equal(run(model, layout), expected)
-    assert Counting.calls == len(model.transformer_blocks)

@@ -197,9 +197,9 @@ def test_the_same_lora_gives_the_same_bytes_and_only_what_older_peft_knows(tmp_p
         metadata = file.metadata()
     assert list(json.loads(metadata["cogvideox"])) == ["trigger_word"]
     assert {key.removeprefix("transformer.") for key in json.loads(metadata["lora_adapter_metadata"])} == {
-        "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
-        "lora_dropout", "init_lora_weights", "peft_type",
-    }  # fmt: skip
+        *("peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
+        *("use_dora", "bias", "lora_dropout", "init_lora_weights"),
+    }
     weights = load_file(files[0])
     assert all(torch.equal(weights[name], value.half()) for name, value in adapter_weights(made).items())
 
