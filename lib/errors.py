@@ -1,5 +1,8 @@
 """Errors that the caller can fix."""
 
+SHOWN_CHARACTERS = 200
+"""The most of an input that a message repeats."""
+
 
 class UserError(ValueError):
     """A request that cannot be served as given.
@@ -7,3 +10,9 @@ class UserError(ValueError):
     The message says what was given, what is allowed, and the nearest valid value; it is shown to the
     person who made the request, so it names inputs, not internals.
     """
+
+
+def shown(text: object) -> str:
+    """Return an input in quotes for a message, cut to SHOWN_CHARACTERS."""
+    text = str(text)
+    return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")

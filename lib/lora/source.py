@@ -8,8 +8,6 @@ data:application/octet-stream;base64,...                  the file itself
 /data/style.safetensors                                   this machine, where that is allowed
 """
 
-import base64
-import binascii
 import hashlib
 import math
 import os
@@ -19,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from lib.errors import UserError
-from lib.network import hub
+from lib.errors import SHOWN_CHARACTERS, UserError
+from lib.network import data_uri, hub
 from lib.network.http import without_secrets
 from lib.settings import current
 from lib.storage.disk import size_text
@@ -43,7 +41,6 @@ REPLICATE_HINT = (
     "https://replicate.delivery/.../trained_model.tar, which is the output of its training."
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-SHOWN_CHARACTERS = 200
 # A LoRA of rank 128 on four projections of 5B has 132 M parameters: 0.5 GB in float32.
 MAX_FILE_BYTES = 4 * 10**9
 
@@ -113,7 +110,7 @@ def parse(source: str, *, trusted: bool = False) -> Address:
     source = source.strip()
     if source.partition("/")[0].lower() in (*HUB_HOSTS, *REPLICATE_HOSTS):  # copied without https://
         source = f"https://{source}"
-    if source.startswith("data:"):
+    if source[:5].lower() == "data:":
         return _data(source, trusted)
     scheme = source.partition("://")[0].lower() if "://" in source else ""
     local = scheme == "file" or source.startswith(("/", "./", "../", "~"))
@@ -149,8 +146,8 @@ def _data(source: str, trusted: bool) -> Address:
             "address."
         )
     try:
-        content = base64.b64decode(unquote(body) if "%" in body else body, validate=True)
-    except (binascii.Error, ValueError) as error:
+        _, content = data_uri.decode(source)
+    except UserError as error:
         raise UserError("The LoRA's data: URI is damaged: it is not valid base64.") from error
     digest = hashlib.sha256(content).hexdigest()
     label = f"data URI {digest[:12]}"

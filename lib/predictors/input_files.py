@@ -2,27 +2,34 @@
 
 Cog turns an input of type Path that is a data URI or a URL into a temporary file. It follows any redirect to
 any address, without a size limit, and leaves the file behind when reading fails; a plain path is passed on as
-it is. Cog has no hook for this, so `install` replaces two members of cog.types once, in setup. Without them
+it is. Cog has no hook for this, so `install` replaces members of cog.types once, in setup. Without them
 requests could reach private addresses, so a Cog in which they are missing or changed ends the start.
 """
 
 import inspect
 import io
+import mimetypes
 import os
+import re
 import tempfile
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import cog.types
 
-from lib.errors import UserError
-from lib.network.http import Source, save
+from lib.errors import UserError, shown
+from lib.network import data_uri
+from lib.network.http import Source, is_web_address, save, without_secrets
 from lib.network.urls import request_rules
 from lib.settings import current
 from lib.storage.disk import disk_error, size_text
 
 MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
+GIVE = "give a data URI (data:image/png;base64,...) or an https:// address"
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+RAW_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64,}[A-Za-z0-9+/_=\s-]*")
 PROBE_URL = "https://probe.invalid/name.bin"
 
 _fetched: set[str] = set()
@@ -39,6 +46,7 @@ def install() -> None:
         _check_members()
         cog.types.URLFile.__wrapped__ = property(_target)  # pyright: ignore[reportAttributeAccessIssue]
         cog.types.URLPath.convert = _convert
+        cog.types.Path.validate = classmethod(_validate)  # pyright: ignore[reportAttributeAccessIssue]
         _check_probe()
     except (AttributeError, TypeError, ValueError) as error:
         raise _incompatible(str(error)) from error
@@ -50,7 +58,7 @@ def check_file(path: Path | str) -> Path:
     if text in _fetched or current().local_sources:
         _fetched.discard(text)
         return Path(text)
-    raise UserError(f"{text!r} is a path on the server; upload the file or give an https:// address.")
+    raise UserError(f"{shown(text)} is a path on the server; {GIVE}.")
 
 
 def _check_members() -> None:
@@ -62,6 +70,8 @@ def _check_members() -> None:
     convert = vars(cog.types.URLPath).get("convert")
     if not inspect.isfunction(convert) or list(inspect.signature(convert).parameters) != ["self"]:
         raise _incompatible("URLPath.convert is not a method without arguments")
+    if not isinstance(vars(cog.types.Path).get("validate"), classmethod):
+        raise _incompatible("Path.validate is not a class method")
     if not inspect.isfunction(vars(cog.types.URLPath).get("unlink")):
         raise _incompatible("URLPath.unlink is not a method")
 
@@ -94,6 +104,32 @@ def _target(self: cog.types.URLFile) -> object:
         raise RuntimeError("inputs are fetched by URLPath.convert alone") from None
 
 
+def _validate(_: type[cog.types.Path], value: object) -> Path:
+    """Return a file input as Cog's own does, or raise UserError for what is no file and no address."""
+    if isinstance(value, Path):
+        return value
+    text = str(value).strip()
+    found = SCHEME.match(text)
+    scheme = found[1].lower() if found else ""  # RFC 3986: in either case
+    text = scheme + text[len(scheme) :]
+    if scheme == "data":
+        media_type, content = data_uri.decode(text)
+        name = f"file{mimetypes.guess_extension(media_type) or ''}"
+        return cog.types.URLPath(source=text, filename=name, fileobj=io.BytesIO(content))
+    if scheme in ("http", "https"):
+        if not is_web_address(text):
+            raise UserError(f"{shown(without_secrets(text))} is not an address; {GIVE}.")
+        name = cog.types.get_filename(text)
+        return cog.types.URLPath(source=text, filename=name, fileobj=cog.types.URLFile(text))
+    if not text:
+        raise UserError(f"the file is empty text; {GIVE}.")
+    if "://" in text and scheme != "file":
+        raise UserError(f"{shown(without_secrets(text))} cannot be fetched, only https:// addresses; {GIVE}.")
+    if RAW_BASE64.fullmatch(text):
+        raise UserError(f"{shown(text)} looks like base64 alone; {GIVE}.")
+    return cog.types.Path(text)
+
+
 def _convert(self: cog.types.URLPath) -> cog.types.Path:
     """Return the input as a temporary file of bounded size, fetched once. A failure leaves no file."""
     if self._path is None:
@@ -112,8 +148,17 @@ def _convert(self: cog.types.URLPath) -> cog.types.Path:
             Path(name).unlink(missing_ok=True)
             raise
         self._path = cog.types.Path(name)  # from which Cog removes the file after the request
+        # Not where another input of the request fails: then nothing but this object knows of the file.
+        weakref.finalize(self._path, _discard, name, os.getpid())
         _fetched.add(name)
     return self._path
+
+
+def _discard(name: str, process: int) -> None:
+    """Remove the file of an input whose request is over, in the process that fetched it."""
+    if os.getpid() == process:
+        _fetched.discard(name)
+        Path(name).unlink(missing_ok=True)
 
 
 def _copy(data: BinaryIO, path: Path) -> None:

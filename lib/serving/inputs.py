@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
+from lib.errors import SHOWN_CHARACTERS, UserError, shown
 
 BOOLEANS = {
     "true": True,
@@ -118,7 +118,9 @@ def _number(name: str, text: str, kind: str) -> int | float:
 def _file(name: str, text: str) -> str:
     if text.startswith("@"):
         return data_uri(Path(text[1:]).expanduser())
-    if "://" not in text and not text.startswith("data:"):
+    if "://" not in text and text[:5].lower() != "data:":
+        if len(text) > SHOWN_CHARACTERS:
+            raise UserError(f"{name}: {shown(text)} is no address; write @FILE to send a file, or give a URL")
         raise UserError(f"{name}: write @{text} to send the file, or give a URL")
     return text
 

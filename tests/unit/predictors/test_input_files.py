@@ -1,4 +1,5 @@
 import errno
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ def made(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(cog.types.URLFile, "__wrapped__", cog.types.URLFile.__wrapped__)
     monkeypatch.setattr(cog.types.URLPath, "convert", cog.types.URLPath.convert)
+    monkeypatch.setattr(cog.types.Path, "validate", vars(cog.types.Path)["validate"])
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     monkeypatch.setattr(http, "BACKOFF_SECONDS", 0.01)
     input_files.install()
@@ -149,6 +151,7 @@ def test_a_cog_with_other_members_ends_the_start(monkeypatch, change):
     # What install() itself replaces is put back too.
     monkeypatch.setattr(cog.types.URLFile, "__wrapped__", cog.types.URLFile.__wrapped__)
     monkeypatch.setattr(cog.types.URLPath, "convert", cog.types.URLPath.convert)
+    monkeypatch.setattr(cog.types.Path, "validate", vars(cog.types.Path)["validate"])
     if member is None:
         monkeypatch.delattr(cog.types, owner)
     elif value is None:
@@ -170,3 +173,78 @@ def test_a_cog_whose_inputs_lack_a_field_ends_the_start(monkeypatch, field):
     monkeypatch.setattr(cog.types.URLPath, "__init__", without)
     with pytest.raises(input_files.IncompatibleCogError, match=field):
         input_files.install()
+
+
+REFUSED = {
+    "": "the file is empty text",
+    "   ": "the file is empty text",
+    "data:": "the data URI has no comma",
+    "data:image/png;base64": "the data URI has no comma",
+    "data:,": "the data URI holds no file",
+    "data:image/png;base64,": "the data URI holds no file",
+    "data:image/png;base64,A": "the data URI is not complete, or not base64",
+    "data:image/png;base64,no base64!": "the data URI is not complete, or not base64",
+    "https://[": "malformed host.* is not an address",
+    "https://": "is not an address",
+    "HTTPS://[::1": "is not an address",
+    "https://example.com:port/a.png": "is not an address",
+    "ftp://user:secret@example.com/a.png": "'ftp://example.com/a.png' cannot be fetched, only https://",
+    "s3://bucket/a.png": "cannot be fetched, only https:// addresses",
+    "iVBORw0KGgo" * 400_000: "looks like base64 alone",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:30] or "empty")
+def test_what_is_no_file_is_refused_with_what_is_allowed(made, text):
+    with pytest.raises(UserError, match=REFUSED[text]) as refused:
+        cog.types.Path.validate(text)
+    message = str(refused.value)
+    assert "data:image/png;base64,..." in message
+    assert len(message) < 400 and "secret" not in message
+    assert list(made.iterdir()) == []
+
+
+HELLO = {
+    "data:text/plain;base64,aGVsbG8=",
+    "DATA:text/plain;BASE64,aGVsbG8=",
+    "data:text/plain;charset=utf-8;base64,aGVsbG8",
+    "data:;base64,aGVs\nbG8=",
+    "data:text/plain;base64,aGVsbG8%3D",
+    "data:,hello",
+    "data:text/plain,%68ello",
+    "  data:text/plain;base64,aGVs bG8= ",
+}
+
+
+@pytest.mark.parametrize("uri", sorted(HELLO))
+def test_data_uris_of_every_form_are_files(made, uri):
+    assert input_path(uri).convert().read_bytes() == b"hello"
+
+
+def test_the_alphabet_for_urls_is_read(made):
+    assert input_path("data:;base64,-_-_").convert().read_bytes() == bytes([251, 255, 191])
+
+
+def test_a_scheme_in_capitals_is_a_scheme(made):
+    with Host({"/a.png": Served(b"hello")}) as host:
+        address = host.url("/a.png").replace("http:", "HTTP:")
+        assert input_path(address).convert().read_bytes() == b"hello"
+
+
+def test_a_path_on_the_server_is_not_repeated_at_length(monkeypatch):
+    monkeypatch.delenv("COGVIDEOX_LOCAL_SOURCES", raising=False)
+    with pytest.raises(UserError, match="is a path on the server; give a data URI") as refused:
+        input_files.check_file("a b/" * 1000)
+    assert len(str(refused.value)) < 400
+
+
+def test_files_of_a_request_go_with_it_when_another_input_fails(made):
+    with Host({"/a.png": Served(b"hello")}) as host:
+        first, second = input_path(host.url("/a.png")), input_path(host.url("/missing.png"))
+        converted = first.convert()
+        assert list(made.iterdir()) == [converted]
+        with pytest.raises(UserError, match="nothing at this address"):
+            second.convert()
+    del first, second, converted  # as Cog drops a request
+    gc.collect()
+    assert list(made.iterdir()) == []
