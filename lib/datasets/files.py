@@ -7,19 +7,33 @@ import json
 import os
 import posixpath
 import unicodedata
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lib.errors import UserError
 
 VIDEO_ENDINGS = frozenset(
-    {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".wmv", ".flv"}
+    f".{name}"
+    for name in (
+        *("mp4", "mov", "m4v", "mkv", "webm", "avi", "gif", "mpg", "mpeg", "wmv", "flv", "f4v", "3gp", "3g2"),
+        *("ogv", "qt", "asf", "vob", "m1v", "m2v", "mpv", "mts", "m2ts", "divx", "xvid", "mxf", "dv", "ivf"),
+        *("rm", "rmvb", "apng", "nut", "wtv"),
+    )
 )
-TABLES = ("metadata.jsonl", "metadata.csv")
+"""Other files are videos by their content; .ts is also TypeScript."""
+PICTURE_ENDINGS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".svg"}
+)
+UNFINISHED = frozenset({".part", ".crdownload", ".download", ".partial", ".tmp", ".!qb", ".aria2"})
+"""Endings of files that are still being downloaded."""
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
 VIDEO_FORMS = "Give videos (.mp4, .mov, .webm, .gif, ...), in folders or not"
 FORMS = (
-    f"{VIDEO_FORMS}, each with its caption: in a .txt of the same name next to it, in metadata.jsonl or "
-    "metadata.csv (columns file_name and text), or line by line in prompts.txt next to videos.txt."
+    f"{VIDEO_FORMS}, each with its caption: in a .txt of the same name next to it, in metadata.jsonl, "
+    "metadata.csv or metadata.json (columns file_name and text), or line by line in prompts.txt next to "
+    "videos.txt."
 )
 IGNORED = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 MAX_LISTING_BYTES = 256 << 20
@@ -47,6 +61,12 @@ def is_ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in IGNORED
 
 
+def counted(paths: Iterable[PurePosixPath], most: int = 5) -> str:
+    """Return how many files there are by the most frequent endings: "12 .mp4, 1 without an extension"."""
+    counts = Counter(path.suffix.lower() or "without an extension" for path in paths)
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(most))
+
+
 class Files:
     """The files in a folder and its subfolders by their paths within it, ignored ones left out.
 
@@ -59,17 +79,44 @@ class Files:
         self.root = root.absolute()
         self.paths: dict[str, Path] = {}
         self.folders: list[str] = []
-        for directory, below, names in os.walk(self.root):
-            below[:] = sorted(name for name in below if not is_ignored(name))
-            self.folders.append(_within(self.root, Path(directory)))
-            for name in sorted(names):
-                path = Path(directory, name)
-                if not is_ignored(name) and path.is_file():
-                    self.paths[_within(self.root, path)] = path
+        self.not_read: dict[str, str] = {}
+        """Folders and links that could not be followed, with the reason."""
+        self._walk(self.root)
         self._exact = {unicodedata.normalize("NFC", name): name for name in self.paths}
         self._folded: dict[str, list[str]] = {}
         for key, name in self._exact.items():
             self._folded.setdefault(key.casefold(), []).append(name)
+
+    def _walk(self, root: Path) -> None:
+        """Find the files in a folder; links to folders outside of it are followed once."""
+        walked: set[tuple[int, int]] = set()
+        waiting, links = deque([root]), deque[Path]()
+        while waiting or links:
+            # Links come last: what lies in the data set itself is found under its own path.
+            folder = (waiting or links).popleft()
+            try:
+                status = folder.stat()
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError as error:
+                self.not_read[_within(self.root, folder)] = f"the folder cannot be read: {error.strerror}"
+                continue
+            if (status.st_dev, status.st_ino) in walked:
+                self.not_read[_within(self.root, folder)] = "it is a link to a folder that is read already"
+                continue
+            walked.add((status.st_dev, status.st_ino))
+            self.folders.append(_within(self.root, folder))
+            for entry in entries:
+                path = folder / entry.name
+                if is_ignored(entry.name):
+                    continue
+                if path.is_dir():
+                    (links if entry.is_symlink() else waiting).append(path)
+                elif path.is_file():
+                    self.paths[_within(self.root, path)] = path
+                elif entry.is_symlink():
+                    self.not_read[_within(self.root, path)] = "it is a link to a file that does not exist"
+        self.folders.sort(key=lambda name: PurePosixPath(name).parts)
+        self.paths = dict(sorted(self.paths.items()))
 
     def find(self, name: str) -> str | None:
         """Return the name as it is on the disk, which may differ in case and in Unicode normalization."""
@@ -95,10 +142,16 @@ class Files:
         name = posixpath.normpath(posixpath.join(directory, text))
         if name.split("/")[0] == "..":
             raise LookupError("it lies outside of the data set")
-        found = self.find(name)
+        found = self.find(name) or self._without_ending(name)
         if found is None:
             raise LookupError("there is no such file in the data set")
         return found
+
+    def _without_ending(self, name: str) -> str | None:
+        """Return the only video of a name that is written without its ending."""
+        names = [self.find(f"{name}{ending}") for ending in VIDEO_ENDINGS]
+        found = [each for each in names if each]
+        return found[0] if len(found) == 1 else None
 
 
 def _within(root: Path, path: Path) -> str:
@@ -139,17 +192,47 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
-    """Return the columns and rows of a .jsonl or .csv; damaged rows carry a fault. Raises UnreadableError.
+    """Return the columns and rows of a .jsonl, .json, .csv or .tsv; damaged rows carry a fault.
 
-    A CSV's first row names the columns; fields are separated by commas, semicolons or tabs, and blanks after
-    them are skipped. A first line such as `sep=;` (Excel) names the separator.
+    A .json holds a list of objects, or a caption or an object for each file name; either may be the only list
+    or object in an object. A CSV's first row names the columns; fields are separated by commas, semicolons or
+    tabs, and blanks after them are skipped. A first line such as `sep=;` (Excel) names the separator. Raises
+    UnreadableError.
     """
-    return _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
+    read = {".jsonl": _read_json_lines, ".json": _read_json}.get(path.suffix.lower(), _read_csv)
+    return read(path)
 
 
 def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:
     rows = [_json_row(number, line) for number, line in enumerate(read_lines(path), start=1) if line]
-    return list(dict.fromkeys(name for row in rows for name in row.values)), rows
+    return _columns(rows), rows
+
+
+def _columns(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def _read_json(path: Path) -> tuple[list[str], list[Row]]:
+    try:
+        value = json.loads(read_text(path, max_bytes=MAX_LISTING_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"is not JSON ({error})") from None
+    while isinstance(value, dict):
+        inner = [each for each in value.values() if isinstance(each, list | dict)]
+        if len(inner) == 1 and not any(isinstance(key, str) and PurePosixPath(key).suffix for key in value):
+            value = inner[0]
+            continue
+        value = [
+            {"file_name": name} | (each if isinstance(each, dict) else {"text": each})
+            for name, each in value.items()
+        ]
+    rows = [
+        Row(line=number, values=each)
+        if isinstance(each, dict)
+        else Row(line=number, values={}, fault="the entry is not a JSON object")
+        for number, each in enumerate(value if isinstance(value, list) else [], start=1)
+    ]
+    return _columns(rows), rows
 
 
 def _json_row(number: int, line: str) -> Row:

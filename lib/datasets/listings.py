@@ -1,4 +1,4 @@
-"""Listings of clips in a folder: metadata.jsonl, metadata.csv, or videos.txt with prompts.txt."""
+"""Listings of clips in a folder: metadata.jsonl, .csv, .tsv or .json, or videos.txt with prompts.txt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from lib.datasets.files import TABLES, Files, UnreadableError, read_lines, read_table
 from lib.errors import UserError
 
-VIDEO_LINES, CAPTION_LINES = ("videos.txt",), ("prompts.txt", "prompt.txt")
+VIDEO_LINES = ("videos.txt",)
+CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 VIDEO_COLUMNS = ("file_name", "video", "video_path", "file", "path", "media")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
 
@@ -31,6 +32,8 @@ class Listing:
     entries: list[Entry]
     readable: bool = True
     """False where the file cannot be read, so that its captions are unknown."""
+    files: frozenset[str] = frozenset()
+    """The files whose captions are all in `entries`: none where a row is damaged."""
 
 
 def find_listing(
@@ -39,10 +42,30 @@ def find_listing(
     """Return the folder's own listing, None where it has none."""
     for table in TABLES:
         if name := files.in_folder(directory, table):
+            if name.lower().endswith(".json") and not _lists_files(files, directory, name):
+                continue  # many programs write a metadata.json about something else
             return _read_table(files.paths[name], name, video_column, caption_column, need_captions)
     videos = files.in_folder(directory, *((video_column,) if is_text(video_column) else VIDEO_LINES))
     captions = files.in_folder(directory, *((caption_column,) if is_text(caption_column) else CAPTION_LINES))
     return _read_line_files(files, videos, captions) if videos and captions else None
+
+
+def _lists_files(files: Files, directory: str, table: str) -> bool:
+    """Return whether a table has captions and names files of the data set."""
+    try:
+        columns, rows = read_table(files.paths[table])
+    except UnreadableError:
+        return False
+    names = [row.values.get(known_column(columns, VIDEO_COLUMNS) or "") for row in rows]
+    found = any(isinstance(name, str) and _is_there(files, directory, name) for name in names)
+    return found and known_column(columns, CAPTION_COLUMNS) is not None
+
+
+def _is_there(files: Files, directory: str, name: str) -> bool:
+    try:
+        return bool(files.locate(directory, name))
+    except LookupError:
+        return False
 
 
 def _unreadable(listing: str, file: str, error: UnreadableError) -> Listing:
@@ -52,27 +75,29 @@ def _unreadable(listing: str, file: str, error: UnreadableError) -> Listing:
 def _read_table(
     path: Path, name: str, video_column: str, caption_column: str, need_captions: bool
 ) -> Listing:
+    unit = "entry" if path.suffix.lower() == ".json" else "line"
     try:
         columns, rows = read_table(path)
     except UnreadableError as error:
         return _unreadable(name, name, error)
     if not columns:
-        damaged = [Entry(where=f"{name}, line {r.line}", video=None, fault=r.fault) for r in rows]
+        damaged = [Entry(where=f"{name}, {unit} {r.line}", video=None, fault=r.fault) for r in rows]
         empty = [Entry(where=name, video=None, fault="it is empty")]
         return Listing(name=name, entries=damaged or empty)
     video = column_of(columns, video_column, VIDEO_COLUMNS, "video_column", name)
     caption = column_of(columns, caption_column, CAPTION_COLUMNS, "caption_column", name, need_captions)
     entries = [
         Entry(
-            where=f"{name}, line {row.line}",
+            where=f"{name}, {unit} {row.line}",
             video=row.values.get(video or ""),
             caption=row.values.get(caption) if caption else None,
-            remedy=f"write what it shows into column {caption!r} of {name}, line {row.line}",
+            remedy=f"write what it shows into column {caption!r} of {name}, {unit} {row.line}",
             fault=row.fault,
         )
         for row in rows
     ]
-    return Listing(name=name, entries=entries)
+    whole = caption and not any(row.fault for row in rows)
+    return Listing(name=name, entries=entries, files=frozenset({name} if whole else ()))
 
 
 def column_of(
@@ -83,16 +108,22 @@ def column_of(
     None where it has none of the usual ones and none is `needed`. Raises UserError, which refers to `option`,
     for a needed or given column that is missing.
     """
-    known = {column.lower(): column for column in reversed(columns)}
     wanted = (given,) if given and not is_text(given) else usual
-    for column in wanted:
-        if column in columns or column.lower() in known:
-            return column if column in columns else known[column.lower()]
+    if found := known_column(columns, wanted):
+        return found
     if wanted == usual and not needed:
         return None
     missing = repr(given) if wanted != usual else f"of the usual names ({', '.join(usual)})"
     raise UserError(
         f"{table} has no column {missing}. It has: {', '.join(columns)}. Name the right one with {option}."
+    )
+
+
+def known_column(columns: list[str], names: tuple[str, ...]) -> str | None:
+    """Return the table's spelling of the first of these names that it has, None where it has none."""
+    known = {column.lower(): column for column in reversed(columns)}
+    return next(
+        (name if name in columns else known[name.lower()] for name in names if name.lower() in known), None
     )
 
 
@@ -122,7 +153,7 @@ def _read_line_files(files: Files, videos: str, captions: str) -> Listing:
         )
         for number, (path, text) in enumerate(zip(paths, texts, strict=True), start=1)
     ]
-    return Listing(name=videos, entries=entries)
+    return Listing(name=videos, entries=entries, files=frozenset({videos, captions}))
 
 
 def is_text(column: str) -> bool:

@@ -3,9 +3,11 @@
 import math
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from lib.datasets.files import FORMS, TABLES, VIDEO_ENDINGS, is_ignored
+from lib.datasets.files import FORMS, VIDEO_ENDINGS, counted, is_ignored
+from lib.datasets.own_captions import TEXTS as OPEN_CAPTIONS
 from lib.errors import UserError
 from lib.network import hub
 from lib.network.download import fetch_repository, sha256_of
@@ -44,7 +46,8 @@ def fetch_hub_dataset(
 ) -> Path:
     """Download the data set repository "owner/name" or "owner/name@revision" to a folder in `kept`.
 
-    Only videos, .txt files and metadata tables are downloaded. A later call resumes an interrupted one, and
+    Only videos, by their endings, and files that may hold captions are downloaded; the report says how many
+    others there are. A later call resumes an interrupted one, and
     asks the Hub whether the revision has moved. Raises UserError when there is no such data set, when it has
     no video files, and when a download fails; Stopped.
     """
@@ -69,6 +72,8 @@ def fetch_hub_dataset(
             if not final.exists():
                 total = size_text(sum(file.size or 0 for file in files))
                 report(f"{repository}: downloading {len(files)} files, {total}")
+                if others := _others(snapshot.files, files):
+                    report(f"{repository}: not downloaded: {others}")
                 # Silent: hundreds of small files would flood the log.
                 fetch_repository(files, final, headers=headers, report=silent, rules=rules)
     except OSError as error:
@@ -79,7 +84,13 @@ def fetch_hub_dataset(
 def _is_wanted(path: PurePosixPath) -> bool:
     if any(is_ignored(part) for part in path.parts):
         return False
-    return path.suffix.lower() in VIDEO_ENDINGS | {".txt"} or path.name.lower() in TABLES
+    return path.suffix.lower() in VIDEO_ENDINGS | OPEN_CAPTIONS
+
+
+def _others(listed: Sequence[hub.HubFile], wanted: Sequence[hub.HubFile]) -> str:
+    """Return the files that are not downloaded, counted by their endings."""
+    paths = [PurePosixPath(file.path) for file in listed if file not in wanted]
+    return counted(path for path in paths if not any(is_ignored(part) for part in path.parts))
 
 
 def _check_files(repository: str, listed: list[str], wanted: list[str]) -> None:

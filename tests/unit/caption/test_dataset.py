@@ -192,7 +192,7 @@ def add_bad_files(clips: Path) -> None:
     (clips / "text.mp4").write_text("I am no video")
     (clips / "empty.mp4").touch()
     (clips / "broken.mp4").write_bytes((clips / NAMES[0]).read_bytes()[:900])
-    (clips / "camera.ts").write_bytes(b"G" * 188)
+    (clips / "still.jpg").write_bytes(b"G" * 188)
     (clips / "deep" / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "x"}\n')
 
 
@@ -204,11 +204,11 @@ def test_each_bad_file_is_in_errors_jsonl_alone(predictor, clips, tmp_path):
     assert failures == {
         "text.mp4": "video text.mp4 is a text file or playlist, not a video",
         "empty.mp4": "video empty.mp4 is empty (0 bytes)",
-        "camera.ts": ".ts files cannot be read: convert it to mp4",
+        "still.jpg": "it is a picture, not a video",
         "deep/metadata.jsonl, line 1": "gone.mp4: there is no such file in the data set",
     }
     assert sorted(captions(out)) == sorted(NAMES)
-    assert not {"text.mp4", "text.txt", "empty.mp4", "broken.mp4", "camera.ts"} & set(os.listdir(out))
+    assert not {"text.mp4", "text.txt", "empty.mp4", "broken.mp4", "still.jpg"} & set(os.listdir(out))
     assert (metrics["clips"], metrics["captioned"], metrics["failed"]) == (10, 5, 5)
 
 
@@ -225,8 +225,8 @@ def test_on_bad_clip_stop_lists_bad_clips_and_keeps_what_is_done(predictor, clip
     _, metrics = packed(predictor, archive, tmp_path / "out")
     assert asked == [1, 4], "the clip before it is not captioned again"
     assert (metrics["captioned"], metrics["failed"]) == (5, 1)
-    (clips / "camera.ts").touch()
-    with pytest.raises(UserError, match=r"(?s)on_bad_clip is stop:\n  camera\.ts: \.ts files cannot be read"):
+    (clips / "still.jpg").touch()
+    with pytest.raises(UserError, match=r"(?s)on_bad_clip is stop:\n  still\.jpg: it is a picture"):
         local(clips, tmp_path / "local", on_bad_clip="stop")
     assert asked == [1, 4] and not (tmp_path / "local").exists()
 

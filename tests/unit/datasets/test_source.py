@@ -79,10 +79,10 @@ def test_the_error_for_an_archive_without_clips_names_it(tmp_path):
     with pytest.raises(UserError) as error:
         find_clips(folder)
     assert str(error.value) == f"clips.zip holds no clips: it is empty. {FORMS}"
-    folder = open_data(zip_of(tmp_path / "clips.zip", {"x/a.jpg": b""}), tmp_path / "work")
+    folder = open_data(zip_of(tmp_path / "clips.zip", {"x/a.wav": b""}), tmp_path / "work")
     with pytest.raises(UserError) as error:
         find_clips(folder)
-    assert str(error.value) == f"clips.zip holds no clips: it has 1 .jpg. {FORMS}"
+    assert str(error.value) == f"clips.zip holds no clips: it has 1 .wav. {FORMS}"
 
 
 def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path):
@@ -167,7 +167,10 @@ def test_a_hub_data_set_is_downloaded_once_and_without_code(tmp_path, hub, monke
     wanted = ["metadata.jsonl", "train/a.MP4", "train/a.txt"]
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == wanted
     assert all((folder / path).read_bytes() == CLIPS[path] for path in wanted)
-    assert lines == ["owner/clips: downloading 3 files, 120.1 kB"]
+    assert lines == [
+        "owner/clips: downloading 3 files, 120.1 kB",
+        "owner/clips: not downloaded: 1 .md, 1 .py, 1 .parquet",
+    ]
     assert not any("Authorization" in headers for _, _, headers in hub.requests)
     assert captions(folder) == {"train/a.MP4": "a ball"}
     hub.requests.clear()
