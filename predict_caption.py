@@ -16,7 +16,9 @@ class Runner(BaseRunner):
         self,
         video: Path = Input(description="The clip to describe: mp4, mov, webm, mkv, avi, gif and others."),
         prompt: str = Input(
-            description="What to ask about the clip.", default="Please describe this video in detail."
+            description="What to ask about the clip.",
+            max_length=10_000,
+            default="Please describe this video in detail.",
         ),
         frame_sampling: str = Input(
             description="Which frames the model sees, at most 24. chat: one per second for the first 24 seconds. base: 24 over the first minute. uniform: 24 over the complete clip. auto: chat for clips of 2 to 24 seconds, otherwise uniform.",

@@ -18,7 +18,9 @@ class Runner(BaseRunner):
             description="Zip or tar of video clips, in folders or not. Some may have captions: in a .txt of the same name, metadata.jsonl, metadata.csv, or prompts.txt and videos.txt."
         ),
         prompt: str = Input(
-            description="What to ask about each clip.", default="Please describe this video in detail."
+            description="What to ask about each clip.",
+            max_length=10_000,
+            default="Please describe this video in detail.",
         ),
         frame_sampling: str = Input(
             description="Which frames the model sees, at most 24. chat: one per second for the first 24 seconds. base: 24 over the first minute. uniform: 24 over the complete clip. auto: chat for clips of 2 to 24 seconds, otherwise uniform.",
@@ -54,14 +56,17 @@ class Runner(BaseRunner):
         ),
         trigger_word: str = Input(
             description="Word to put before every new caption that does not contain it.",
+            max_length=10_000,
             default="",
         ),
         caption_prefix: str = Input(
             description="Text to put before every new caption and its trigger word.",
+            max_length=10_000,
             default="",
         ),
         caption_suffix: str = Input(
             description="Text to put after every new caption.",
+            max_length=10_000,
             default="",
         ),
         existing_captions: str = Input(

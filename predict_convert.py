@@ -20,6 +20,7 @@ class Runner(BaseRunner):
         ),
         transformer_url: str = Input(
             description="The same by its https:// address, of any size.",
+            max_length=4_000,
             default="",
         ),
         vae: Optional[Path] = Input(
@@ -28,6 +29,7 @@ class Runner(BaseRunner):
         ),
         vae_url: str = Input(
             description="The same by its https:// address.",
+            max_length=4_000,
             default="",
         ),
         direction: str = Input(
@@ -63,10 +65,12 @@ class Runner(BaseRunner):
         ),
         overrides: str = Input(
             description="Configuration values that cannot be read from the weights, where they differ from the family's: name=value, separated by commas. Allowed: sample_height, sample_width (in latents, 8 pixels each), sample_frames, max_text_seq_length, spatial_interpolation_scale, temporal_interpolation_scale, norm_num_groups, scaling_factor, invert_scale_latents, snr_shift_scale.",
+            max_length=4_000,
             default="",
         ),
         hub_repository: str = Input(
             description="Hugging Face repository owner/name to upload the result to. A new repository is private.",
+            max_length=4_000,
             default="",
         ),
         hub_token: Optional[Secret] = Input(

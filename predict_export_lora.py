@@ -20,6 +20,7 @@ class Runner(BaseRunner):
         ),
         lora_url: str = Input(
             description="The same by its https:// address, of any size.",
+            max_length=4_000,
             default="",
         ),
         alpha: Optional[float] = Input(

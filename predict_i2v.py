@@ -15,6 +15,7 @@ class Runner(BaseRunner):
         self,
         prompt: str = Input(
             description="What happens in the video. These models like a detailed paragraph: subject, movement, setting, light, camera.",
+            max_length=10_000,
             default="The subject comes to life and moves gently and naturally, light shifting softly over the scene, while the camera stays steady and the background keeps its detail.",
         ),
         image: Path = Input(description="The first frame of the video, in any common image format and size."),
@@ -25,6 +26,7 @@ class Runner(BaseRunner):
         ),
         negative_prompt: str = Input(
             description="What the video should not show. Has an effect only when guidance_scale is above 1.",
+            max_length=10_000,
             default="",
         ),
         num_inference_steps: int = Input(
@@ -76,6 +78,7 @@ class Runner(BaseRunner):
         ),
         lora_weights: str = Input(
             description="A LoRA to apply: the https address of a .safetensors file or of a training's tar, a Hugging Face owner/name or owner/name/file.safetensors, or a data URI. Leave empty for none.",
+            max_length=104_857_600,
             default="",
         ),
         lora_scale: float = Input(
@@ -90,6 +93,7 @@ class Runner(BaseRunner):
         ),
         extra_lora: str = Input(
             description="A second LoRA, applied together with the first. Takes the same forms as lora_weights.",
+            max_length=104_857_600,
             default="",
         ),
         extra_lora_scale: float = Input(

@@ -15,10 +15,12 @@ class Runner(BaseRunner):
         self,
         prompt: str = Input(
             description="What the video shows. These models like a detailed paragraph: subject, movement, setting, light, camera.",
+            max_length=10_000,
             default="A red fox trots along a snowy forest path at dawn, its breath showing in the cold air, low golden light between the pines, the camera following smoothly at its side.",
         ),
         negative_prompt: str = Input(
             description="What the video should not show. Has an effect only when guidance_scale is above 1.",
+            max_length=10_000,
             default="",
         ),
         num_inference_steps: int = Input(
@@ -69,6 +71,7 @@ class Runner(BaseRunner):
         ),
         lora_weights: str = Input(
             description="A LoRA to apply: the https address of a .safetensors file or of a training's tar, a Hugging Face owner/name or owner/name/file.safetensors, or a data URI. Leave empty for none.",
+            max_length=104_857_600,
             default="",
         ),
         lora_scale: float = Input(
@@ -83,6 +86,7 @@ class Runner(BaseRunner):
         ),
         extra_lora: str = Input(
             description="A second LoRA, applied together with the first. Takes the same forms as lora_weights.",
+            max_length=104_857_600,
             default="",
         ),
         extra_lora_scale: float = Input(

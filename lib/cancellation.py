@@ -11,13 +11,63 @@ What happens on cancel:
 """
 
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Stopped(Exception):
     """Work ended early because its `stop` event was set."""
 
 
+class TimeLimitError(Exception):
+    """A request took longer than it may. No UserError: that of one clip does not end a request."""
+
+
+class RequestStop(threading.Event):
+    """The `stop` of a request, with a limit on its time outside of untimed()."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._limit = self._left = seconds
+        self._since: float | None = time.monotonic()
+
+    def check_time(self) -> None:
+        """Raise TimeLimitError once the time is over."""
+        since = self._since
+        if since is not None and time.monotonic() - since > self._left:
+            raise TimeLimitError(
+                f"the request took longer than {self._limit:g} s before and after the model's work, such as "
+                "downloading and unpacking (COGVIDEOX_PREPARE_SECONDS)"
+            )
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self._left -= time.monotonic() - self._since
+            self._since = None
+
+    def resume(self) -> None:
+        self._since = time.monotonic()
+
+
+@contextmanager
+def untimed(stop: threading.Event | None) -> Iterator[None]:
+    """Leave the time in this block, the model's work, out of a request's limit."""
+    if not isinstance(stop, RequestStop):
+        yield
+        return
+    stop.pause()
+    try:
+        yield
+    finally:
+        stop.resume()
+
+
 def check_stop(stop: threading.Event | None) -> None:
-    """Raise Stopped once `stop` is set."""
-    if stop is not None and stop.is_set():
+    """Raise Stopped once `stop` is set, and TimeLimitError once a RequestStop's time is over."""
+    if stop is None:
+        return
+    if stop.is_set():
         raise Stopped
+    if isinstance(stop, RequestStop):
+        stop.check_time()

@@ -43,6 +43,8 @@ class Settings:
     local_sources: bool
     lora_cache_bytes: int
     latents_bytes: int
+    prepare_seconds: float
+    """How long a request may take before and after the model's work."""
     default_lora: str
     """A LoRA for every request that names none; empty for none."""
     hub_endpoint: str
@@ -136,6 +138,12 @@ VARIABLES = (
         default="200",
     ),
     Variable(
+        name="COGVIDEOX_PREPARE_SECONDS",
+        meaning="how long a request may take before and after the model's work: downloading, unpacking, "
+        "converting, writing",
+        default="1800",
+    ),
+    Variable(
         name="COG_WEIGHTS",
         meaning="the LoRA of every request that [names none](lora.md#a-server-for-one-lora)",
     ),
@@ -177,6 +185,7 @@ def current(environment: Mapping[str, str] | None = None) -> Settings:
         local_sources=_flag(env, "COGVIDEOX_LOCAL_SOURCES"),
         lora_cache_bytes=_gigabytes(env, "COGVIDEOX_LORA_CACHE_GB", 20),
         latents_bytes=_gigabytes(env, "COGVIDEOX_LATENTS_GB", 200),
+        prepare_seconds=_seconds(env, "COGVIDEOX_PREPARE_SECONDS", 1800),
         default_lora=env.get("COG_WEIGHTS", ""),
         hub_endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
         api_token=_token(env, "COGVIDEOX_API_TOKEN"),
@@ -221,14 +230,22 @@ def _token(env: Mapping[str, str], name: str) -> str:
 
 def _gigabytes(env: Mapping[str, str], name: str, default: int) -> int:
     """Return a size in bytes; the variable is in GB (10^9 bytes)."""
+    return int(_positive(env, name, default, "a size in GB") * 1e9)
+
+
+def _seconds(env: Mapping[str, str], name: str, default: int) -> float:
+    return _positive(env, name, default, "a number of seconds")
+
+
+def _positive(env: Mapping[str, str], name: str, default: int, what: str) -> float:
     text = env.get(name) or str(default)
     try:
-        size = float(text) * 1e9
+        number = float(text)
     except ValueError:
-        size = math.nan
-    if not 0 < size < math.inf:
-        raise UserError(f"{name}={text} is not a size in GB above 0; empty means {default}.")
-    return int(size)
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{name}={text} is not {what} above 0; empty means {default}.")
+    return number
 
 
 if __name__ == "__main__":

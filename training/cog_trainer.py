@@ -1,15 +1,16 @@
 """Run the trainings of training/train.py, one at a time, and pack their results as a tar."""
 
 import shutil
-import threading
 import time
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from lib.cancellation import RequestStop
 from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.input_files import check_file
 from lib.progress import print_line
+from lib.settings import current
 from lib.storage.disk import disk_error
 from lib.storage.lock import remove_unused
 from lib.storage.packing import pack
@@ -41,7 +42,7 @@ class CogTrainer:
         inputs["validation_images"] = [check_file(path) for path in inputs["validation_images"] or ()]
         config = TrainingConfig.from_inputs(**inputs)
         run = _new_run(config.checkpoints.resume_from)
-        stop = threading.Event()
+        stop = RequestStop(current().prepare_seconds)
 
         def work(folder: Path) -> Path:
             try:

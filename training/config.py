@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from lib.errors import UserError
+from lib.text_limits import check_length
 from training.groups import (
     AdapterConfig,
     CheckpointsConfig,
@@ -38,6 +39,8 @@ class Setting:
     choices: tuple[str, ...] | None
     ge: float | None
     le: float | None
+    max_length: int
+    """Of a text, in characters."""
     role: Role
 
 
@@ -152,6 +155,8 @@ def _checked(each: Setting, value: Any) -> Any:
         return _checked_number(each, value)
     expected = "true or false" if each.type is bool else "text"
     require(isinstance(value, each.type), f"{name}={value!r} is not {expected}.")
+    if isinstance(value, str) and each.role != "file":
+        check_length(name, value, each.max_length)
     if each.choices and value not in each.choices:
         raise UserError(f"{name}={value!r} is not one of {', '.join(each.choices)}.")
     return value

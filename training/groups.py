@@ -10,15 +10,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lib.errors import UserError
+from lib.text_limits import NAME, PROMPT, PROMPTS
 
 MAX_SEED = 2**63 - 1
 Role = Literal["value", "file", "path", "secret"]
 """A file is uploaded with a request; a path may name a place on this machine. Only values are recorded."""
 
 
-def setting(default: Any, *, ge: float | None = None, le: float | None = None, role: Role = "value") -> Any:
+def setting(
+    default: Any,
+    *,
+    ge: float | None = None,
+    le: float | None = None,
+    max_length: int = NAME,
+    role: Role = "value",
+) -> Any:
     """Declare a field with its bounds; choices are those of its Literal type."""
-    return dataclasses.field(default=default, metadata={"ge": ge, "le": le, "role": role})
+    bounds = {"ge": ge, "le": le, "max_length": max_length}
+    return dataclasses.field(default=default, metadata=bounds | {"role": role})
 
 
 def require(condition: bool, message: str) -> None:
@@ -40,15 +49,15 @@ class DataConfig:
     """Column of metadata.jsonl or .csv with the clips' paths; empty: the usual names are tried."""
     caption_column: str = setting("")
     """Column with the captions; empty: the usual names are tried."""
-    trigger_word: str = setting("")
+    trigger_word: str = setting("", max_length=PROMPT)
     """Put before every caption that does not contain it."""
-    caption_prefix: str = setting("")
+    caption_prefix: str = setting("", max_length=PROMPT)
     """Put before every caption, in front of the trigger word."""
-    caption_suffix: str = setting("")
+    caption_suffix: str = setting("", max_length=PROMPT)
     """Put after every caption."""
     autocaption: bool = setting(False)
     """Let a captioning model describe the clips that have no caption, before anything else is computed."""
-    autocaption_prompt: str = setting("")
+    autocaption_prompt: str = setting("", max_length=PROMPT)
     """Prompt for the captioning model; empty: describe the clip in detail."""
     autocaption_model: str = setting("", role="path")
     """Its name or Hub repository; empty: cogvlm2-caption, or tiny-caption for an embedded base."""
@@ -182,7 +191,7 @@ class RegularizationConfig:
     prior_preservation: float = setting(0.0, ge=0, le=0.9)
     """Share of samples that preserve what the base knows: with one of prior_prompts, the LoRA learns to
     predict what the base predicts. Needs no additional clips."""
-    prior_prompts: str = setting("")
+    prior_prompts: str = setting("", max_length=PROMPTS)
     """Prompts for prior_preservation, separated by validation_prompt_separator; by default the empty
     prompt."""
 
@@ -237,7 +246,7 @@ class CheckpointsConfig:
 class ValidationConfig:
     """Clips that are made during training."""
 
-    validation_prompt: str = setting("")
+    validation_prompt: str = setting("", max_length=PROMPTS)
     """Prompt of clips made during training; several are separated by validation_prompt_separator."""
     validation_images: tuple[str, ...] = setting((), role="file")
     """First frame of each prompt's clips; image to video only."""

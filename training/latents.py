@@ -28,9 +28,11 @@ from safetensors.torch import load_file
 from lib.cancellation import check_stop
 from lib.datasets.clips import Clip, LeftOut
 from lib.errors import UserError
+from lib.network.download import sha256_of
 from lib.progress import Report, progress_line
 from lib.settings import current
 from lib.storage.disk import replacing
+from lib.text_limits import READ
 from training.adapter import save_tensors
 from training.clips import Sample, Sampling, clip_samples
 from training.config import digest
@@ -173,10 +175,11 @@ def encode_prompts(
     tokenizer, encoder = load()
     for done, text in enumerate(missing):
         check_stop(stop)
+        read = text[:READ]
         ids = tokenizer(
-            text, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt"
+            read, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt"
         ).input_ids
-        length = len(tokenizer(text).input_ids)
+        length = len(tokenizer(read).input_ids)
         if length > tokens:
             report(f"a caption has {length} tokens, the base reads the first {tokens}: {text[:60]!r} ...")
         embeddings = encoder(ids.to(device))[0][0]
@@ -194,8 +197,7 @@ def encode_clip(
     With `images` the first frame is stored too (image to video). `vae` loads the model when it is first
     needed. Raises Stopped.
     """
-    with clip.path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = sha256_of(clip.path, stop=stop)
     if sampling.fit == "random":  # each clip has its own crops, the same ones in every run
         sampling = replace(sampling, seed=int(content[:8], 16))
     key = [content, asdict(sampling), vae_key, images]

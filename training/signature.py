@@ -77,6 +77,8 @@ def _parameter(each: Setting, description: str) -> str:
         kind = f"Optional[{kind}]"
     options = [f"description={_quoted(description)}"]
     options += [f"{side}={bound!r}" for side in ("ge", "le") if (bound := getattr(each, side)) is not None]
+    if each.type is str and each.role in ("value", "path") and not each.choices:
+        options.append(f"max_length={each.max_length:_}")
     if each.choices:
         options.append(f"choices=[{', '.join(map(_quoted, each.choices))}]")
     options.append(f"default={_quoted(default) if isinstance(default, str) else repr(default)}")

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
-from lib.cancellation import Stopped
+from lib.cancellation import Stopped, untimed
 from lib.generation.request import Request
 from lib.network import offline
 from lib.progress import Report, print_line, progress_line, silent, throttled
@@ -87,19 +87,21 @@ def train(
                 check_targets(transformer_without_weights(folder), config.adapter.targets)
                 requests = validation_requests(config.validation, plan)
                 captions = []
-                if config.data.autocaption:
-                    clips, left_out, captions = write_captions(
-                        config.data, plan, clips, left_out, run, accelerator,
-                        origin=origin, stop=stop, report=report,
-                    )  # fmt: skip
-                data = encode_data(config, plan, clips, left_out, accelerator, stop=stop, report=report)
+                with untimed(stop):
+                    if config.data.autocaption:
+                        clips, left_out, captions = write_captions(
+                            config.data, plan, clips, left_out, run, accelerator,
+                            origin=origin, stop=stop, report=report,
+                        )  # fmt: skip
+                    data = encode_data(config, plan, clips, left_out, accelerator, stop=stop, report=report)
                 data.captions = captions
             start_trackers(accelerator, config)
             trainer = Trainer(config, plan, data, run, accelerator, publisher, requests, report)
             trainer.resume(origin)
         try:
-            trainer.run_to_end(stop)
-            return trainer.finish()
+            with untimed(stop):
+                trainer.run_to_end(stop)
+                return trainer.finish()
         finally:
             accelerator.end_training()  # closes the trackers, which would log the next run too
 

@@ -10,7 +10,7 @@ from itertools import islice
 
 import torch
 
-from lib.cancellation import check_stop
+from lib.cancellation import check_stop, untimed
 from lib.caption.captioner import Caption, Captioner, SampledClip
 from lib.caption.dataset import known_rows
 from lib.caption.journal import Journal, Row, fingerprint
@@ -124,7 +124,8 @@ def caption_within_memory(
     captions: list[Caption] = []
     while batch := clips[len(captions) : len(captions) + limit]:
         try:
-            captions += captioner.caption(batch, settings, on_token=on_token, stop=stop)
+            with untimed(stop):
+                captions += captioner.caption(batch, settings, on_token=on_token, stop=stop)
             continue
         except torch.OutOfMemoryError:  # only after this block are the failed attempt's tensors freed
             if len(batch) == 1:

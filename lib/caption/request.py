@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from lib.datasets.clips import full_caption
 from lib.errors import UserError
+from lib.text_limits import check_length
 
 DEFAULT_PROMPT = "Please describe this video in detail."
 MAX_BATCH = 64
@@ -30,6 +31,7 @@ class CaptionSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_length("prompt", self.prompt)
         if not self.prompt.strip():
             raise UserError(f"prompt is empty; ask something, such as {DEFAULT_PROMPT!r}")
         if any("\ud800" <= character <= "\udfff" for character in self.prompt):
@@ -57,6 +59,8 @@ class DatasetRequest:
     on_bad_clip: Literal["skip", "stop"] = "skip"
 
     def __post_init__(self) -> None:
+        for name in ("trigger_word", "caption_prefix", "caption_suffix"):
+            check_length(name, getattr(self, name))
         _check_choice("existing_captions", self.existing_captions, ("keep", "replace"))
         _check_choice("on_bad_clip", self.on_bad_clip, ("skip", "stop"))
         _check_range("batch_size", self.batch_size, 1, MAX_BATCH)

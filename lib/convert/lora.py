@@ -63,7 +63,7 @@ def convert_lora(
     """
     to_sat = direction == "to_sat"
     with new_folder(target) as folder:
-        with open_checkpoint(source) as opened:
+        with open_checkpoint(source, stop=stop) as opened:
             layout = "diffusers" if to_sat else "sat"
             detect.require(detect.identify(opened.tensors), "lora", layout, name=opened.name)
             plan = plan_lora_to_sat if to_sat else plan_lora_to_diffusers

@@ -83,7 +83,7 @@ def to_diffusers(
     result = ConversionReport(direction="to diffusers", variant="")
     with new_folder(target) as folder:
         with ExitStack() as opened:
-            sources = _open_sources(opened, transformer, vae, result)
+            sources = _open_sources(opened, transformer, vae, result, stop)
             conversions = _plan(sources, result, family, dtype, vae_dtype, options)
             require_room(folder, [tensor for each in conversions for tensor in each.planned])
             for conversion in conversions:
@@ -123,7 +123,7 @@ def to_sat(
                 if path is None:
                     continue
                 inside = path / component
-                source = opened.enter_context(open_checkpoint(inside if inside.is_dir() else path))
+                source = opened.enter_context(open_checkpoint(inside if inside.is_dir() else path, stop=stop))
                 detect.require(detect.identify(source.tensors), component, "diffusers", name=source.name)
                 conversions.append(plan_sat(component, source, dtype=dtype, options=options or {}))
             result = ConversionReport(
@@ -139,16 +139,20 @@ def to_sat(
 
 
 def _open_sources(
-    opened: ExitStack, transformer: Path | None, vae: Path | None, result: ConversionReport
+    opened: ExitStack,
+    transformer: Path | None,
+    vae: Path | None,
+    result: ConversionReport,
+    stop: threading.Event | None,
 ) -> dict[Component, Checkpoint]:
     """Open both files and check their kinds, also whether they were swapped."""
     paths: dict[Component, Path | None] = {"transformer": transformer, "vae": vae}
     sources: dict[Component, Checkpoint] = {
-        part: opened.enter_context(open_checkpoint(path)) for part, path in paths.items() if path
+        part: opened.enter_context(open_checkpoint(path, stop=stop)) for part, path in paths.items() if path
     }
     found_vae = find_vae(transformer) if vae is None and transformer is not None else None
     if found_vae is not None and not sources["transformer"].vae:
-        sources["vae"] = opened.enter_context(open_checkpoint(found_vae))
+        sources["vae"] = opened.enter_context(open_checkpoint(found_vae, stop=stop))
         result.notes.append(f"The VAE is {found_vae.name}, which is in the same folder.")
     found = {part: detect.identify(source.tensors) for part, source in sources.items()}
     if {part: each.kind for part, each in found.items()} == {"transformer": "vae", "vae": "transformer"}:

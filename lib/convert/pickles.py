@@ -7,6 +7,7 @@ time.
 import json
 import math
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from lib.sandbox.process import start
 from lib.storage import zip_archive
 
 READER_BYTES = 1 << 30
-READER_SECONDS = 20.0
+READER_SECONDS = 10.0
 READER_CPU_SECONDS = 5.0
 
 
@@ -33,13 +34,14 @@ class Other:
 NOT_PLAIN = Other("Tensor")
 
 
-def load(path: Path) -> Any:
+def load(path: Path, *, stop: threading.Event | None = None) -> Any:
     """Return the content of a torch.save file: mappings, tensors as views of the file, whole numbers, Other.
 
     Raises:
         SandboxError: The pickle is damaged, names something that is not allowed, or takes too much memory or
             time.
         ValueError: A tensor lies outside the file.
+        Stopped: `stop` was set.
     """
     members = _members(path) if zip_archive.is_zip(path) else {}
     pickled = next((place for name, place in members.items() if name.endswith("/data.pkl")), (-1, 0))
@@ -49,6 +51,7 @@ def load(path: Path) -> Any:
         memory_bytes=READER_BYTES,
         seconds=READER_SECONDS,
         cpu_seconds=READER_CPU_SECONDS,
+        stop=stop,
     ) as reader:
         table = json.loads(reader.receive(b"T"))
     prefix = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), "")

@@ -6,6 +6,7 @@ A 5B file has 21 GB: a tensor is read only when its values are used.
 import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,14 +64,15 @@ class Checkpoint:
 
 
 @contextmanager
-def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
+def open_checkpoint(path: Path, *, stop: threading.Event | None = None) -> Iterator[Checkpoint]:
     """Open a SAT checkpoint or safetensors weights: a file, or the folder of a SAT download.
 
     A pickle may hold tensors and plain data, and numpy arrays, in which a full DeepSpeed file keeps its
-    random state. Raises UserError naming the file and the reason for anything else; nothing is executed.
+    random state. Nothing of it is executed. Raises UserError naming the file and the reason for anything
+    else, and Stopped.
     """
     located = locate_weights(path)
-    checkpoint = _from_pickle(located) if located.is_pickle else _from_safetensors(located)
+    checkpoint = _from_pickle(located, stop) if located.is_pickle else _from_safetensors(located)
     try:
         yield checkpoint
     finally:
@@ -78,8 +80,8 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
         checkpoint.vae.clear()
 
 
-def _from_pickle(located: Located) -> Checkpoint:
-    content = _load(located.files[0], located.name)
+def _from_pickle(located: Located, stop: threading.Event | None) -> Checkpoint:
+    content = _load(located.files[0], located.name, stop)
     dropped: dict[str, str] = {}
     weights = _unwrapped(content, dropped, located.name)
     tensors = {}
@@ -122,10 +124,10 @@ def _from_safetensors(located: Located) -> Checkpoint:
     return _split_parts(tensors, checkpoint)
 
 
-def _load(path: Path, name: str) -> Any:
+def _load(path: Path, name: str, stop: threading.Event | None) -> Any:
     _check_is_pickle(path, name)
     try:
-        return pickles.load(path)
+        return pickles.load(path, stop=stop)
     except (SandboxError, ValueError) as error:
         raise _refusal(str(error), name) from error
 

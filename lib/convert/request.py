@@ -16,6 +16,7 @@ from lib.errors import UserError
 from lib.models.layout import find_model
 from lib.network.upload import Repository, claim
 from lib.progress import Report
+from lib.text_limits import check_length
 
 AUTO = "auto"
 TO_DIFFUSERS = "to_diffusers"
@@ -114,6 +115,8 @@ def model_request(inputs: Mapping[str, Any], *, has_transformer: bool, has_vae: 
             "Give a transformer, a VAE or both: upload them as transformer and vae, or give addresses as "
             "transformer_url and vae_url."
         )
+    for name in ("overrides", "hub_repository"):
+        check_length(name, inputs[name])
     token = inputs.get("hub_token")
     request = ModelRequest(
         direction=inputs["direction"],

@@ -49,7 +49,7 @@ def find_text_encoder(
     It is a downloaded model's, else the two are downloaded from the repository of the transformer's family.
     Raises UserError when the transformer was made for another width than the released text encoder's.
     """
-    with open_checkpoint(transformer) as checkpoint:
+    with open_checkpoint(transformer, stop=stop) as checkpoint:
         base, _ = split_base(checkpoint.tensors)
         found = detect.identify(base)
         if found.kind != "transformer" or found.layout != "sat":

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from lib.models.specs import ModelSpec
 from lib.progress import Report, print_line
+from lib.text_limits import READ
 
 Embeddings = tuple[torch.Tensor, torch.Tensor | None]
 """Embeddings of prompt and negative prompt, [1, tokens, width] each."""
@@ -30,6 +31,7 @@ class PromptEncoder:
 
         Reports a prompt that is longer than the model reads.
         """
+        prompt = prompt[:READ]
         tokens = len(self.pipeline.tokenizer(prompt).input_ids)
         if tokens > self.spec.text_tokens:
             self.report(

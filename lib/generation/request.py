@@ -11,6 +11,7 @@ from lib.generation.step_schedule import Speed, check_speed, steps_to_forecast
 from lib.memory.plan import MemoryPlan
 from lib.memory.stages import Adapted, Clip
 from lib.models.specs import ModelSpec
+from lib.text_limits import check_length
 from lib.video.images import fit_image
 
 MAX_SEED = 2**63 - 1
@@ -89,6 +90,8 @@ def build_request(
     `plan` limits what the clip may take of memory. Raises UserError that says what was given, what is allowed
     and the nearest valid value.
     """
+    check_length("prompt", prompt)
+    check_length("negative_prompt", negative_prompt)
     speed = check_speed(speed)
     num_inference_steps = int(num_inference_steps)
     num_frames, width, height, fps, seed = map(_to_int, (num_frames, width, height, fps, seed))

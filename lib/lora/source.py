@@ -22,6 +22,7 @@ from lib.network import data_uri, hub
 from lib.network.http import without_secrets
 from lib.settings import current
 from lib.storage.disk import size_text
+from lib.text_limits import check_length
 
 Place = Literal["url", "hub", "data", "local"]
 REPLICATE_HOSTS = frozenset({"replicate.com", "www.replicate.com"})
@@ -90,6 +91,7 @@ def take_choices(inputs: dict[str, Any], *, default: Address | None = None) -> l
     for slot, input_name, fallback in (("lora", "lora_weights", default), ("extra_lora", "extra_lora", None)):
         source, scale = inputs.pop(input_name, ""), inputs.pop(f"{slot}_scale", 1.0)
         alpha = inputs.pop(f"{slot}_alpha", None)
+        check_length(input_name, source)
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"{slot}_alpha={alpha:g} is out of range: it has to be above 0.")
         address = parse(source) if source.strip() else fallback

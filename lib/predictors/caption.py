@@ -1,7 +1,6 @@
 """Caption videos: a loaded captioner, and what turns a clip into its caption and metrics."""
 
 import secrets
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from lib import settings
+from lib.cancellation import RequestStop
 from lib.caption.batch import caption_within_memory
 from lib.caption.captioner import Captioner, load_captioner
 from lib.caption.config import read_config
@@ -74,8 +74,8 @@ class CaptionPredictor(CaptionService):
         seed = secrets.randbits(31) if seed is None else seed
         request = CaptionSettings(seed=seed, **inputs)
         self.captioner.check(request)
-        stop, started = threading.Event(), time.perf_counter()
-        with open_video(input_files.check_file(video)) as opened:
+        stop, started = RequestStop(settings.current().prepare_seconds), time.perf_counter()
+        with open_video(input_files.check_file(video), stop=stop) as opened:
             clip = self.captioner.sample(opened, request)
         read = time.perf_counter()
         report, longest = throttled(print_line, REPORT_SECONDS), request.max_new_tokens

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cog
 
+from lib.cancellation import RequestStop
 from lib.caption.batch import caption_clips
 from lib.caption.dataset import captioned_dataset, check_left_out, summary
 from lib.caption.journal import Journal
@@ -23,6 +24,7 @@ from lib.predictors import input_files
 from lib.predictors.caption import CaptionService
 from lib.predictors.model import MetricSink
 from lib.progress import print_line
+from lib.settings import current
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock, remove_unused
 from lib.weights.cache import cache_folder
@@ -46,7 +48,7 @@ class DatasetCaptionPredictor(CaptionService):
             raise UserError(f"{archive} is a folder; send a zip or tar of it, or use script/caption.")
         request = DatasetRequest.from_inputs(inputs)
         self.captioner.check(request.settings)
-        stop = threading.Event()
+        stop = RequestStop(current().prepare_seconds)
         with self.scratch.request() as folder:
             path, result = self.compute.run(
                 lambda: self._caption_archive(archive, folder, request, stop), stop=stop

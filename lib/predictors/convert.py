@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import cog
 
+from lib.cancellation import RequestStop
 from lib.convert.report import ConversionReport
 from lib.convert.request import LoraRequest, ModelRequest, lora_request, model_request
 from lib.errors import UserError
@@ -22,6 +23,7 @@ from lib.predictors.compute_thread import ComputeThread
 from lib.predictors.convert_files import CheckpointInput, resolve_input
 from lib.predictors.model import MetricSink
 from lib.progress import Report, print_line
+from lib.settings import current
 from lib.storage.packing import pack
 from lib.storage.scratch import Scratch
 
@@ -52,7 +54,7 @@ class _Converter:
         convert: Callable[[Path, Report, threading.Event], tuple[Path, dict[str, object]]],
     ) -> cog.Path:
         """Convert in the request's own folder and record the metrics."""
-        stop, started = threading.Event(), time.perf_counter()
+        stop, started = RequestStop(current().prepare_seconds), time.perf_counter()
         with self.scratch.request() as folder:
 
             def report(line: str) -> None:

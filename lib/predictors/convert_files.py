@@ -6,6 +6,7 @@ complete file is deleted after use.
 """
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lib.cancellation import Stopped
+from lib.cancellation import Stopped, TimeLimitError
 from lib.convert.locate import is_torch_zip
 from lib.errors import UserError
 from lib.lora.source import HUB_HOSTS
@@ -30,11 +31,10 @@ from lib.storage import zip_archive
 from lib.storage.archive import archive_kind, extract_archive
 from lib.storage.disk import disk_error
 from lib.storage.lock import lock, remove_unused
+from lib.text_limits import check_length
 
 MAX_BYTES = 100 * 10**9
 """Limit of a file, and of an archive's content. A 5B model with its text encoder has 42 GB in float32."""
-FETCH_SECONDS = 3 * 3600.0
-"""A download blocks the server: 21 GB at 2 MB a second take this long."""
 KEPT = 3
 """How many of the newest unfinished downloads are kept."""
 FOLDER = "checkpoints"
@@ -52,6 +52,7 @@ class CheckpointInput:
     address: str = ""
 
     def __post_init__(self) -> None:
+        check_length(f"{self.name}_url", self.address)
         if self.upload is not None and self.address.strip():
             raise UserError(f"Give {self.name} or {self.name}_url, not both.")
 
@@ -134,7 +135,7 @@ def _download(address: str, *, name: str, report: Report, stop: threading.Event 
     url = _file_url(address)
     folder = current().cache / FOLDER
     entry = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
-    rules = request_rules(stop=stop, seconds=FETCH_SECONDS)
+    rules = request_rules(stop=stop, seconds=math.inf)  # COGVIDEOX_PREPARE_SECONDS limits all
     rules.check_url(url)  # before a folder is created for it
     with ExitStack() as held:
         try:
@@ -149,7 +150,7 @@ def _download(address: str, *, name: str, report: Report, stop: threading.Event 
             _remove_if_empty(entry)
         try:
             yield path
-        except Stopped:
+        except (Stopped, TimeLimitError):
             raise  # the same request would need it again
         except Exception:
             shutil.rmtree(entry, ignore_errors=True)  # a corrected file may appear at the same address

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import cog
 
 from lib import settings
+from lib.cancellation import RequestStop, untimed
 from lib.distributed.messages import ModelSetup
 from lib.distributed.worker_pool import WorkerPool, create_pool
 from lib.generation.generator import Generator
@@ -113,12 +114,12 @@ class VideoPredictor:
         `inputs` are those of build_request and take_choices. Raises UserError for what this model cannot do.
         """
         self.scratch.clear()
+        variables = settings.current()
+        stop = RequestStop(variables.prepare_seconds)
         if image is not None:
             inputs["image"] = read_image(input_files.check_file(image), name="the given image")
         choices = take_choices(inputs, default=self.default_lora)
-        any_size, plan = settings.current().any_size, self.generator.plan
-        request = build_request(self.spec, any_size=any_size, plan=plan, **inputs)
-        stop = threading.Event()
+        request = build_request(self.spec, any_size=variables.any_size, plan=self.generator.plan, **inputs)
         with self.scratch.request() as folder:
             path = folder / f"output.{output_format}"
             result = self.compute.run(lambda: self._generate(request, choices, path, stop), stop=stop)
@@ -144,7 +145,8 @@ class VideoPredictor:
                 transformer = self.generator.pipeline.transformer
                 shared = partial(self.pool.shared_denoising, loras=choices, transformer=transformer)
             with StreamedVideo(path, fps=request.fps, format=format, metadata=metadata) as video:
-                self.generator.stream(request, video, stop=stop, shared_denoising=shared)
+                with untimed(stop):
+                    self.generator.stream(request, video, stop=stop, shared_denoising=shared)
                 with self.generator.timed("writing"):
                     video.finish()
         seconds = self.generator.timings | ({"lora": round(lora_seconds, 3)} if lora_metrics else {})

@@ -33,7 +33,7 @@ from starlette.routing import Mount, Route
 
 from lib.errors import UserError
 from lib.serving.bodies import Bodies
-from lib.serving.refusals import InvalidFieldError, RefusedError, answer
+from lib.serving.refusals import InvalidFieldError, RefusedError, answer, shortened
 from lib.serving.webhooks import Hook, Webhooks
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -211,6 +211,8 @@ class Front:
         if body.startswith(CRASHES):
             target.lost()
             body = json.dumps(json.loads(body) | {"error": CRASH_MESSAGE}).encode()
+        if reply.status_code == 422:
+            body = await run_in_threadpool(shortened, body)
         kept = {"Content-Type": reply.headers.get("Content-Type", "text/plain")}
         return Response(body, status_code=reply.status_code, headers=kept)
 

@@ -2,6 +2,7 @@
 
 import base64
 import difflib
+import math
 import mimetypes
 import textwrap
 from pathlib import Path
@@ -129,6 +130,8 @@ def _check(name: str, value: Any, shape: dict[str, Any]) -> None:
     """Raise UserError where the server would refuse the value, in its words."""
     if "enum" in shape and value not in shape["enum"]:
         raise UserError(f"{name}: {value!r} is not one of {', '.join(map(str, shape['enum']))}")
+    if isinstance(value, str) and len(value) > shape.get("maxLength", math.inf):
+        raise UserError(f"{name} has {len(value):,} characters; at most {shape['maxLength']:,} are allowed")
     if "minimum" in shape and not value >= shape["minimum"]:
         raise UserError(f"{name}: {value} is less than the minimum of {shape['minimum']}")
     if "maximum" in shape and not value <= shape["maximum"]:

@@ -201,6 +201,13 @@ def test_a_body_of_more_than_100_mib_is_413_and_the_next_request_works(url):
     assert predict(url, {"text": "after"})["status"] == "succeeded"
 
 
+def test_a_refusal_does_not_repeat_a_long_input(url):
+    status, reply = send(url, "POST", "/predictions", {"input": {"text": {"name": "y" * 50_000}}})
+    assert status == 422 and len(json.dumps(reply)) < 700
+    (found,) = reply["detail"]
+    assert found["loc"] == ["body", "input", "text"] and "is not of type" in found["msg"]
+
+
 def test_closing_the_connection_cancels_the_prediction(url):
     connection = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]))
     body = json.dumps({"input": {"text": "slow", "steps": 400}})

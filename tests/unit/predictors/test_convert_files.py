@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.cancellation import Stopped
+from lib.cancellation import RequestStop, Stopped, TimeLimitError
 from lib.convert.request import model_request
 from lib.errors import UserError
 from lib.network import http, partial_file
@@ -154,13 +154,12 @@ def test_a_file_beyond_the_bound_is_refused_before_it_is_fetched(monkeypatch, tm
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_slow_host_is_given_up(monkeypatch, tmp_path, cache, ranges):
-    monkeypatch.setattr(module, "FETCH_SECONDS", 0.3)
+def test_a_slow_host_is_given_up_when_the_requests_time_is_over(tmp_path, cache, ranges):
     served = Served(BODY[: 2 * CHUNK], ranges=ranges, pause=0.1, piece=100)
-    refused = pytest.raises(FetchError, match="the host is too slow")
-    with Host({"/a.pt": served}) as host, refused, fetched(host.url("/a.pt"), tmp_path):
+    refused, stop = pytest.raises(TimeLimitError, match=r"longer than 0\.3 s"), RequestStop(0.3)
+    with Host({"/a.pt": served}) as host, refused, fetched(host.url("/a.pt"), tmp_path, stop=stop):
         pass
-    assert names(cache) == []
+    assert not [name for name in names(cache) if name == "a.pt"]
 
 
 def test_an_end_bounds_all_responses_together(monkeypatch):

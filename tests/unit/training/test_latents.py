@@ -193,9 +193,9 @@ def test_a_full_disk_is_an_error_and_does_not_leave_the_clip_out(tmp_path, cache
 def test_stopping_leaves_complete_files_and_an_incomplete_clip(tmp_path, cache):
     given = clip(tmp_path / "a.mp4", 40)
     asked = itertools.count(1)
-    at_the_third = SimpleNamespace(is_set=lambda: next(asked) == 3)
+    at_the_third_sample = SimpleNamespace(is_set=lambda: next(asked) == 4)  # the first asks while hashing
     with pytest.raises(Stopped):
-        encoded(given, cache, stop=at_the_third)
+        encoded(given, cache, stop=at_the_third_sample)
     left = list(cache.folder.iterdir())
     assert len(left) == 2 and all(path.suffix == ".safetensors" and load_file(path) for path in left)
     model = CountingVae()
