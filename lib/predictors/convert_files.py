@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,8 +37,6 @@ MAX_BYTES = 100 * 10**9
 KEPT = 3
 """How many of the newest unfinished downloads are kept."""
 FOLDER = "checkpoints"
-COG_PREFIX = re.compile(r"tmp[a-z0-9_]{8}")
-"""Cog prepends this to the name of an upload."""
 MAX_NAME = 120
 
 
@@ -73,7 +70,7 @@ def resolve_input(
     if not checkpoint:
         yield None
     elif checkpoint.upload is not None:
-        path = _with_original_name(_readable(check_file(checkpoint.upload)), checkpoint.name, place)
+        path = _named(_readable(check_file(checkpoint.upload)), checkpoint.name, place)
         yield _unpack(path, place, stop)
     elif "://" in address and not address.startswith("file://"):
         with _download(address, name=checkpoint.name, report=report, stop=stop) as path:
@@ -82,16 +79,12 @@ def resolve_input(
         yield _unpack(_local(address, checkpoint.name), place, stop)
 
 
-def _with_original_name(path: Path, input_name: str, place: Path) -> Path:
-    """Return a link with the sender's file name to an upload from Cog, for messages; else the path."""
-    from_cog = COG_PREFIX.match(path.name) and path.parent == Path(tempfile.gettempdir())
-    if not from_cog or path.is_dir():
+def _named(path: Path, input_name: str, place: Path) -> Path:
+    """Return a link with the input's name to a file that has none, as data URIs; else the path."""
+    if path.stem != "file" or path.is_dir():
         return path
-    name = path.name[len("tmp12345678") :]
-    if not name or Path(name).stem == "file":  # a data URI has no file name
-        name = f"{input_name}{Path(name).suffix}"
     place.mkdir(parents=True, exist_ok=True)
-    link = place / name[-MAX_NAME:]
+    link = place / f"{input_name}{path.suffix}"
     link.symlink_to(path.resolve())
     return link
 

@@ -11,6 +11,7 @@ import io
 import mimetypes
 import os
 import re
+import shutil
 import tempfile
 import weakref
 from importlib.metadata import version
@@ -30,6 +31,7 @@ MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
 GIVE = "give a data URI (data:image/png;base64,...) or an https:// address"
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 RAW_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64,}[A-Za-z0-9+/_=\s-]*")
+UNSAFE = re.compile(r"[^\w.+ ()\[\]-]")
 PROBE_URL = "https://probe.invalid/name.bin"
 
 _fetched: set[str] = set()
@@ -46,6 +48,7 @@ def install() -> None:
         _check_members()
         cog.types.URLFile.__wrapped__ = property(_target)  # pyright: ignore[reportAttributeAccessIssue]
         cog.types.URLPath.convert = _convert
+        cog.types.URLPath.unlink = _unlink
         cog.types.Path.validate = classmethod(_validate)  # pyright: ignore[reportAttributeAccessIssue]
         _check_probe()
     except (AttributeError, TypeError, ValueError) as error:
@@ -131,34 +134,44 @@ def _validate(_: type[cog.types.Path], value: object) -> Path:
 
 
 def _convert(self: cog.types.URLPath) -> cog.types.Path:
-    """Return the input as a temporary file of bounded size, fetched once. A failure leaves no file."""
+    """Return the input as a temporary file of bounded size, fetched once. A failure leaves no file.
+
+    It has the sender's name for it, which messages show, in a folder of its own.
+    """
     if self._path is None:
         try:
-            handle, name = tempfile.mkstemp(suffix=self.filename)
+            folder = Path(tempfile.mkdtemp(prefix="input-"))
         except OSError as error:
             raise disk_error(error, Path(tempfile.gettempdir())) from error
-        os.close(handle)
+        file = folder / (UNSAFE.sub("_", self.filename).lstrip(".") or "file")
         try:
             if isinstance(self.fileobj, cog.types.URLFile):
                 rules = request_rules()
-                save(Source(url=self.source, max_bytes=MAX_INPUT_BYTES, rules=rules), Path(name))
+                save(Source(url=self.source, max_bytes=MAX_INPUT_BYTES, rules=rules), file)
             else:
-                _copy(cast("BinaryIO", self.fileobj), Path(name))
+                _copy(cast("BinaryIO", self.fileobj), file)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._path = cog.types.Path(name)  # from which Cog removes the file after the request
-        # Not where another input of the request fails: then nothing but this object knows of the file.
-        weakref.finalize(self._path, _discard, name, os.getpid())
-        _fetched.add(name)
+        self._path = cog.types.Path(file)
+        # Cog calls unlink after the request, but not where another input of the request fails: then nothing
+        # but this object knows of the file.
+        weakref.finalize(self._path, _discard, str(file), os.getpid())
+        _fetched.add(str(file))
     return self._path
 
 
-def _discard(name: str, process: int) -> None:
-    """Remove the file of an input whose request is over, in the process that fetched it."""
+def _unlink(self: cog.types.URLPath, missing_ok: bool = False) -> None:
+    """Remove the file and its folder, if there are any."""
+    if self._path is not None:
+        _discard(str(self._path), os.getpid())
+
+
+def _discard(file: str, process: int) -> None:
+    """Remove the file of an input whose request is over, in the process that fetched it, and its folder."""
     if os.getpid() == process:
-        _fetched.discard(name)
-        Path(name).unlink(missing_ok=True)
+        _fetched.discard(file)
+        shutil.rmtree(Path(file).parent, ignore_errors=True)
 
 
 def _copy(data: BinaryIO, path: Path) -> None:

@@ -211,11 +211,10 @@ def test_a_local_path_is_accepted_where_that_is_allowed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("uploaded", "shown"), [("file.bin", "vae.bin"), ("3d-vae.pt", "3d-vae.pt"), ("", "vae")]
+    ("uploaded", "shown"), [("file.bin", "vae.bin"), ("3d-vae.pt", "3d-vae.pt"), ("file", "vae")]
 )
-def test_an_upload_has_the_senders_file_name(monkeypatch, tmp_path, uploaded, shown):
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
-    path = tmp_path / f"tmpab12cd_x{uploaded}"
+def test_an_upload_has_the_senders_file_name_or_the_inputs(tmp_path, uploaded, shown):
+    path = tmp_path / uploaded
     path.write_bytes(b"content")
     with resolve_input(CheckpointInput(name="vae", upload=path), work=tmp_path / "work") as found:
         assert found.name == shown and found.read_bytes() == b"content"

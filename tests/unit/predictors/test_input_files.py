@@ -22,6 +22,7 @@ def made(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(cog.types.URLFile, "__wrapped__", cog.types.URLFile.__wrapped__)
     monkeypatch.setattr(cog.types.URLPath, "convert", cog.types.URLPath.convert)
+    monkeypatch.setattr(cog.types.URLPath, "unlink", cog.types.URLPath.unlink)
     monkeypatch.setattr(cog.types.Path, "validate", vars(cog.types.Path)["validate"])
     monkeypatch.setenv("COGVIDEOX_LOCAL_SOURCES", "1")
     monkeypatch.setattr(http, "BACKOFF_SECONDS", 0.01)
@@ -50,8 +51,8 @@ def test_an_input_becomes_a_file_that_is_accepted_once_and_that_cog_removes(made
         file = path.convert()
         assert path.convert() == file, "it is fetched once"
         assert len(host.requests) == 1
-    assert [file] == list(made.iterdir())
-    assert file.read_bytes() == body and file.name.endswith("picture.png")
+    assert [file.parent] == list(made.iterdir()) and [file] == list(file.parent.iterdir())
+    assert file.read_bytes() == body and file.name == "picture.png"
     monkeypatch.delenv("COGVIDEOX_LOCAL_SOURCES")
     assert input_files.check_file(file) == file
     with pytest.raises(UserError, match="is a path on the server"):
@@ -63,6 +64,25 @@ def test_an_input_becomes_a_file_that_is_accepted_once_and_that_cog_removes(made
 def test_a_data_uri_becomes_a_file_too(made):
     file = input_path("data:image/png;base64,aGVsbG8=").convert()
     assert file.read_bytes() == b"hello" and file.suffix == ".png"
+
+
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [
+        ("my%20clip%20(1).mp4", "my clip (1).mp4"),
+        ("..", "file"),
+        (".hidden.mp4", "hidden.mp4"),
+        ("%2e%2e%2fa%00b.mp4", "_a_b.mp4"),
+        ("", "file"),
+    ],
+)
+def test_a_file_has_a_name_that_is_safe(made, end, name):
+    with Host({"/x/y": Served(b"hello")}) as host:
+        path = input_path(host.url("/x/y"))
+        path.filename = cog.types.get_filename(f"https://example.com/x/{end}")
+        assert path.convert().name == name
+    path.unlink()
+    assert list(made.iterdir()) == []
 
 
 def test_a_refused_address_leaves_no_file(made, monkeypatch):
@@ -151,6 +171,7 @@ def test_a_cog_with_other_members_ends_the_start(monkeypatch, change):
     # What install() itself replaces is put back too.
     monkeypatch.setattr(cog.types.URLFile, "__wrapped__", cog.types.URLFile.__wrapped__)
     monkeypatch.setattr(cog.types.URLPath, "convert", cog.types.URLPath.convert)
+    monkeypatch.setattr(cog.types.URLPath, "unlink", cog.types.URLPath.unlink)
     monkeypatch.setattr(cog.types.Path, "validate", vars(cog.types.Path)["validate"])
     if member is None:
         monkeypatch.delattr(cog.types, owner)
@@ -242,7 +263,7 @@ def test_files_of_a_request_go_with_it_when_another_input_fails(made):
     with Host({"/a.png": Served(b"hello")}) as host:
         first, second = input_path(host.url("/a.png")), input_path(host.url("/missing.png"))
         converted = first.convert()
-        assert list(made.iterdir()) == [converted]
+        assert list(made.rglob("*.png")) == [converted]
         with pytest.raises(UserError, match="nothing at this address"):
             second.convert()
     del first, second, converted  # as Cog drops a request
