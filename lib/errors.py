@@ -12,7 +12,12 @@ class UserError(ValueError):
     """
 
 
-def shown(text: object) -> str:
-    """Return an input in quotes for a message, cut to SHOWN_CHARACTERS."""
+def cut(text: object) -> str:
+    """Return an input for a message, cut to SHOWN_CHARACTERS."""
     text = str(text)
-    return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def shown(text: object) -> str:
+    """Return an input for a message in quotes, cut to SHOWN_CHARACTERS."""
+    return repr(cut(text))

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.lora.file import read_header
 from lib.lora.keys import RECORD, recorded_facts
 from lib.storage.disk import replacing
@@ -67,7 +67,7 @@ def check_targets(transformer: CogVideoXTransformer3DModel, targets: list[str]) 
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({_name_in_block(name) for name in linear})
             raise UserError(
-                f"target_modules: no linear layer is called {target!r}; there are {', '.join(known)}."
+                f"target_modules: no linear layer is called {shown(target)}; there are {', '.join(known)}."
             )
 
 

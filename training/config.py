@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.text_limits import check_length
 from training.groups import (
     AdapterConfig,
@@ -149,16 +149,16 @@ def _checked(each: Setting, value: Any) -> Any:
     if value is None and each.optional:
         return None
     if each.type is tuple:
-        require(value is None or isinstance(value, (list, tuple)), f"{name}={value!r} is not a list.")
+        require(value is None or isinstance(value, (list, tuple)), f"{name}={shown(value)} is not a list.")
         return tuple(str(item) for item in value or ())
     if each.type in (int, float):
         return _checked_number(each, value)
     expected = "true or false" if each.type is bool else "text"
-    require(isinstance(value, each.type), f"{name}={value!r} is not {expected}.")
+    require(isinstance(value, each.type), f"{name}={shown(value)} is not {expected}.")
     if isinstance(value, str) and each.role != "file":
         check_length(name, value, each.max_length)
     if each.choices and value not in each.choices:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(each.choices)}.")
+        raise UserError(f"{name}={shown(value)} is not one of {', '.join(each.choices)}.")
     return value
 
 
@@ -166,7 +166,7 @@ def _checked_number(each: Setting, value: Any) -> int | float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_integral = is_number and (isinstance(value, int) or value.is_integer())
     expected = "a whole number" if each.type is int else "a number"
-    require(is_integral if each.type is int else is_number, f"{each.name}={value!r} is not {expected}.")
+    require(is_integral if each.type is int else is_number, f"{each.name}={shown(value)} is not {expected}.")
     low, high = each.ge, each.le
     if low is not None and high is not None and not low <= value <= high:  # NaN is outside as well
         nearest = high if value > high else low

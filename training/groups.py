@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lib.errors import UserError
+from lib.errors import UserError, cut, shown
 from lib.text_limits import NAME, PROMPT, PROMPTS
 
 MAX_SEED = 2**63 - 1
@@ -87,8 +87,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(
             "://" not in (self.input_videos or ""),
-            f"input_videos={self.input_videos} is an address: give a folder, zip or tar on this machine, or "
-            "dataset_name for a data set of the Hugging Face Hub.",
+            f"input_videos={cut(self.input_videos)} is an address: give a folder, zip or tar on this machine "
+            "or dataset_name for a data set of the Hugging Face Hub.",
         )
         require(
             (self.input_videos is None) != (not self.dataset_name),
@@ -301,11 +301,12 @@ class PublishingConfig:
         )
         require(
             re.fullmatch(r"[\w-][\w.-]*", self.tracker_name, re.ASCII) is not None,  # it names a folder
-            f"tracker_name={self.tracker_name!r} is not a plain name of letters, digits, '.', '_' and '-'.",
+            f"tracker_name={shown(self.tracker_name)} is not a plain name of letters, digits, '.', '_' and "
+            "'-'.",
         )
         require(
             not self.hub_model_id or re.fullmatch(r"[^/]+/[^/]+", self.hub_model_id) is not None,
-            f"hub_model_id={self.hub_model_id!r} is not owner/name.",
+            f"hub_model_id={shown(self.hub_model_id)} is not owner/name.",
         )
 
     @property

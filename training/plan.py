@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from lib.caption.config import read_config
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.models import derive, specs
 from lib.models.specs import ModelSpec, Task
 from lib.network import hub
@@ -193,7 +193,7 @@ def _check_base(name: str, task: Task, validation: ValidationConfig) -> None:
     if task == "i2v" and prompts != images:
         raise UserError(
             f"validation needs an image for each prompt, as {name} starts from images; prompts given: "
-            f"{prompts} (validation_prompt, separated by {validation.validation_prompt_separator!r}), "
+            f"{prompts} (validation_prompt, separated by {shown(validation.validation_prompt_separator)}), "
             f"validation_images given: {images}."
         )
 
@@ -205,7 +205,7 @@ def _validate_captioner(name: str) -> None:
         _check_captioner(name, specs.SPECS[name].task)
     elif not current().local_sources and (exists or not hub.REPOSITORY.fullmatch(name.partition("@")[0])):
         raise UserError(
-            f"autocaption_model={name!r} is neither a captioning model's name "
+            f"autocaption_model={shown(name)} is neither a captioning model's name "
             f"({', '.join(specs.names_for('caption'))}) nor a Hub repository (owner/name)."
         )
     if name in specs.DEFAULT_MODELS.values() or exists:

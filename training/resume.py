@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.network.http import Source, save, without_secrets
 from lib.network.urls import check_address, request_rules
 from lib.progress import Report
@@ -67,7 +67,7 @@ def open_origin(given: str, folder: Path, *, stop: threading.Event, report: Repo
         archive.unlink()
     elif not current().local_sources:
         raise UserError(
-            f"resume_from={given!r} is a path on the server; give the https:// address of the tar."
+            f"resume_from={shown(given)} is a path on the server; give the https:// address of the tar."
         )
     else:
         place = Path(os.path.expanduser(given))  # which leaves an unknown ~user as it is

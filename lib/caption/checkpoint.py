@@ -106,7 +106,7 @@ def _files(folder: Path) -> dict[str, str]:
     """Return the name of the file with each key."""
     try:
         if (folder / INDEX).is_file():
-            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            found = json.loads((folder / INDEX).read_bytes())["weight_map"]
             names = sorted(set(found.values()))
         else:
             names = [SINGLE]

@@ -145,7 +145,7 @@ def write_text(path: Path, text: str) -> None:
 
 def check_component(folder: Path, component: str) -> str:
     """Compare a component's files with the model that diffusers creates from its config.json."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_bytes())
     expected = model_shapes(component, {key: config[key] for key in config if not key.startswith("_")})
     found: dict[str, Shape] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -19,7 +19,7 @@ from lib.datasets.files import (
 )
 from lib.datasets.listings import Entry, Listing, find_listing, is_text
 from lib.datasets.own_captions import TEXTS, OwnCaptions
-from lib.errors import UserError
+from lib.errors import UserError, cut, shown
 from lib.video.file_kind import Kind, file_kind
 
 CLIPS: tuple[Kind, ...] = ("video", "animation")
@@ -105,8 +105,8 @@ def _check_columns(
     for option, given in (("video_column", video_column), ("caption_column", caption_column)):
         if given and not is_text(given) and not tables:
             raise UserError(
-                f"{files.root.name} has no metadata.jsonl or metadata.csv, so there is no column {given!r}. "
-                f"Leave {option} empty."
+                f"{files.root.name} has no metadata.jsonl or metadata.csv, so there is no column "
+                f"{shown(given)}. Leave {option} empty."
             )
 
 
@@ -139,7 +139,7 @@ class _Finder:
         try:
             name = self.files.locate(directory, entry.video)
         except LookupError as error:
-            return self._leave_out(entry.where, f"{entry.video.strip()}: {error}")
+            return self._leave_out(entry.where, f"{cut(entry.video.strip())}: {error}")
         if name in above:
             return None
         if name in self.found or name in self.without:

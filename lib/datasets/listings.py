@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.datasets.files import TABLES, Files, UnreadableError, read_lines, read_table
-from lib.errors import UserError
+from lib.errors import UserError, shown
 
 VIDEO_LINES = ("videos.txt",)
 CAPTION_LINES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
@@ -91,7 +91,7 @@ def _read_table(
             where=f"{name}, {unit} {row.line}",
             video=row.values.get(video or ""),
             caption=row.values.get(caption) if caption else None,
-            remedy=f"write what it shows into column {caption!r} of {name}, {unit} {row.line}",
+            remedy=f"write what it shows into column {shown(caption)} of {name}, {unit} {row.line}",
             fault=row.fault,
         )
         for row in rows

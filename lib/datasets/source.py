@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from lib.datasets.files import FORMS, VIDEO_ENDINGS, counted, is_ignored
 from lib.datasets.own_captions import TEXTS as OPEN_CAPTIONS
-from lib.errors import UserError
+from lib.errors import UserError, cut, shown
 from lib.network import hub
 from lib.network.download import fetch_repository, sha256_of
 from lib.network.urls import request_rules
@@ -54,9 +54,9 @@ def fetch_hub_dataset(
     repository, at, revision = name.strip().partition("@")
     if not hub.REPOSITORY.fullmatch(repository) or ".." in repository or (at and not revision):
         inside = re.search(r"datasets/([^/@?#]+/[^/@?#]+)", name)
-        meant = f" Perhaps {inside[1]}?" if inside and hub.REPOSITORY.fullmatch(inside[1]) else ""
+        meant = f" Perhaps {cut(inside[1])}?" if inside and hub.REPOSITORY.fullmatch(inside[1]) else ""
         raise UserError(
-            f"dataset_name={name!r} is not a data set on the Hugging Face Hub: give owner/name, or "
+            f"dataset_name={shown(name)} is not a data set on the Hugging Face Hub: give owner/name, or "
             f"owner/name@revision.{meant}"
         )
     headers = hub.request_headers(repository)

@@ -103,7 +103,7 @@ def parse_layout(setting: str) -> Layout:
 
 def attention_heads(folder: Path) -> int:
     """Read the number of attention heads of the transformer in a diffusers folder."""
-    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "transformer" / "config.json").read_bytes())
     return config["num_attention_heads"]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from lib.errors import SHOWN_CHARACTERS, UserError
+from lib.errors import UserError, cut, shown
 from lib.network import data_uri, hub
 from lib.network.http import without_secrets
 from lib.settings import current
@@ -124,18 +124,14 @@ def parse(source: str, *, trusted: bool = False) -> Address:
             return _local(source, trusted)
         if local:
             raise UserError(
-                f"{_cut(source)!r} is a path on the server, which requests may not name; give {FORMS}."
+                f"{shown(source)} is a path on the server, which requests may not name; give {FORMS}."
             )
     if REPLICATE_VERSION.fullmatch(source):
-        raise UserError(f"{_cut(source)!r} is a version of a model on Replicate. {REPLICATE_HINT}")
+        raise UserError(f"{shown(source)} is a version of a model on Replicate. {REPLICATE_HINT}")
     if (match := HUB_NAME.fullmatch(source)) and ".." not in source:
         return _hub(match["repository"], match["revision"], match["path"], source, trusted)
     here = f"; {Path.cwd()} has no such file either" if local_sources else ""
-    raise UserError(f"{_cut(source)!r} does not name a LoRA; give {FORMS}{here}.")
-
-
-def _cut(text: str) -> str:
-    return text[:SHOWN_CHARACTERS]
+    raise UserError(f"{shown(source)} does not name a LoRA; give {FORMS}{here}.")
 
 
 def _data(source: str, trusted: bool) -> Address:
@@ -167,12 +163,12 @@ def _local(source: str, trusted: bool) -> Address:
     path = Path(unquote(source[len("file://") :]) if source.lower().startswith("file://") else source)
     path = path.expanduser()
     if not path.exists():
-        raise UserError(f"{_cut(source)!r} does not exist on the server; give the absolute path of a LoRA.")
-    _refuse_pickle(path.name, name=repr(_cut(source)))
+        raise UserError(f"{shown(source)} does not exist on the server; give the absolute path of a LoRA.")
+    _refuse_pickle(path.name, name=shown(source))
     status = path.stat()
     return Address(
         place="local",
-        name=repr(_cut(source)),
+        name=shown(source),
         label=path.name,
         key=f"local:{path.resolve()}:{status.st_size}:{status.st_mtime_ns}",
         trusted=trusted,
@@ -181,7 +177,7 @@ def _local(source: str, trusted: bool) -> Address:
 
 
 def _url(source: str, scheme: str, trusted: bool) -> Address:
-    name = repr(_cut(without_secrets(source)))
+    name = shown(without_secrets(source))
     try:
         parts = urlsplit(source)
         host = (parts.hostname or "").lower()
@@ -200,7 +196,7 @@ def _url(source: str, scheme: str, trusted: bool) -> Address:
     _refuse_pickle(parts.path, name=name)
     url = source.partition("#")[0]
     return Address(
-        place="url", name=name, label=_cut(without_secrets(url)), key=f"url:{url}", trusted=trusted, url=url
+        place="url", name=name, label=cut(without_secrets(url)), key=f"url:{url}", trusted=trusted, url=url
     )
 
 
@@ -219,28 +215,28 @@ def _hub_page(steps: list[str], source: str, trusted: bool) -> Address:
     repository, kind, rest = "/".join(steps[:2]), steps[2:3], steps[4:]
     shown_source = without_secrets(source)
     if not hub.REPOSITORY.fullmatch(repository) or ".." in "/".join(steps):
-        raise UserError(f"{_cut(shown_source)!r} is not the address of a Hugging Face repository.")
+        raise UserError(f"{shown(shown_source)} is not the address of a Hugging Face repository.")
     if not kind:
         return _hub(repository, None, None, shown_source, trusted)
     if steps[-1].endswith(".safetensors") and kind[0] not in HUB_PAGES:
         return _hub(repository, None, "/".join(steps[2:]), shown_source, trusted)
     if kind[0] not in HUB_PAGES or len(steps) < 4:
         raise UserError(
-            f"{_cut(shown_source)!r} is not a file of a Hugging Face repository; give {repository} or "
+            f"{shown(shown_source)} is not a file of a Hugging Face repository; give {repository} or "
             f"{repository}/file.safetensors."
         )
     return _hub(repository, steps[3], "/".join(rest), shown_source, trusted)
 
 
 def _hub(repository: str, revision: str | None, path: str | None, source: str, trusted: bool) -> Address:
-    name, path = repr(_cut(source)), (path or "").strip("/")
+    name, path = shown(source), (path or "").strip("/")
     _refuse_pickle(path, name=name)
     revision = revision or "main"
     label = repository + (f"@{revision}" if revision != "main" else "") + (f"/{path}" if path else "")
     return Address(
         place="hub",
         name=name,
-        label=_cut(label),
+        label=cut(label),
         # A private file that was downloaded with the operator's token is not for requests without it.
         key=f"hub:{hub.endpoint()}:{repository}@{revision}:{path}"
         + (":token" if trusted or hub.may_use_token(repository) else ""),

@@ -107,7 +107,7 @@ def _derive_caption_spec(folder: Path) -> ModelSpec:
 def read_config(path: Path, required: str = "") -> dict:
     """Read a JSON configuration; `required` lists keys, separated by blanks. Raises UserError."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not a complete diffusers folder.") from None
     except ValueError as error:

@@ -22,7 +22,7 @@ import httpcore2
 import httpx2
 
 from lib.cancellation import check_stop
-from lib.errors import UserError
+from lib.errors import UserError, cut, shown
 from lib.network.transport import ANYTHING, Rules, Transport
 from lib.storage.disk import disk_error, size_text
 
@@ -100,7 +100,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if not is_web_address(self.url):
-            raise FetchError(f"{without_secrets(self.url)[:200]!r} is not an http or https address.")
+            raise FetchError(f"{shown(without_secrets(self.url))} is not an http or https address.")
 
     @contextmanager
     def get(self, headers: Mapping[str, str] | None = None) -> Iterator[httpx2.Response]:
@@ -112,6 +112,7 @@ class Source:
             with client, closing(self._follow(client, {**self.headers, **(headers or {})})) as response:
                 if not response.is_success:
                     raise self._refused(response)
+                self._check_encoding(response)
                 self.check_size(int(response.headers.get("Content-Length", 0)))
                 yield response
         except BROKEN as error:
@@ -119,7 +120,7 @@ class Source:
 
     def error(self, cause: str, remedy: str, **options: object) -> FetchError:
         """Return the FetchError that names the address, the cause and what to do."""
-        message = f"Cannot download {without_secrets(self.url)}: {cause}. {remedy}"
+        message = f"Cannot download {cut(without_secrets(self.url))}: {cause}. {remedy}"
         return FetchError(message, **options)  # pyright: ignore[reportArgumentType] # as FetchError's own
 
     def check_size(self, count: int) -> None:
@@ -127,6 +128,13 @@ class Source:
         if count > self.max_bytes:
             limit = size_text(self.max_bytes)
             raise self.error(f"it is larger than the {limit} that are allowed", "Use a smaller file.")
+
+    def _check_encoding(self, response: httpx2.Response) -> None:
+        """Raise FetchError for a compressed body: it was not asked for, and may unpack to any size."""
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            cause = f"the host compresses it ({cut(encoding)}), although it was asked not to"
+            raise self.error(cause, "Give an address that serves the file as it is.")
 
     def _follow(self, client: httpx2.Client, headers: Mapping[str, str]) -> httpx2.Response:
         url = self.url
@@ -149,7 +157,7 @@ class Source:
             except ValueError:
                 raise self.error("it redirects to a malformed address", CHECK) from None
             if new.scheme not in ("https", old.scheme):
-                raise self.error(f"it redirects to {without_secrets(target)}, not to https", CHECK)
+                raise self.error(f"it redirects to {cut(without_secrets(target))}, not to https", CHECK)
             if new.netloc != old.netloc:
                 # A token is for the host that it was given for, not for the storage that it redirects to.
                 sent = {k: v for k, v in sent.items() if k.lower() not in ("authorization", "cookie")}

@@ -13,12 +13,12 @@ from urllib.parse import quote
 
 from huggingface_hub import get_token
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.network.http import FetchError, Source, read
 from lib.network.transport import ANYTHING, Rules
 from lib.settings import current
 
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 LISTING_BYTES = 16 << 20
 
 
@@ -111,7 +111,7 @@ def _explained(error: FetchError, repository: str, revision: str, kind: str) -> 
     what = "repository" if kind == "models" else "data set"
     if code == "RevisionNotFound":
         return UserError(
-            f"{repository} has no revision {revision!r} on the Hugging Face Hub. Check the revision."
+            f"{repository} has no revision {shown(revision)} on the Hugging Face Hub. Check the revision."
         )
     if code == "GatedRepo":
         return UserError(

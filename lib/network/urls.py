@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.network.http import is_web_address, without_secrets
 from lib.network.transport import Rules
 from lib.settings import current
@@ -63,7 +63,7 @@ def check_public(address: str, url: str) -> None:
     internal = internal or any(ip in network for network in _NOT_PUBLIC)
     if internal and not current().local_sources:
         raise UserError(
-            f"{without_secrets(url)[:200]!r} leads to the private address {address}; only public ones are "
+            f"{shown(without_secrets(url))} leads to the private address {address}; only public ones are "
             "fetched."
         )
 

@@ -22,7 +22,7 @@ def load_components(
     The text encoder's weights are read while the other models are built. Without `text_encoder`, it and the
     tokenizer are None. Raises OSError or RuntimeError for components that are missing or incomplete.
     """
-    classes = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    classes = json.loads((folder / "model_index.json").read_bytes())
     # from_pretrained changes process-wide state of torch, so that only files may be read in another thread.
     with ThreadPoolExecutor(max_workers=1) as pool:
         reading, encoder_class = None, getattr(transformers, classes["text_encoder"][1])
@@ -70,7 +70,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise OSError(f"{folder} has neither {single.name} nor {index.name}.")
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    shards = json.loads(index.read_bytes())["weight_map"].values()
     return [folder / name for name in sorted(set(shards))]
 
 

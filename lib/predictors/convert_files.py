@@ -19,9 +19,10 @@ from urllib.parse import unquote, urlsplit
 
 from lib.cancellation import Stopped, TimeLimitError
 from lib.convert.locate import is_torch_zip
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.lora.source import HUB_HOSTS
 from lib.network.download import fetch
+from lib.network.http import is_web_address, without_secrets
 from lib.network.urls import request_rules
 from lib.predictors.input_files import check_file
 from lib.progress import Report
@@ -93,13 +94,13 @@ def _local(address: str, input_name: str) -> Path:
     path = Path(unquote(address.removeprefix("file://")) if address.startswith("file://") else address)
     if not current().local_sources:
         raise UserError(
-            f"{input_name}_url={address[:200]!r} is not an address; give one that begins with https://, or "
+            f"{input_name}_url={shown(address)} is not an address; give one that begins with https://, or "
             "upload the file."
         )
     path = path.expanduser()
     if not path.is_absolute():
         raise UserError(
-            f"{input_name}_url={address[:200]!r} is a relative path, and the server runs in a folder of its "
+            f"{input_name}_url={shown(address)} is a relative path, and the server runs in a folder of its "
             "own; give the absolute path."
         )
     return _readable(path)
@@ -154,8 +155,11 @@ def _download(address: str, *, name: str, report: Report, stop: threading.Event 
 def _file_url(address: str) -> str:
     """Return the address of the file that a page on the Hub shows; other addresses as they are."""
     url = address.partition("#")[0]
-    host = urlsplit(url).hostname if "[" not in url else None
-    return url.replace("/blob/", "/resolve/", 1) if host in HUB_HOSTS else url
+    if url.lower().startswith("http") and not is_web_address(url):
+        raise UserError(
+            f"{shown(without_secrets(url))} is not an address; give one that begins with https://."
+        )
+    return url.replace("/blob/", "/resolve/", 1) if urlsplit(url).hostname in HUB_HOSTS else url
 
 
 def _name_in(url: str) -> str:

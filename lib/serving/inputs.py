@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from lib.errors import SHOWN_CHARACTERS, UserError, shown
+from lib.errors import SHOWN_CHARACTERS, UserError, cut, shown
 
 BOOLEANS = {
     "true": True,
@@ -35,7 +35,7 @@ def parse_inputs(pairs: list[str], document: dict[str, Any], *, send_files: bool
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise UserError(f"-i {pair}: write name=value")
+            raise UserError(f"-i {cut(pair)}: write name=value")
         if name not in properties:
             raise UserError(_unknown(name, list(properties)))
         shape = properties[name]
@@ -101,7 +101,7 @@ def _convert(name: str, text: str, shape: dict[str, Any], send_files: bool) -> A
     elif kind == "boolean":
         value = BOOLEANS.get(text.lower())
         if value is None:
-            raise UserError(f"{name}: {text} is not true or false")
+            raise UserError(f"{name}: {cut(text)} is not true or false")
     else:
         value = _number(name, text, kind)
     _check(name, value, shape)
@@ -129,7 +129,7 @@ def _file(name: str, text: str) -> str:
 def _check(name: str, value: Any, shape: dict[str, Any]) -> None:
     """Raise UserError where the server would refuse the value, in its words."""
     if "enum" in shape and value not in shape["enum"]:
-        raise UserError(f"{name}: {value!r} is not one of {', '.join(map(str, shape['enum']))}")
+        raise UserError(f"{name}: {shown(value)} is not one of {', '.join(map(str, shape['enum']))}")
     if isinstance(value, str) and len(value) > shape.get("maxLength", math.inf):
         raise UserError(f"{name} has {len(value):,} characters; at most {shape['maxLength']:,} are allowed")
     if "minimum" in shape and not value >= shape["minimum"]:
@@ -141,7 +141,7 @@ def _check(name: str, value: Any, shape: dict[str, Any]) -> None:
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"there is no input {name!r}.{hint} Inputs: {', '.join(known)}"
+    return f"there is no input {shown(name)}.{hint} Inputs: {', '.join(known)}"
 
 
 def _type_name(shape: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 from lib.cancellation import check_stop
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.storage import tar_archive, zip_archive
 from lib.storage.disk import replacing, require_free_space, size_text
 from lib.storage.member import Member
@@ -93,7 +93,7 @@ def _write(members: Iterable[Member], archive: Path, root: Path, max_bytes: int,
         else:
             what = "a link" if member.kind == "link" else "a device or pipe"
             raise UserError(
-                f"{archive.name}: {member.name!r} is {what}; only files and folders are unpacked."
+                f"{archive.name}: {shown(member.name)} is {what}; only files and folders are unpacked."
             )
 
 
@@ -110,7 +110,9 @@ def _relative_path(name: str, archive: Path) -> PurePosixPath:
     path = PurePosixPath(name)
     leaves = path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive
     if leaves or "\0" in name:
-        raise UserError(f"{archive.name}: {name!r} would leave the target folder; the archive is refused.")
+        raise UserError(
+            f"{archive.name}: {shown(name)} would leave the target folder; the archive is refused."
+        )
     return path
 
 
@@ -119,7 +121,7 @@ def _make_folder(path: Path, member: Member, archive: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(
-            f"{archive.name}: {member.name!r} needs a folder where a file is; the archive is refused."
+            f"{archive.name}: {shown(member.name)} needs a folder where a file is; the archive is refused."
         ) from error
 
 
@@ -128,4 +130,6 @@ def _create(path: Path, member: Member, archive: Path) -> BinaryIO:
     try:
         return open(path, "xb")
     except (FileExistsError, IsADirectoryError) as error:
-        raise UserError(f"{archive.name}: {member.name!r} appears twice; the archive is refused.") from error
+        raise UserError(
+            f"{archive.name}: {shown(member.name)} appears twice; the archive is refused."
+        ) from error

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Self, cast
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.storage.member import BLOCK_BYTES, Kind, Member
 
 # Python reads a tar's long names and attributes into memory at once.
@@ -43,7 +43,7 @@ def members(file: tarfile.TarFile) -> Iterator[Member]:
     """Yield the members in the order of the archive; each is read before the next is asked for."""
     for entry in file:
         if entry.size < 0:
-            raise tarfile.ReadError(f"{entry.name!r} has a negative size")
+            raise tarfile.ReadError(f"{shown(entry.name)} has a negative size")
         yield Member(
             name=entry.name,
             kind=_kind(entry),
@@ -68,7 +68,7 @@ def _blocks(file: tarfile.TarFile, entry: tarfile.TarInfo) -> Iterator[bytes]:
         count += len(block)
         yield block
     if count != entry.size:
-        raise tarfile.ReadError(f"it ends inside {entry.name!r}")
+        raise tarfile.ReadError(f"it ends inside {shown(entry.name)}")
 
 
 @contextmanager
@@ -95,7 +95,7 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
         if not header.isfile() and not 0 <= header.size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"{header.name!r} is not a file but claims {header.size:,} bytes")
+            raise tarfile.ReadError(f"{shown(header.name)} is not a file but claims {header.size:,} bytes")
         return header
 
 

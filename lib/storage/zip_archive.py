@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.storage.member import BLOCK_BYTES, Kind, Member
 from lib.storage.zip_names import member_names
 
@@ -50,12 +50,12 @@ def members(file: zipfile.ZipFile, archive: Path) -> list[Member]:
 
 def _member(file: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, archive: Path) -> Member:
     if entry.flag_bits & ENCRYPTED:
-        raise UserError(f"{archive.name}: {name!r} is encrypted. Pack the files without a password.")
+        raise UserError(f"{archive.name}: {shown(name)} is encrypted. Pack the files without a password.")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         method = METHODS.get(entry.compress_type, f"method {entry.compress_type}")
         raise UserError(
-            f"{archive.name}: {name!r} is compressed with {method}. Pack the files with deflate, the usual "
-            "method of zip, or without compression."
+            f"{archive.name}: {shown(name)} is compressed with {method}. Pack the files with deflate, the "
+            "usual method of zip, or without compression."
         )
     return Member(
         name=name,
@@ -89,15 +89,16 @@ def _blocks(file: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, archive: P
                 checksum = zlib.crc32(block, checksum)
                 yield block
     except FAULTS as error:
-        raise UserError(f"{archive.name}: {name!r} cannot be unpacked: {error}.") from error
+        raise UserError(f"{archive.name}: {shown(name)} cannot be unpacked: {error}.") from error
     if count > announced:
         raise UserError(
-            f"{archive.name}: {name!r} holds more than the {announced:,} bytes it announces; it is refused."
+            f"{archive.name}: {shown(name)} holds more than the {announced:,} bytes it announces; it is "
+            "refused."
         )
     if count < announced:
-        raise UserError(f"{archive.name}: {name!r} ends early; the archive is incomplete.")
+        raise UserError(f"{archive.name}: {shown(name)} ends early; the archive is incomplete.")
     if checksum != entry.CRC:
-        raise UserError(f"{archive.name}: {name!r} is damaged: its checksum is not the one announced.")
+        raise UserError(f"{archive.name}: {shown(name)} is damaged: its checksum is not the one announced.")
 
 
 class _Reader(io.FileIO):

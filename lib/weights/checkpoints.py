@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.errors import UserError
+from lib.errors import UserError, shown
 from lib.models.layout import INDEX, INDICES, find_model, missing_files, read_index
 from lib.network import http, hub
 from lib.network.download import fetch, remote_size, sha256_of
@@ -108,7 +108,7 @@ def _hub_source(name: str, sources: dict[str, Source]) -> Source:
     is_valid = hub.REPOSITORY.fullmatch(repository) and ".." not in repository and (revision or not at)
     if not is_valid:
         raise UserError(
-            f"There is no model {name!r}: it is neither a folder on this machine, nor a Hub repository "
+            f"There is no model {shown(name)}: it is neither a folder on this machine, nor a Hub repository "
             f"(owner/name), nor one of {', '.join(sources)}."
         )
     return Source(name=name, repository=repository, revision=revision or "main")

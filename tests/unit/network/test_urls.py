@@ -248,6 +248,23 @@ def test_a_redirect_to_a_malformed_address_is_reported(local):
         fetched(host.url("/moved"))
 
 
+def test_a_compressed_body_is_refused_as_it_may_unpack_to_any_size(local, tmp_path):
+    with Host({"/a": Served(b"x" * 100, headers={"Content-Encoding": "gzip"})}) as host:
+        for target in (None, tmp_path / "a"):
+            source = http.Source(url=host.url("/a"))
+            with pytest.raises(
+                FetchError, match=r"the host compresses it \(gzip\), although it was asked not"
+            ):
+                http.read(source) if target is None else http.save(source, target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_cut_a_long_address(local):
+    with Host({}) as host, pytest.raises(UserError) as refused:
+        http.read(http.Source(url=host.url(f"/{'a' * 3000}")))
+    assert len(str(refused.value)) < 350
+
+
 def test_a_silent_host_is_given_up_after_the_timeout_also_where_a_stop_is_awaited(monkeypatch):
     monkeypatch.setattr(http, "ATTEMPTS", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -75,6 +75,14 @@ def test_a_request_may_not_name_private_addresses_or_the_servers_files(
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("address", ["https://[", "https://]", "https://", "https://a:b/c.pt"])
+def test_an_address_that_is_none_is_named(tmp_path, cache, address):
+    refused = pytest.raises(UserError, match="is not an address; give one that begins with https://")
+    with refused, fetched(address, tmp_path):
+        pass
+    assert not cache.exists()
+
+
 def test_an_upload_and_an_address_together_are_refused():
     with pytest.raises(UserError, match=r"^Give vae or vae_url, not both\.$"):
         CheckpointInput(name="vae", upload=Path("a.pt"), address="https://example.com/a.pt")

@@ -142,7 +142,8 @@ def test_the_image_gets_what_the_project_pins(name):
     local = (PROJECT / "requirements-local.txt").read_text().splitlines()
     assert f"cog=={build['sdk_version']}" in local
     assert build["gpu"] is True
-    assert any("pget" in command for command in build["run"])
+    (pget,) = (command for command in build["run"] if "pget" in command)
+    assert "/download/v" in pget and pget.index("sha256sum -c") < pget.index("install ")
     # Cog copies only this one file into the build.
     assert not [line for line in requirements if line.startswith("-")]
     assert all("==" in line for line in requirements if line and not line.startswith("#"))
