@@ -18,6 +18,6 @@ def cut(text: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
-def shown(text: object) -> str:
-    """Return an input for a message in quotes, cut to SHOWN_CHARACTERS."""
-    return repr(cut(text))
+def shown(value: object) -> str:
+    """Return the repr of an input for a message, cut to SHOWN_CHARACTERS."""
+    return repr(cut(value)) if isinstance(value, str) else cut(repr(value))

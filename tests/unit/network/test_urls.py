@@ -253,7 +253,7 @@ def test_a_compressed_body_is_refused_as_it_may_unpack_to_any_size(local, tmp_pa
         for target in (None, tmp_path / "a"):
             source = http.Source(url=host.url("/a"))
             with pytest.raises(
-                FetchError, match=r"the host compresses it \(gzip\), although it was asked not"
+                UserError, match=r"the host compresses it \(gzip\), although it was asked not"
             ):
                 http.read(source) if target is None else http.save(source, target)
     assert list(tmp_path.iterdir()) == []
