@@ -1,6 +1,7 @@
 """LoRAs as peft and diffusers write them, for the embedded models, large enough to change frames."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -69,3 +70,60 @@ def as_kohya(state: State, alpha: float | None) -> State:
         if alpha is not None:
             renamed[f"{flat}.alpha"] = torch.tensor(float(alpha))
     return renamed
+
+
+def prefixed(state: State, prefix: str) -> State:
+    """Put a prefix before each key."""
+    return {prefix + key: value for key, value in state.items()}
+
+
+def renamed(state: State, *pairs: tuple[str, str]) -> State:
+    """Replace parts of each key."""
+    for old, new in pairs:
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
+
+
+LAYOUTS: dict[str, Callable[[State], State]] = {
+    "diffusers": lambda state: prefixed(state, "transformer."),
+    "diffusers with down and up": lambda state: renamed(
+        prefixed(state, "transformer."), ("lora_A", "lora.down"), ("lora_B", "lora.up")
+    ),
+    "diffusers, older": lambda state: renamed(
+        prefixed(state, "transformer."),
+        ("lora_A", "lora_linear_layer.down"),
+        ("lora_B", "lora_linear_layer.up"),
+    ),
+    "diffusers, oldest": lambda state: renamed(
+        prefixed(state, "transformer."),
+        ("to_out.0.lora_A", "to_out_lora.down"),
+        ("to_out.0.lora_B", "to_out_lora.up"),
+        (".lora_A", "_lora.down"),
+        (".lora_B", "_lora.up"),
+    ),
+    "peft": lambda state: prefixed(state, "base_model.model."),
+    "peft with its adapter's name": lambda state: renamed(
+        prefixed(state, "base_model.model."), (".weight", ".default.weight")
+    ),
+    "peft around diffusers": lambda state: prefixed(state, "base_model.model.transformer."),
+    "wrapper": lambda state: prefixed(state, "diffusion_model."),
+    "wrapper around a model": lambda state: prefixed(state, "model.diffusion_model."),
+    "plain": dict,
+    "plain in DDP": lambda state: prefixed(state, "module."),
+    "plain, compiled": lambda state: prefixed(state, "_orig_mod."),
+    "peft with an adapter of any name": lambda state: renamed(
+        prefixed(state, "base_model.model."), (".weight", ".my-lora v1.2.weight")
+    ),
+    "wrapper (ComfyUI core)": lambda state: renamed(
+        prefixed(state, "diffusion_model."),
+        ("transformer_blocks.", "blocks."),
+        ("attn1.to_q.", "q."),
+        ("attn1.to_k.", "k."),
+        ("attn1.to_v.", "v."),
+        ("attn1.to_out.0.", "attn_out."),
+    ),
+    "kohya": lambda state: as_kohya(state, None),
+    "kohya, one underscore": lambda state: renamed(as_kohya(state, None), ("lora_unet__", "lora_unet_")),
+    "kohya (LyCORIS)": lambda state: renamed(as_kohya(state, None), ("lora_unet__", "lycoris_")),
+}
+"""Layout, as messages call it -> the keys of peft's state in it."""

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError, shown
-from lib.lora.file import read_header
-from lib.lora.keys import RECORD, recorded_facts
+from lib.lora.file import RECORD, read_header
+from lib.lora.keys import recorded_facts
 from lib.storage.disk import replacing
 
 ADAPTER = "default"

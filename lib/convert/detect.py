@@ -25,7 +25,7 @@ SIGNATURES: tuple[tuple[str, Kind, Layout | None, str], ...] = (
      "a SAT transformer"),
     (r"encoder\.down\.\d+\.block\.\d+\.conv1\.conv\.weight", "vae", "sat", "a SAT video VAE"),
     (r"decoder\.up\.\d+\.block\.\d+\.conv1\.conv\.weight", "vae", "sat", "part of a SAT video VAE"),
-    (r".*[._]lora[._](?:A|B|up|down)\b.*", "lora", "diffusers", "a diffusers LoRA"),
+    (r".*[._]lora(?:[._]|_linear_layer\.)(?:A|B|up|down)\b.*", "lora", "diffusers", "a diffusers LoRA"),
     (r"transformer_blocks\.\d+\.norm1\.linear\.weight", "transformer", "diffusers",
      "a diffusers CogVideoX transformer"),
     (r"encoder\.down_blocks\.\d+\.resnets\.\d+\.conv1\.conv\.weight", "vae", "diffusers",

@@ -11,7 +11,6 @@ under names that no loader takes for a scale.
 import itertools
 import json
 import math
-import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,8 @@ from lib.convert.reading import MODEL, Checkpoint, open_checkpoint
 from lib.convert.report import ConversionReport, announce, lora_usage, sat_usage, write_report
 from lib.convert.writing import Progress, dtype_name, new_folder, require_room
 from lib.errors import UserError
-from lib.lora.keys import RECORD, without_prefix
+from lib.lora.file import RECORD, number
+from lib.lora.names import sort_keys
 from lib.lora.scaling import BAKED, resolve_scaling
 from lib.progress import Report
 
@@ -35,11 +35,12 @@ LORA_FILE = "lora.safetensors"
 PREFIX = "transformer."
 ORIGINAL = ".original."
 """Where SAT keeps the base weights of a layer with a LoRA."""
-ADAPTER = re.compile(r"(\.lora_[AB])\.(?!weight$).+\.weight$")
-"""The name of an adapter in peft's keys."""
 DEFAULT_ALPHA = 1.0
 """SAT's own."""
 MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+MAX_LAYERS = 200
+FLAT_MODULES = [f"transformer_blocks.{n}.attn1.{module}" for n in range(MAX_LAYERS) for module in MODULES]
+"""What names with _ for dots may stand for."""
 SOURCE_RANK, SOURCE_ALPHA, SOURCE_DTYPE = "source_rank", "source_alpha", "source_dtype"
 
 
@@ -161,7 +162,11 @@ def plan_lora_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str 
     not support: of layers other than attention's four, or of several ranks.
     """
     name, metadata = checkpoint.name, checkpoint.metadata
-    tensors = {_diffusers_key(key): tensor for key, tensor in checkpoint.tensors.items()}
+    keys = sort_keys(checkpoint.tensors, FLAT_MODULES, name=name)
+    tensors = {
+        f"{module}.lora_{'A' if side == 'down' else 'B'}.weight": checkpoint.tensors[key]
+        for (module, side), key in keys.matrices.items()
+    }
     plan = plan_to_sat(list(tensors), LORA)
     if plan.unknown:
         raise UserError(
@@ -171,7 +176,13 @@ def plan_lora_to_sat(checkpoint: Checkpoint, *, alpha: float | None, dtype: str 
     matrices = {target: tensors[pieces[0].source] for target, pieces in plan.outputs.items()}
     rank, layers = _check_matrices(tensors, matrices, name)
     modules = {key.partition(".lora_")[0]: rank for key in tensors}
-    scaling = resolve_scaling(metadata, checkpoint.adapter_config, ranks=modules, alpha_tensors={}, name=name)
+    scaling = resolve_scaling(
+        metadata,
+        checkpoint.adapter_config,
+        ranks=modules,
+        alpha_tensors={module: number(checkpoint.tensors[key]) for module, key in keys.alphas.items()},
+        name=name,
+    )
     used = (_recorded_alpha(metadata) or DEFAULT_ALPHA) if alpha is None else float(alpha)
 
     def scale(key: str) -> float:
@@ -234,10 +245,3 @@ def _recorded_alpha(metadata: Mapping[str, str]) -> float | None:
     except (KeyError, ValueError):
         return None
     return found if 0 < found < math.inf else None
-
-
-def _diffusers_key(key: str) -> str:
-    _, key = without_prefix(key)
-    for side, written in (("A", "lora.down"), ("B", "lora.up")):
-        key = key.replace(f".{written}.weight", f".lora_{side}.weight")
-    return ADAPTER.sub(r"\1.weight", key)

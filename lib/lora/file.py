@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -12,6 +12,8 @@ from lib.errors import UserError
 
 Kind = Literal["safetensors", "tar"]
 
+RECORD = "cogvideox"
+"""The metadata in which our trainer records base, task and trigger word."""
 MAX_TENSORS = 50_000
 """A LoRA on every linear layer of a 5B model has some 800."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -100,10 +102,12 @@ def read_alphas(path: Path, keys: Mapping[str, str], name: str) -> dict[str, flo
             tensors = {module: file.get_tensor(key) for module, key in keys.items()}
     except SafetensorError as error:
         raise UserError(f"{name} is not a complete safetensors file: {error}. Download it again.") from error
-    return {
-        module: float(tensor.double()) if tensor.numel() == 1 else float("nan")
-        for module, tensor in tensors.items()
-    }
+    return {module: number(tensor) for module, tensor in tensors.items()}
+
+
+def number(tensor: Any) -> float:
+    """Return the value of a torch tensor with a single number, NaN for others."""
+    return float(tensor.double()) if tensor.numel() == 1 else float("nan")
 
 
 def _is_old_tar(path: Path) -> bool:

@@ -6,11 +6,12 @@ The product of a module's two matrices is multiplied by alpha / rank (rsLoRA: al
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import UserError
+from lib.lora.file import RECORD
 
 BAKED = "alpha_over_rank_applied"
 """Metadata of a converted file whose B matrices are already multiplied by alpha / rank."""
@@ -60,9 +61,8 @@ def resolve_scaling(
     if BAKED in metadata:
         declared = Scaling(alphas={module: float(rank) for module, rank in ranks.items()})
     else:
-        config = _header_config(metadata, name)
-        if _without_component(config).get("lora_alpha") is None:
-            config = adapter_config or config
+        configs = [_header_config(metadata, name), adapter_config or {}]
+        config = _used([_without_component(each) for each in configs], name)
         declared = _declared(config, ranks, alpha_tensors, name)
     if declared is None:
         return Scaling(alphas={module: float(alpha_input or rank) for module, rank in ranks.items()})
@@ -83,8 +83,8 @@ def _header_config(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     for key in CONFIGS:
         found = found or _parse_object(metadata.get(key), name) or {}
     alpha = _without_component(found).get("lora_alpha")
-    for key, text in sorted(metadata.items()):
-        if key in CONFIGS or "alpha" not in key.lower() or text.strip().lower() in ("", "none", "null"):
+    for key, text in sorted(_stated(metadata)):
+        if "alpha" not in key.lower() or text.strip().lower() in ("", "none", "null"):
             continue
         if key.lower().rpartition(".")[2].removeprefix("ss_") not in ALPHAS:
             raise UserError(
@@ -99,15 +99,36 @@ def _header_config(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     return found
 
 
+def _stated(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Return names and values: of the metadata, and of known alphas in objects that it holds as JSON."""
+    for key, text in metadata.items():
+        if key in (*CONFIGS, RECORD):
+            continue
+        yield key, text
+        try:
+            content = json.loads(text) if text.startswith("{") else None
+        except (ValueError, RecursionError):
+            continue
+        for inner, value in content.items() if isinstance(content, dict) else ():
+            if inner.lower() in ALPHAS:
+                yield f"{key}.{inner}", str(value)
+
+
 def _without_component(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix("transformer."): value for key, value in config.items()}
 
 
+def _used(configs: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """Return the first configuration that says an alpha. Raises UserError if one is of no LoRA."""
+    for config in configs:
+        _check_kind(config, name)
+    return next((config for config in configs if config.get("lora_alpha") is not None), None)
+
+
 def _declared(
-    config: Mapping[str, Any], ranks: Mapping[str, int], alpha_tensors: Mapping[str, float], name: str
+    config: dict[str, Any] | None, ranks: Mapping[str, int], alpha_tensors: Mapping[str, float], name: str
 ) -> Scaling | None:
-    config = _without_component(config)
-    configured = _from_config(config, ranks, name) if config.get("lora_alpha") is not None else None
+    configured = None if config is None else _from_config(config, ranks, name)
     if not alpha_tensors:
         return configured
     if missing := [module for module in ranks if module not in alpha_tensors]:
@@ -138,7 +159,8 @@ def _parse_object(text: str | None, name: str) -> dict[str, Any] | None:
     return content
 
 
-def _from_config(config: Mapping[str, Any], ranks: Mapping[str, int], name: str) -> Scaling:
+def _check_kind(config: Mapping[str, Any], name: str) -> None:
+    """Raise UserError for the configuration of something else than a LoRA."""
     kind = str(config.get("peft_type") or "LORA")
     if kind.rpartition(".")[2].upper() != "LORA":
         raise UserError(f"{name} cannot be loaded: its metadata calls it a {kind[:40]}, not a LoRA.")
@@ -146,6 +168,9 @@ def _from_config(config: Mapping[str, Any], ranks: Mapping[str, int], name: str)
         raise UserError(f"{name} cannot be loaded: its metadata calls it a DoRA.")
     if config.get("layer_replication"):
         raise UserError(f"{name} cannot be loaded: it repeats layers (layer_replication).")
+
+
+def _from_config(config: Mapping[str, Any], ranks: Mapping[str, int], name: str) -> Scaling:
     rank, alpha = config.get("r"), _positive(config["lora_alpha"], name)
     rank_pattern, alpha_pattern = (_pattern(config, key, name) for key in ("rank_pattern", "alpha_pattern"))
     for module, found in ranks.items():

@@ -17,6 +17,7 @@ from lib.lora.keys import read_lora
 from lib.models.specs import SPECS
 from tests import convert_factory as factory
 from tests.convert_factory import silent
+from tests.lora_factory import LAYOUTS, as_kohya
 from tests.unit.convert.test_models import SAT_EPS, denoise
 
 lora_to_diffusers = partial(convert_lora, direction="to_diffusers")
@@ -266,3 +267,46 @@ def test_the_alpha_in_adapter_config_counts_as_the_one_in_the_metadata(tmp_path,
         states.append(torch.load(saved, weights_only=True)["module"])
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A LoRA's matrices by plain names, and the SAT states that it makes at alpha 8."""
+    folder = tmp_path_factory.mktemp("plain")
+    state = {
+        key.removeprefix("transformer."): value
+        for key, value in load_file(converted(factory.source("lora-t2v-2b"), folder)).items()
+    }
+    return state, sat_states(state, folder, {"lora_config": json.dumps({"r": 4, "lora_alpha": 8})})
+
+
+def sat_states(tensors, folder, metadata):
+    """The SAT states of a LoRA that is written with these keys and this metadata."""
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, folder / "it.safetensors", metadata
+    )
+    lora_to_sat(folder / "it.safetensors", target=folder / "sat", report=silent)
+    return factory.states(folder / "sat")
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export_reads_every_layout_that_predictions_read(layout, plain, tmp_path):
+    state, wanted = plain
+    found = sat_states(LAYOUTS[layout](state), tmp_path, {"network_alpha": "8"})
+    assert same(found, wanted)
+
+
+def test_alphas_that_are_tensors_count_in_an_export(plain, tmp_path):
+    state, wanted = plain
+    assert same(sat_states(as_kohya(state, 8), tmp_path, None), wanted)
+
+
+def test_a_lora_that_no_prediction_loads_is_not_exported_either(plain, tmp_path):
+    state, _ = plain
+    dora = {"lora_config": json.dumps({"use_dora": True})}
+    with pytest.raises(UserError, match="calls it a DoRA"):
+        sat_states(state, tmp_path, dora)

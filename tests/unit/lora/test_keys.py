@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from lib.errors import UserError
 from lib.lora.keys import LoraFile, read_lora
 from lib.models.specs import SPECS
-from tests.lora_factory import as_kohya, lora_state, transformer_config
+from tests.lora_factory import LAYOUTS, as_kohya, lora_state, prefixed, renamed, transformer_config
 
 WIDTH, LAYERS = 192, transformer_config()["num_layers"]
 RANK, ALPHA = 4, 10.0
@@ -46,46 +46,6 @@ def complaint(tmp_path, *arguments, **options) -> str:
     with pytest.raises(UserError) as caught:
         read(tmp_path, *arguments, **options)
     return str(caught.value)
-
-
-def prefixed(state, prefix):
-    return {prefix + key: value for key, value in state.items()}
-
-
-def renamed(state, *pairs):
-    for old, new in pairs:
-        state = {key.replace(old, new): value for key, value in state.items()}
-    return state
-
-
-LAYOUTS = {
-    "diffusers": lambda state: prefixed(state, "transformer."),
-    "diffusers with down and up": lambda state: renamed(
-        prefixed(state, "transformer."), ("lora_A", "lora.down"), ("lora_B", "lora.up")
-    ),
-    "diffusers, older": lambda state: renamed(
-        prefixed(state, "transformer."),
-        ("lora_A", "lora_linear_layer.down"),
-        ("lora_B", "lora_linear_layer.up"),
-    ),
-    "diffusers, oldest": lambda state: renamed(
-        prefixed(state, "transformer."),
-        ("to_out.0.lora_A", "to_out_lora.down"),
-        ("to_out.0.lora_B", "to_out_lora.up"),
-        (".lora_A", "_lora.down"),
-        (".lora_B", "_lora.up"),
-    ),
-    "peft": lambda state: prefixed(state, "base_model.model."),
-    "peft with its adapter's name": lambda state: renamed(
-        prefixed(state, "base_model.model."), (".weight", ".default.weight")
-    ),
-    "peft around diffusers": lambda state: prefixed(state, "base_model.model.transformer."),
-    "wrapper": lambda state: prefixed(state, "diffusion_model."),
-    "wrapper around a model": lambda state: prefixed(state, "model.diffusion_model."),
-    "plain": dict,
-    "kohya": lambda state: as_kohya(state, None),
-    "kohya, one underscore": lambda state: renamed(as_kohya(state, None), ("lora_unet__", "lora_unet_")),
-}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -332,3 +292,58 @@ def test_bases_with_equal_shapes_are_distinguished_by_the_trainers_record(
 @pytest.mark.parametrize("text", ["{", "[]", '{"base": "tiny-t2v", "task": "t2v"}', '{"base": 3}'])
 def test_a_matching_or_unreadable_record_is_accepted(tmp_path, state, text):
     assert read(tmp_path, state, {"cogvideox": text}).pairs
+
+
+def test_several_adapters_in_one_file_are_named(tmp_path, state):
+    first = renamed(prefixed(state, "base_model.model."), (".weight", ".fox.weight"))
+    second = renamed(prefixed(state, "base_model.model."), (".weight", ".owl.weight"))
+    assert "it holds several adapters: 'fox', 'owl'. Save the one to use" in complaint(
+        tmp_path, first | second
+    )
+    on_other_modules = {key: value for key, value in first.items() if ".to_q." in key}
+    on_other_modules |= {key: value for key, value in second.items() if ".to_k." in key}
+    assert "several adapters: 'fox', 'owl'" in complaint(tmp_path, on_other_modules)
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_dora": True}, {"peft_type": "LOHA"}, {"layer_replication": [[0, 2]]}]
+)
+@pytest.mark.parametrize("place", ["metadata", "adapter_config.json"])
+def test_another_method_is_refused_also_where_no_alpha_is_said(tmp_path, state, config, place):
+    options = {"config": config} if place != "metadata" else {"metadata": diffusers_metadata(**config)}
+    assert "cannot be loaded" in complaint(tmp_path, prefixed(state, "transformer."), **options)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "alpha"),
+    [
+        ({"training_args": json.dumps({"network_alpha": "10", "alphabet": 3})}, 10),
+        ({"ss_network_args": json.dumps({"lora_alpha": 10.0})}, 10),
+        ({"Network_Alpha": " 10 "}, 10),
+        ({"notes": json.dumps({"inner": {"lora_alpha": 7}})}, 4),
+        ({"notes": "{not json"}, 4),
+    ],
+)
+def test_an_alpha_in_json_metadata_counts(tmp_path, state, metadata, alpha):
+    assert set(read(tmp_path, prefixed(state, "transformer."), metadata).scaling.alphas.values()) == {alpha}
+
+
+def test_two_places_that_say_different_alphas_are_refused(tmp_path, state):
+    metadata = {"config": json.dumps({"lora_alpha": 8})} | diffusers_metadata(r=RANK, lora_alpha=10)
+    assert "two different alphas" in complaint(tmp_path, prefixed(state, "transformer."), metadata)
+
+
+def test_a_lora_of_the_same_kind_with_another_module_is_not_called_another_base(tmp_path, state):
+    strange = {"transformer_blocks.0.attn1.to_z.lora_A.weight": torch.ones(RANK, WIDTH)}
+    strange["transformer_blocks.0.attn1.to_z.lora_B.weight"] = torch.ones(WIDTH, RANK)
+    assert complaint(tmp_path, state | strange) == (
+        "it does not fit tiny-t2v, which has no module 'transformer_blocks.0.attn1.to_z'."
+    )
+
+
+@pytest.mark.parametrize(
+    "base", ["tiny-t2v", "TINY-T2V", "", "/models/fine-tuned", "someone/merged-5b", "tiny-t2v@main"]
+)
+def test_a_recorded_base_of_the_same_kind_is_accepted(tmp_path, state, base):
+    recorded = {"cogvideox": json.dumps({"base": base, "task": "t2v"})}
+    assert len(read(tmp_path, prefixed(state, "transformer."), recorded).pairs) == 4 * LAYERS
