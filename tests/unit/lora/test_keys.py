@@ -296,7 +296,7 @@ def test_a_matching_or_unreadable_record_is_accepted(tmp_path, state, text):
 
 def test_several_adapters_in_one_file_are_named(tmp_path, state):
     first = renamed(prefixed(state, "base_model.model."), (".weight", ".fox.weight"))
-    second = renamed(prefixed(state, "base_model.model."), (".weight", ".owl.weight"))
+    second = {key.replace(".fox.", ".owl."): value.clone() for key, value in first.items()}
     assert "it holds several adapters: 'fox', 'owl'. Save the one to use" in complaint(
         tmp_path, first | second
     )
