@@ -24,7 +24,7 @@ QUICK_SECONDS = 10.0
 # coglet frees its slot shortly after it has replied: a request refused so soon is retried.
 BUSY_SECONDS = 1.0
 # UserError and its subclasses: their messages are written for the caller and need no class name.
-CALLER_ERRORS = ("UserError", "FetchError", "NoSpaceError", "NoRepositoryError")
+CALLER_ERRORS = ("UserError", "FetchError", "NoSpaceError", "NoRepositoryError", "TimeLimitError")
 
 
 class PredictionError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Pack a folder into a tar without user names of this machine."""
+"""Pack a folder into a tar without user names and times of this machine."""
 
 import tarfile
 from pathlib import Path
@@ -7,6 +7,9 @@ from typing import BinaryIO
 from lib.cancellation import check_stop
 from lib.storage.archive import Stop
 from lib.storage.disk import replacing, require_free_space
+
+DATE = 315_532_800
+"""1 January 1980, as in zips without a date: the same content gives the same bytes."""
 
 
 def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None) -> Path:
@@ -23,7 +26,7 @@ def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None
         with tarfile.open(partial, "w", dereference=True) as archive:
             for path in sorted(folder.rglob("*")):
                 member = archive.gettarinfo(path, arcname=str(path.relative_to(folder)))
-                _forget_owner(member)
+                _forget_machine(member)
                 if not member.isfile():
                     archive.addfile(member)
                     continue
@@ -34,9 +37,10 @@ def pack(folder: Path, target: Path, *, consume: bool = False, stop: Stop = None
     return target
 
 
-def _forget_owner(member: tarfile.TarInfo) -> None:
+def _forget_machine(member: tarfile.TarInfo) -> None:
     member.uid = member.gid = 0
     member.uname = member.gname = ""
+    member.mtime = DATE
     member.mode = 0o755 if member.isdir() else 0o644
 
 

@@ -1,3 +1,4 @@
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -37,6 +38,13 @@ def test_a_tar_has_the_content_at_its_root_and_no_user_of_this_machine(folder, t
         assert {oct(member.mode) for member in archive.getmembers() if member.isfile()} == {"0o644"}
     assert contents(folder) == ({} if consume else before)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_same_content_gives_the_same_tar_at_any_time(folder, tmp_path):
+    first = pack(folder, tmp_path / "first.tar").read_bytes()
+    for path in folder.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    assert pack(folder, tmp_path / "second.tar").read_bytes() == first
 
 
 def test_a_tar_that_cannot_be_written_or_is_stopped_leaves_nothing(folder, tmp_path):
