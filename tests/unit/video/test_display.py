@@ -3,6 +3,7 @@
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -59,6 +60,32 @@ def test_transparent_parts_are_white_and_what_lies_under_them_is_not_shown(name)
         assert np.abs(ball(frame)[2] - BALL).max() <= 6
         # A checkerboard of blue and green lies under the transparency; lossy alpha blurs the ball's edge.
         assert ((frame[..., 2].astype(int) - frame[..., 0]) > 60).mean() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "pixels"),
+    [
+        (".mov", "prores_ks", "yuva444p10le"),
+        (".mov", "qtrle", "argb"),
+        (".mkv", "ffv1", "yuva420p"),
+        (".mkv", "ffv1", "bgra"),
+    ],
+)
+def test_transparency_of_other_codecs_is_white(tmp_path, ending, codec, pixels):
+    path = tmp_path / f"clip{ending}"
+    picture = np.zeros((48, 64, 4), np.uint8)
+    picture[..., 2] = 255  # blue, not shown
+    picture[12:36, 16:48] = (*BALL, 255)
+    with av.open(path, "w") as file:
+        stream = file.add_stream(codec, rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixels)
+        for packet in (*stream.encode(frame), *stream.encode()):
+            file.mux(packet)
+    with open_video(path) as video:
+        (shown,) = video.read([0])
+    assert np.abs(shown[2, 2].astype(int) - 255).max() <= 3
+    assert np.abs(shown[24, 32].astype(int) - BALL).max() <= 6
 
 
 def test_frames_with_transparency_are_found_by_seeking_too():
