@@ -1,6 +1,9 @@
 """SAT LoRAs are converted so that the usual loaders give SAT's output, and back."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -15,6 +18,7 @@ from lib.convert.models import to_diffusers
 from lib.errors import UserError
 from lib.lora.keys import read_lora
 from lib.models.specs import SPECS
+from lib.serving.registry import PROJECT
 from tests import convert_factory as factory
 from tests.convert_factory import silent
 from tests.lora_factory import LAYOUTS, as_kohya
@@ -126,6 +130,21 @@ def test_the_original_values_are_recorded_where_no_loader_scales_by_them(tmp_pat
         "source_dtype": "float32",
         "cogvideox": json.dumps({"task": "t2v"}),
     }
+
+
+def test_an_export_gives_the_same_bytes_in_every_process(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from lib.convert.lora import convert_lora; "
+        'convert_lora(Path(sys.argv[1]), target=Path(sys.argv[2]), direction="to_diffusers", alpha=4)'
+    )
+    source = factory.source("lora-t2v-5b")
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # another order of sets than here
+    subprocess.run(
+        [sys.executable, "-c", program, source, tmp_path / "other"],
+        cwd=PROJECT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True,
+    )  # fmt: skip
+    here, other = converted(source, tmp_path, alpha=4), tmp_path / "other" / "lora.safetensors"
+    assert here.read_bytes() == other.read_bytes()
 
 
 def test_the_service_does_not_scale_a_converted_lora_again(tmp_path):
