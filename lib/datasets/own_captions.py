@@ -40,7 +40,8 @@ MAX_SEARCHED_BYTES = 64 << 20
 SENTENCE = re.compile(r"(?<![^\W\d_])[^\W\d_]++(?:,? [^\W\d_]++){2}|[\u3040-\u9fff\uac00-\ud7af]{6}")
 """What makes a text more than a list of names: three words, or six letters of a script without blanks.
 A search takes linear time: it starts at words only, and gives no letter back."""
-BETWEEN_NAMES = re.compile(r"""["'`,;|:<>()\[\]{}=\t\r\n\\/]+""")
+NAME = re.compile(r"""[^"'`,;|:<>()\[\]{}=\t\r\n\\/]+""")
+WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,18 +74,10 @@ class OwnCaptions:
         To be called when `read` was called for all clips.
         """
         above = {"" if str(parent) == "." else str(parent) for parent in PurePosixPath(name).parents}
-        for file in self._closed:
-            if posixpath.dirname(file) in above:
-                return file
-        stem = PurePosixPath(name).stem.casefold()
-        own = {stem, posixpath.basename(name).casefold()}
-        for file, names in self._texts.items():
-            if file in self.used:
-                continue
-            is_list = posixpath.dirname(file) in above and self._is_list_alone(file)
-            if is_list or PurePosixPath(file).stem.casefold() in own or own & names:
-                return file
-        return None
+        stem, base = PurePosixPath(name).stem.casefold(), posixpath.basename(name).casefold()
+        named = (*self._texts.get(stem, ()), *self._texts.get(base, ()))
+        for_all = (file for file in self._for_folders if posixpath.dirname(file) in above)
+        return next((file for file in (*for_all, *named) if file not in self.used), None)
 
     def _is_list_alone(self, file: str) -> bool:
         """Return whether a file has captions line by line, and none tells of which clips."""
@@ -94,7 +87,8 @@ class OwnCaptions:
     def _files_of(self, name: str) -> Iterator[str]:
         folder, base = posixpath.split(name)
         names = [f"{stem}{ending}" for ending in ENDINGS for stem in (base, PurePosixPath(base).stem)]
-        for place in (folder, *_caption_folders(folder)):
+        places = (place for place in _caption_folders(folder) if place.casefold() in self._folders)
+        for place in (folder, *places):
             yield from (file for each in names if (file := self.files.in_folder(place, each)))
         alone = self.files.in_folder(folder, *ONE_CAPTION) if self._count[folder] == 1 else None
         if alone and self._is_list_alone(alone):
@@ -119,25 +113,45 @@ class OwnCaptions:
         return count
 
     @cached_property
-    def _closed(self) -> list[str]:
-        return [name for name in self.files.paths if PurePosixPath(name).suffix.lower() in CLOSED_TABLES]
+    def _folders(self) -> set[str]:
+        return {folder.casefold() for folder in self.files.folders}
 
     @cached_property
-    def _texts(self) -> dict[str, set[str]]:
-        """The files with sentences, and every name in them; names are case-folded."""
-        found = {}
-        for name, path in self.files.paths.items():
-            base = posixpath.basename(name).lower()
-            if PurePosixPath(base).suffix not in TEXTS or base in NOT_CAPTIONS:
-                continue
-            try:
-                text = read_text(path, max_bytes=MAX_SEARCHED_BYTES)
-            except UnreadableError:
-                text = ""
-            if SENTENCE.search(text):
-                parts = {part.strip() for part in BETWEEN_NAMES.split(text.casefold())}
-                found[name] = parts | set(text.casefold().split())
+    def _for_folders(self) -> list[str]:
+        """Files that may hold captions of all clips in their folder and below."""
+        tables = [name for name in self.files.paths if PurePosixPath(name).suffix.lower() in CLOSED_TABLES]
+        lists = [name for name in self._sentences if self._is_list_alone(name)]
+        return [*tables, *lists]
+
+    @cached_property
+    def _texts(self) -> dict[str, list[str]]:
+        """The files with sentences by the clips that they name, or whose name they have; case-folded."""
+        wanted = {PurePosixPath(name).stem.casefold() for name in self.clips}
+        wanted |= {posixpath.basename(name).casefold() for name in self.clips}
+        found: dict[str, list[str]] = {}
+        for file in self._sentences:
+            text = self._text(file).casefold()
+            words = (match[0].strip() for match in NAME.finditer(text))
+            names = {PurePosixPath(file).stem.casefold(), *(word for word in words if word in wanted)}
+            names |= {match[0] for match in WORD.finditer(text) if match[0] in wanted}
+            for name in names:
+                found.setdefault(name, []).append(file)
         return found
+
+    @cached_property
+    def _sentences(self) -> list[str]:
+        """The text files that hold a sentence."""
+        bases = {name: posixpath.basename(name).lower() for name in self.files.paths}
+        texts = [name for name, base in bases.items() if PurePosixPath(base).suffix in TEXTS]
+        return [
+            name for name in texts if bases[name] not in NOT_CAPTIONS and SENTENCE.search(self._text(name))
+        ]
+
+    def _text(self, file: str) -> str:
+        try:
+            return read_text(self.files.paths[file], max_bytes=MAX_SEARCHED_BYTES)
+        except UnreadableError:
+            return ""
 
 
 def _caption_folders(folder: str) -> Iterator[str]:
