@@ -30,24 +30,27 @@ class RequestStop(threading.Event):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self._limit = self._left = seconds
-        self._since: float | None = time.monotonic()
+        self._since = time.monotonic()
+        self._pauses = 0
+        """How many untimed blocks are open, one in another."""
 
     def check_time(self) -> None:
         """Raise TimeLimitError once the time is over."""
-        since = self._since
-        if since is not None and time.monotonic() - since > self._left:
+        if not self._pauses and time.monotonic() - self._since > self._left:
             raise TimeLimitError(
                 f"the request took longer than {self._limit:g} s before and after the model's work, such as "
                 "downloading and unpacking (COGVIDEOX_PREPARE_SECONDS)"
             )
 
     def pause(self) -> None:
-        if self._since is not None:
+        if not self._pauses:
             self._left -= time.monotonic() - self._since
-            self._since = None
+        self._pauses += 1
 
     def resume(self) -> None:
-        self._since = time.monotonic()
+        self._pauses -= 1
+        if not self._pauses:
+            self._since = time.monotonic()
 
 
 @contextmanager

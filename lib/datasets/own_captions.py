@@ -118,10 +118,11 @@ class OwnCaptions:
 
     @cached_property
     def _for_folders(self) -> list[str]:
-        """Files that may hold captions of all clips in their folder and below."""
+        """Files that may hold captions of all clips in their folder and below; unreadable ones too."""
         tables = [name for name in self.files.paths if PurePosixPath(name).suffix.lower() in CLOSED_TABLES]
         lists = [name for name in self._sentences if self._is_list_alone(name)]
-        return [*tables, *lists]
+        unreadable = [name for name in self._text_files if self._text(name) is None]
+        return [*tables, *lists, *unreadable]
 
     @cached_property
     def _texts(self) -> dict[str, list[str]]:
@@ -130,7 +131,7 @@ class OwnCaptions:
         wanted |= {posixpath.basename(name).casefold() for name in self.clips}
         found: dict[str, list[str]] = {}
         for file in self._sentences:
-            text = self._text(file).casefold()
+            text = (self._text(file) or "").casefold()
             words = (match[0].strip() for match in NAME.finditer(text))
             names = {PurePosixPath(file).stem.casefold(), *(word for word in words if word in wanted)}
             names |= {match[0] for match in WORD.finditer(text) if match[0] in wanted}
@@ -139,19 +140,22 @@ class OwnCaptions:
         return found
 
     @cached_property
-    def _sentences(self) -> list[str]:
-        """The text files that hold a sentence."""
+    def _text_files(self) -> list[str]:
         bases = {name: posixpath.basename(name).lower() for name in self.files.paths}
         texts = [name for name, base in bases.items() if PurePosixPath(base).suffix in TEXTS]
-        return [
-            name for name in texts if bases[name] not in NOT_CAPTIONS and SENTENCE.search(self._text(name))
-        ]
+        return [name for name in texts if bases[name] not in NOT_CAPTIONS]
 
-    def _text(self, file: str) -> str:
+    @cached_property
+    def _sentences(self) -> list[str]:
+        """The text files that hold a sentence."""
+        return [name for name in self._text_files if SENTENCE.search(self._text(name) or "")]
+
+    def _text(self, file: str) -> str | None:
+        """Return a file's text, None where it cannot be read."""
         try:
             return read_text(self.files.paths[file], max_bytes=MAX_SEARCHED_BYTES)
         except UnreadableError:
-            return ""
+            return None
 
 
 def _caption_folders(folder: str) -> Iterator[str]:

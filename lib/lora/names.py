@@ -49,7 +49,7 @@ UNSUPPORTED = {
     r"\.oft_": "it is an OFT, not a LoRA",
     r"\.lora_mid": "it has a third matrix (LoCon), which linear layers do not have",
     r"\.lora_embedding_": "it trains embeddings, which these transformers do not have",
-    r"\.lora_(?:B|up)(?:\.\w+)?\.bias$": "it trains biases in addition to its matrices",
+    r"\.lora_(?:B|up)(?:\..+)?\.bias$": "it trains biases in addition to its matrices",
     r"\.diff(?:_b)?$": "it stores full weight differences, not LoRA pairs",
     r"\.matrix_[AB]\.": "it is a LoRA in SAT's layout; convert it with script/export-lora or the predictor "
     "predict_export_lora",
@@ -57,6 +57,8 @@ UNSUPPORTED = {
 """Keys that are not loaded, and why."""
 TEXT_ENCODERS = ("text_encoder", "lora_te", "te_", "te1_", "te2_")
 LISTED = 3
+MAX_KEY_CHARACTERS = 500
+"""Matching takes a time that grows with the square of a name's length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +77,11 @@ def sort_keys(keys: Collection[str], modules: Iterable[str], *, name: str) -> Ke
 
     `modules` are the names that flat ones (kohya's, with _ for dots) may stand for.
     """
+    if longest := max((key for key in keys if len(key) > MAX_KEY_CHARACTERS), key=len, default=""):
+        raise UserError(
+            f"{name} is not a supported LoRA: {shown(longest)} has {len(longest):,} characters; names of "
+            f"tensors may have {MAX_KEY_CHARACTERS}."
+        )
     _refuse_unsupported(keys, name)
     flattened = {module.replace(".", "_"): module for module in modules}
     matrices: dict[tuple[str, str], str] = {}

@@ -164,7 +164,7 @@ def _check_kind(config: Mapping[str, Any], name: str) -> None:
     kind = str(config.get("peft_type") or "LORA")
     if kind.rpartition(".")[2].upper() != "LORA":
         raise UserError(f"{name} cannot be loaded: its metadata calls it a {kind[:40]}, not a LoRA.")
-    if config.get("use_dora"):
+    if _flag(config, "use_dora", name):
         raise UserError(f"{name} cannot be loaded: its metadata calls it a DoRA.")
     if config.get("layer_replication"):
         raise UserError(f"{name} cannot be loaded: it repeats layers (layer_replication).")
@@ -182,7 +182,7 @@ def _from_config(config: Mapping[str, Any], ranks: Mapping[str, int], name: str)
             )
     return Scaling(
         alphas={module: _positive(_look_up(alpha_pattern, module, alpha), name) for module in ranks},
-        rslora=bool(config.get("use_rslora")),
+        rslora=_flag(config, "use_rslora", name),
     )
 
 
@@ -205,6 +205,14 @@ def _look_up(pattern: Mapping[str, Any], module: str, default: object) -> object
         if module == written or module.endswith(f".{written}"):
             return value
     return default
+
+
+def _flag(config: Mapping[str, Any], key: str, name: str) -> bool:
+    """Return a truth value, also one written as text."""
+    value = str(config.get(key) or False).strip().lower()
+    if value not in ("true", "false", "1", "0"):
+        raise UserError(f"{name}: {key} in its metadata is {value[:40]!r}, neither true nor false.")
+    return value in ("true", "1")
 
 
 def _number(value: object) -> float:

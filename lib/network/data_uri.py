@@ -20,7 +20,8 @@ def decode(uri: str) -> tuple[str, bytes]:
     if not comma:
         raise UserError(f"the data URI has no comma: give {FORM}")
     media_type, *parameters = head[len("data:") :].split(";")
-    content = unquote_to_bytes(body) if "%" in body else body.encode()
+    content = body.encode(errors="replace")  # JSON can hold halves of surrogate pairs
+    content = unquote_to_bytes(content) if "%" in body else content
     if parameters and parameters[-1].strip().lower() == "base64":
         content = _decode_base64(content)
     if not content:

@@ -30,7 +30,7 @@ from lib.storage.disk import disk_error, size_text
 MAX_INPUT_BYTES = 2 * 2**30  # predictors also take videos and archives
 GIVE = "give a data URI (data:image/png;base64,...) or an https:// address"
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-RAW_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64,}[A-Za-z0-9+/_=\s-]*")
+RAW_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64}[A-Za-z0-9+/_=\s-]*")
 UNSAFE = re.compile(r"[^\w.+ ()\[\]-]")
 PROBE_URL = "https://probe.invalid/name.bin"
 

@@ -46,6 +46,17 @@ def test_the_models_work_does_not_count(clock):
         check_stop(stop)
 
 
+def test_a_block_within_another_does_not_start_the_clock(clock):
+    stop = RequestStop(60)
+    with untimed(stop):
+        with untimed(stop):
+            clock[0] += 3600
+        clock[0] += 3600
+        check_stop(stop)
+    clock[0] += 59
+    check_stop(stop)
+
+
 def test_a_cancel_during_the_models_work_is_seen(clock):
     stop = RequestStop(60)
     with pytest.raises(Stopped), untimed(stop):

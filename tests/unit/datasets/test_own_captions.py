@@ -58,6 +58,7 @@ def test_captions_are_found_where_people_keep_them(tmp_path, files):
         ("dataset.json", json.dumps({"items": {"1": {"mov": "fox.mp4", "says": FOX}}})),
         ("table.csv", "fox.mp4;\u4e00\u53ea\u7ea2\u8272\u7684\u72d0\u72f8\n"),
         ("metadata.parquet", b"PAR1"),
+        ("list.txt", "fox.mp4 \u72d0\u72f8".encode("gbk")),
         ("metadata.json", '[{"video": "fox.mp4", "caption": "a red fox runs'),
     ],
 )

@@ -347,3 +347,18 @@ def test_a_lora_of_the_same_kind_with_another_module_is_not_called_another_base(
 def test_a_recorded_base_of_the_same_kind_is_accepted(tmp_path, state, base):
     recorded = {"cogvideox": json.dumps({"base": base, "task": "t2v"})}
     assert len(read(tmp_path, prefixed(state, "transformer."), recorded).pairs) == 4 * LAYERS
+
+
+def test_a_long_name_is_refused_before_it_is_matched(tmp_path, state):
+    message = complaint(tmp_path, state | {"x" + ".lora_A." * 50_000 + "Z\n": torch.ones(2, 2)})
+    assert "has 400,003 characters; names of tensors may have 500" in message and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("written", "alpha_over_rank"), [("false", 10 / 4), ("True", 5.0), (1, 5.0), (None, 2.5)]
+)
+def test_rslora_may_be_written_as_text(tmp_path, state, written, alpha_over_rank):
+    metadata = diffusers_metadata(r=RANK, lora_alpha=10, use_rslora=written)
+    scaling = read(tmp_path, prefixed(state, "transformer."), metadata).scaling
+    factor = 10 / (RANK**0.5 if scaling.rslora else RANK)
+    assert factor == alpha_over_rank

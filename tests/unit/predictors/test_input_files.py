@@ -205,6 +205,7 @@ REFUSED = {
     "data:image/png;base64,": "the data URI holds no file",
     "data:image/png;base64,A": "the data URI is not complete, or not base64",
     "data:image/png;base64,no base64!": "the data URI is not complete, or not base64",
+    "data:image/png;base64,\ud800": "the data URI is not complete, or not base64",
     "https://[": "malformed host.* is not an address",
     "https://": "is not an address",
     "HTTPS://[::1": "is not an address",
