@@ -111,6 +111,18 @@ LAYOUTS: dict[str, Callable[[State], State]] = {
     "plain": dict,
     "plain in DDP": lambda state: prefixed(state, "module."),
     "plain, compiled": lambda state: prefixed(state, "_orig_mod."),
+    "plain, DiffSynth": lambda state: prefixed(state, "pipe.dit."),
+    "plain, FSDP and checkpoints": lambda state: renamed(
+        prefixed(state, "_fsdp_wrapped_module."), (".attn1.", "._checkpoint_wrapped_module.attn1.")
+    ),
+    "diffusers, attention processors": lambda state: renamed(
+        prefixed(state, "transformer."),
+        ("attn1.", "attn1.processor."),
+        ("to_out.0.lora_A", "to_out_lora.down"),
+        ("to_out.0.lora_B", "to_out_lora.up"),
+        (".lora_A", "_lora.down"),
+        (".lora_B", "_lora.up"),
+    ),
     "peft with an adapter of any name": lambda state: renamed(
         prefixed(state, "base_model.model."), (".weight", ".my-lora v1.2.weight")
     ),
@@ -124,6 +136,13 @@ LAYOUTS: dict[str, Callable[[State], State]] = {
     ),
     "kohya": lambda state: as_kohya(state, None),
     "kohya, one underscore": lambda state: renamed(as_kohya(state, None), ("lora_unet__", "lora_unet_")),
+    "kohya, to_out without 0": lambda state: renamed(as_kohya(state, None), ("to_out_0", "to_out")),
+    "kohya (ComfyUI core)": lambda state: renamed(
+        as_kohya(state, None),
+        ("transformer_blocks_", "blocks_"),
+        ("attn1_to_out_0", "attn_out"),
+        ("attn1_to_", ""),
+    ),
     "kohya (LyCORIS)": lambda state: renamed(as_kohya(state, None), ("lora_unet__", "lycoris_")),
 }
 """Layout, as messages call it -> the keys of peft's state in it."""

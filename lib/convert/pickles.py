@@ -113,8 +113,6 @@ def _tensor(facts: list[Any] | None, storage: Callable[[str], UntypedStorage]) -
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if count and last >= held:
         raise ValueError(f"a tensor of shape {shape} lies outside its values")
-    if count > held:
-        raise ValueError(f"a tensor of shape {shape} has more values than the {held} that are stored")
     if not count:
         return torch.empty(shape, dtype=dtype)
     return torch.empty(0, dtype=dtype).set_(values, offset, shape, strides)

@@ -11,7 +11,7 @@
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lib.errors import UserError, shown
@@ -22,9 +22,13 @@ PREFIXES = {
     "diffusion_model.": "wrapper",
     "transformer.": "diffusers",
     "module.": "plain",
+    "pipe.dit.": "plain",
+    "dit.": "plain",
 }
-COMPILED = "_orig_mod."
-"""What torch.compile adds to names, at any place."""
+WRAPPERS = re.compile(
+    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|(?<=\.)processor\.(?=to_)"
+)
+"""What torch.compile, FSDP, checkpointing and diffusers' old processors add to names, at any place."""
 CORE_BLOCK = re.compile(r"blocks\.(\d+)\.(q|k|v|attn_out|ff_proj|ff_out)(?=\.)")
 CORE_MODULES = {
     "q": "attn1.to_q",
@@ -83,7 +87,7 @@ def sort_keys(keys: Collection[str], modules: Iterable[str], *, name: str) -> Ke
             f"tensors may have {MAX_KEY_CHARACTERS}."
         )
     _refuse_unsupported(keys, name)
-    flattened = {module.replace(".", "_"): module for module in modules}
+    flattened = {name: module for module in modules for name in _flat_names(module)}
     matrices: dict[tuple[str, str], str] = {}
     alphas: dict[str, str] = {}
     layouts: list[str] = []
@@ -122,13 +126,22 @@ def sort_keys(keys: Collection[str], modules: Iterable[str], *, name: str) -> Ke
 
 def _without_prefix(key: str) -> tuple[str, str]:
     """Return the layout that a key's prefixes show, and the key without them."""
-    layout, key = "plain", key.replace(COMPILED, "")
+    layout, key = "plain", WRAPPERS.sub("", key)
     while prefix := next((each for each in PREFIXES if key.startswith(each)), None):
         layout = PREFIXES[prefix] if layout == "plain" else layout
         key = key.removeprefix(prefix)
     if core := CORE_BLOCK.match(key):
         key = f"transformer_blocks.{core[1]}.{CORE_MODULES[core[2]]}{key[core.end() :]}"
     return layout, key
+
+
+def _flat_names(module: str) -> Iterator[str]:
+    """Return the names with _ for dots that stand for a module: its own, without a last 0, and ComfyUI's."""
+    yield module.replace(".", "_")
+    yield module.removesuffix(".0").replace(".", "_")
+    for core, own in CORE_MODULES.items():
+        if match := re.fullmatch(rf"transformer_blocks\.(\d+)\.{re.escape(own)}", module):
+            yield f"blocks_{match[1]}_{core}"
 
 
 def _refuse_unsupported(keys: Collection[str], name: str) -> None:

@@ -19,6 +19,8 @@ CONFIGS = ("lora_adapter_metadata", "lora_config")
 """Metadata that holds peft's configuration as JSON: diffusers', and finetrainers'."""
 ALPHAS = frozenset({"lora_alpha", "network_alpha", "alpha"})
 """Metadata with an alpha as text, after `ss_` (kohya) or a module's name and a dot."""
+OTHER_ALPHAS = re.compile(r"channel|noise|mask|matte|blend|image|video|background|loss|snr|ema|beta")
+"""Words of metadata whose alpha is not a LoRA's: `use_alpha_channel`, `ss_noise_offset_alpha`."""
 MAX_ALPHA = 1e6
 """Far above what anyone trains with, far below what overflows."""
 MODULE_NAME = re.compile(r"[\w.]+", re.ASCII)
@@ -61,9 +63,8 @@ def resolve_scaling(
     if BAKED in metadata:
         declared = Scaling(alphas={module: float(rank) for module, rank in ranks.items()})
     else:
-        configs = [_header_config(metadata, name), adapter_config or {}]
-        config = _used([_without_component(each) for each in configs], name)
-        declared = _declared(config, ranks, alpha_tensors, name)
+        configs = [_normalized(each) for each in (_header_config(metadata, name), adapter_config or {})]
+        declared = _declared(_configured(configs, ranks, name), ranks, alpha_tensors, name)
     if declared is None:
         return Scaling(alphas={module: float(alpha_input or rank) for module, rank in ranks.items()})
     if alpha_input is not None:
@@ -82,9 +83,11 @@ def _header_config(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in CONFIGS:
         found = found or _parse_object(metadata.get(key), name) or {}
-    alpha = _without_component(found).get("lora_alpha")
+    alpha = _normalized(found).get("lora_alpha")
     for key, text in sorted(_stated(metadata)):
         if "alpha" not in key.lower() or text.strip().lower() in ("", "none", "null"):
+            continue
+        if OTHER_ALPHAS.search(key.lower()):
             continue
         if key.lower().rpartition(".")[2].removeprefix("ss_") not in ALPHAS:
             raise UserError(
@@ -106,29 +109,55 @@ def _stated(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             continue
         yield key, text
         try:
-            content = json.loads(text) if text.startswith("{") else None
+            waiting = [json.loads(text)] if text.lstrip()[:1] in ("{", "[") else []
         except (ValueError, RecursionError):
             continue
-        for inner, value in content.items() if isinstance(content, dict) else ():
-            if inner.lower() in ALPHAS:
-                yield f"{key}.{inner}", str(value)
+        while waiting:
+            content = waiting.pop()
+            if isinstance(content, dict):
+                yield from (
+                    (f"{key}.{inner}", str(value)) for inner, value in content.items() if _is_alpha(inner)
+                )
+            waiting += (
+                content.values()
+                if isinstance(content, dict)
+                else content
+                if isinstance(content, list)
+                else []
+            )
 
 
-def _without_component(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("transformer."): value for key, value in config.items()}
+def _is_alpha(key: str) -> bool:
+    return key.lower() in ALPHAS
 
 
-def _used(configs: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """Return the first configuration that says an alpha. Raises UserError if one is of no LoRA."""
+def _normalized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with peft's names of its keys."""
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    others = [value for key, value in config.items() if _is_alpha(key) and value is not None]
+    return {"lora_alpha": others[0], **config} if others else config
+
+
+def _configured(configs: list[dict[str, Any]], ranks: Mapping[str, int], name: str) -> Scaling | None:
+    """Return what the configurations declare; None if none has an alpha.
+
+    Raises UserError if one is of no LoRA, or if two differ.
+    """
     for config in configs:
         _check_kind(config, name)
-    return next((config for config in configs if config.get("lora_alpha") is not None), None)
+    found = [_from_config(config, ranks, name) for config in configs if config.get("lora_alpha") is not None]
+    for other in found[1:]:
+        if other.rslora != found[0].rslora or not _agree(found[0].alphas, other.alphas):
+            raise UserError(
+                f"{name} stores two different alphas: {found[0].summary()} in its metadata and "
+                f"{other.summary()} in adapter_config.json (or use_rslora differs). Remove the wrong one."
+            )
+    return found[0] if found else None
 
 
 def _declared(
-    config: dict[str, Any] | None, ranks: Mapping[str, int], alpha_tensors: Mapping[str, float], name: str
+    configured: Scaling | None, ranks: Mapping[str, int], alpha_tensors: Mapping[str, float], name: str
 ) -> Scaling | None:
-    configured = None if config is None else _from_config(config, ranks, name)
     if not alpha_tensors:
         return configured
     if missing := [module for module in ranks if module not in alpha_tensors]:

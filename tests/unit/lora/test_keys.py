@@ -73,7 +73,8 @@ def diffusers_metadata(**config) -> dict[str, str]:
         ({"lora_config": json.dumps({"r": RANK, "lora_alpha": ALPHA})}, None, None),
         (None, {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}, None),
         (None, None, ALPHA),
-        (diffusers_metadata(r=RANK, lora_alpha=ALPHA), {"lora_alpha": 99}, None),
+        (None, {"alpha": ALPHA}, None),
+        (diffusers_metadata(r=RANK, lora_alpha=ALPHA), {"lora_alpha": str(ALPHA)}, None),
     ],
 )
 def test_alpha_is_found_wherever_a_trainer_stores_it(tmp_path, state, metadata, config, kohya):
@@ -320,7 +321,9 @@ def test_another_method_is_refused_also_where_no_alpha_is_said(tmp_path, state, 
         ({"training_args": json.dumps({"network_alpha": "10", "alphabet": 3})}, 10),
         ({"ss_network_args": json.dumps({"lora_alpha": 10.0})}, 10),
         ({"Network_Alpha": " 10 "}, 10),
-        ({"notes": json.dumps({"inner": {"lora_alpha": 7}})}, 4),
+        ({"notes": json.dumps({"inner": [{"lora_alpha": 7}]}, indent=1)}, 7),
+        ({"notes": " " + json.dumps([{"lora_alpha": 7}])}, 7),
+        ({"use_alpha_channel": "False", "ss_noise_offset_alpha": "0.1"}, 4),
         ({"notes": "{not json"}, 4),
     ],
 )
@@ -331,6 +334,11 @@ def test_an_alpha_in_json_metadata_counts(tmp_path, state, metadata, alpha):
 def test_two_places_that_say_different_alphas_are_refused(tmp_path, state):
     metadata = {"config": json.dumps({"lora_alpha": 8})} | diffusers_metadata(r=RANK, lora_alpha=10)
     assert "two different alphas" in complaint(tmp_path, prefixed(state, "transformer."), metadata)
+
+
+def test_an_adapter_config_that_says_another_alpha_is_refused(tmp_path, state):
+    message = complaint(tmp_path, state, diffusers_metadata(r=RANK, lora_alpha=10), {"lora_alpha": 99})
+    assert "two different alphas: 10 in its metadata and 99 in adapter_config.json" in message
 
 
 def test_a_lora_of_the_same_kind_with_another_module_is_not_called_another_base(tmp_path, state):
