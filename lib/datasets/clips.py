@@ -105,8 +105,8 @@ def _check_columns(
     for option, given in (("video_column", video_column), ("caption_column", caption_column)):
         if given and not is_text(given) and not tables:
             raise UserError(
-                f"{files.root.name} has no metadata.jsonl or metadata.csv, so there is no column "
-                f"{shown(given)}. Leave {option} empty."
+                f"{files.root.name} has none of {', '.join(TABLES)}, so there is no column {shown(given)}. "
+                f"Leave {option} empty."
             )
 
 

@@ -19,10 +19,41 @@ VIDEO_ENDINGS = frozenset(
     for name in (
         *("mp4", "mov", "m4v", "mkv", "webm", "avi", "gif", "mpg", "mpeg", "wmv", "flv", "f4v", "3gp", "3g2"),
         *("ogv", "qt", "asf", "vob", "m1v", "m2v", "mpv", "mts", "m2ts", "divx", "xvid", "mxf", "dv", "ivf"),
-        *("rm", "rmvb", "apng", "nut", "wtv"),
+        *(
+            "rm",
+            "rmvb",
+            "apng",
+            "nut",
+            "wtv",
+            "y4m",
+            "h264",
+            "264",
+            "h265",
+            "265",
+            "hevc",
+            "avc",
+            "obu",
+            "ogm",
+        ),
+        *(
+            "mjpeg",
+            "mjpg",
+            "mk3d",
+            "m2p",
+            "3gpp",
+            "bik",
+            "bk2",
+            "smk",
+            "roq",
+            "amv",
+            "r3d",
+            "braw",
+            "ari",
+            "crm",
+        ),
     )
 )
-"""Other files are videos by their content; .ts is also TypeScript."""
+"""Other files are videos by their content; .ts is also TypeScript. Some cannot be decoded."""
 PICTURE_ENDINGS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".svg"}
 )
@@ -142,10 +173,11 @@ class Files:
         name = posixpath.normpath(posixpath.join(directory, text))
         if name.split("/")[0] == "..":
             raise LookupError("it lies outside of the data set")
-        found = self.find(name) or self._without_ending(name)
-        if found is None:
-            raise LookupError("there is no such file in the data set")
-        return found
+        from_root = posixpath.normpath(text)  # some lists in subfolders count from the top
+        for each in (name, from_root):
+            if found := self.find(each) or self._without_ending(each):
+                return found
+        raise LookupError("there is no such file in the data set")
 
     def _without_ending(self, name: str) -> str | None:
         """Return the only video of a name that is written without its ending."""

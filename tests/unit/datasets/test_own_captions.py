@@ -26,6 +26,11 @@ FOX, OWL = "a red fox runs through snow", "an owl sits on a branch"
         {"fox.mp4": b"v", "captions/fox.txt": FOX},
         {"day/fox.mp4": b"v", "prompts/day/fox.txt": FOX},
         {"day/fox.mp4": b"v", "day/prompt.txt": f"{FOX}\n", "owl/owl.mp4": b"v", "owl/caption.txt": OWL},
+        {"clips/fox/fox.mp4": b"v", "captions/fox.txt": FOX},
+        {"fox/fox.mp4": b"v", "fox.txt": FOX},
+        {"z/fox.mp4": b"v", "z/text.txt": FOX},
+        {"fox.mp4": b"v", "metadata.json": json.dumps({"caption": FOX})},
+        {"sub/fox.mp4": b"v", "sub/videos.txt": "sub/fox.mp4\n", "sub/prompts.txt": f"{FOX}\n"},
         {"fox.mp4": b"v", "videos.txt": "fox.mp4\n", "captions.txt": f"{FOX}\n"},
         {"fox.mp4": b"v", "metadata.json": json.dumps([{"video": "fox.mp4", "caption": FOX}])},
         {"fox.mp4": b"v", "metadata.json": json.dumps({"fox.mp4": FOX})},
@@ -51,6 +56,14 @@ def test_captions_are_found_where_people_keep_them(tmp_path, files):
         ("fox.yaml", f"caption: {FOX}"),
         ("fox.tags", "fox, snow, forest"),
         ("annotations/fox.txt", FOX),
+        ("annotations/fox.txt", "red fox"),
+        ("notes.txt", "fox.mp4: लाल लोमड़ी बर्फ में दौड़ती है"),
+        ("notes.txt", "fox.mp4 สุนัขจิ้งจอกสีแดง"),
+        ("table.csv", "fox,红色狐狸"),
+        ("tables/train.parquet", b"PAR1"),
+        ("tables/words.jsonl.gz", b"\x1f\x8b"),
+        ("data/captions.pkl", b"\x80"),
+        ("docs/fox.docx", b"PK"),
         ("captions.txt", f"{FOX}\n"),
         ("prompts.txt", f"{FOX}\n{OWL}\n"),
         ("captions.csv", f"clip,words\nfox.mp4,{FOX}\n"),
@@ -97,6 +110,10 @@ def test_a_json_file_of_a_clip_that_is_not_understood_is_named(tmp_path, text, f
         ("fox.srt", "1\n00:00:00 --> 00:00:02\nLook at that fox over there\n"),
         ("errors.jsonl", jsonl({"file_name": "fox.mp4", "error": "it could not be read"})),
         ("notes.txt", "we filmed these near the lake"),
+        ("LICENSE.txt", "the fox owns this text (fox) and that one"),
+        ("latents/0.pt", b"PK"),
+        ("paper.pdf", b"%PDF"),
+        ("old.tar.gz", b"\x1f\x8b"),
     ],
 )
 def test_other_texts_are_no_captions(tmp_path, name, text):
@@ -107,6 +124,11 @@ def test_other_texts_are_no_captions(tmp_path, name, text):
 def test_the_caption_of_one_clip_is_not_taken_for_another_of_its_name(tmp_path):
     folder = write(tmp_path / "clips", {"a/fox.mp4": b"v", "a/fox.txt": FOX, "b/fox.mp4": b"v"})
     assert uncaptioned(folder) == ({"a/fox.mp4": FOX, "b/fox.mp4": ""}, {})
+
+
+def test_the_caption_of_a_clip_is_not_taken_for_the_folder_of_its_name(tmp_path):
+    folder = write(tmp_path / "clips", {"fox.mp4": b"v", "fox.txt": FOX, "fox/owl.mp4": b"v"})
+    assert uncaptioned(folder) == ({"fox.mp4": FOX, "fox/owl.mp4": ""}, {})
 
 
 def test_a_clip_added_to_a_captioned_folder_has_no_caption_yet(tmp_path):
@@ -126,9 +148,15 @@ def test_the_search_of_a_long_word_takes_linear_time(tmp_path):
 
 
 def test_videos_are_known_by_their_content_where_their_ending_is_unusual(tmp_path):
-    files = {"cam": MP4, "phone.3gp": MP4, "old.clip": MP4, "app.ts": b"export const fox = 1"}
+    files = {
+        "cam": MP4,
+        "phone.3gp": MP4,
+        "old.clip": MP4,
+        "app.ts": b"export const fox = 1",
+        "raw.h264": b"",
+    }
     assert uncaptioned(write(tmp_path / "clips", files)) == (
-        dict.fromkeys(["cam", "old.clip", "phone.3gp"], ""),
+        dict.fromkeys(["cam", "old.clip", "phone.3gp", "raw.h264"], ""),
         {},
     )
 
