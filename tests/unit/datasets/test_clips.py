@@ -137,8 +137,8 @@ def test_a_missing_column_is_an_error_that_lists_the_existing_ones(tmp_path):
     with pytest.raises(UserError) as error:
         find_clips(folder, caption_column="words")
     assert str(error.value) == (
-        "plain has no metadata.jsonl or metadata.csv, so there is no column 'words'. "
-        "Leave caption_column empty."
+        "plain has none of metadata.jsonl, metadata.csv, metadata.tsv, metadata.json, so there is no column "
+        "'words'. Leave caption_column empty."
     )
 
 
