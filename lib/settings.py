@@ -31,6 +31,10 @@ class Settings:
 
     model: str
     """Name, folder or Hub repository; empty for the embedded model."""
+    writer: str
+    """The language model of stories, named like `model`; empty for the default."""
+    painter: str
+    """Their image model."""
     offload: Offload | None
     parallel: str
     """A number of processes, a layout or "off"; empty for all GPUs. lib/distributed/layout.py parses it."""
@@ -70,6 +74,18 @@ VARIABLES = (
         name="COGVIDEOX_MODEL",
         meaning="a name above, a folder, or a Hub repository",
         default="the embedded model",
+    ),
+    Variable(
+        name="COGVIDEOX_WRITER",
+        meaning="the language model of [stories](story.md): a name, a folder, or a Hub repository of any "
+        "instruct model of transformers",
+        default="`tiny-writer` next to an embedded model, else `qwen3-4b-instruct`",
+    ),
+    Variable(
+        name="COGVIDEOX_PAINTER",
+        meaning="their image model: a name, a folder, or a Hub repository of any text-to-image pipeline of "
+        "diffusers",
+        default="`tiny-painter` next to an embedded model, else `flux.2-klein-4b`",
     ),
     Variable(
         name="COGVIDEOX_OFFLOAD",
@@ -174,6 +190,8 @@ def current(environment: Mapping[str, str] | None = None) -> Settings:
     quantization = _choice(env, "COGVIDEOX_QUANTIZATION", get_args(Quantization), QUANTIZATION_ALIASES)
     return Settings(
         model=env.get("COGVIDEOX_MODEL", ""),
+        writer=env.get("COGVIDEOX_WRITER", ""),
+        painter=env.get("COGVIDEOX_PAINTER", ""),
         offload=cast("Offload | None", _choice(env, "COGVIDEOX_OFFLOAD", get_args(Offload))),
         parallel=env.get("COGVIDEOX_PARALLEL", "").strip().lower(),
         attention=cast("Attention", _choice(env, "COGVIDEOX_ATTENTION", get_args(Attention)) or "auto"),

@@ -18,6 +18,7 @@ READ = 100_000
 
 LIMITS = {
     "prompt": PROMPT,
+    "idea": PROMPT,
     "negative_prompt": PROMPT,
     "trigger_word": PROMPT,
     "caption_prefix": PROMPT,

@@ -5,14 +5,18 @@ import shutil
 from pathlib import Path
 
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from transformers import GenerationConfig
 
 from lib.caption.model import CaptionModel
 from tiny import loop
 from tiny.caption_checkpoint import save_model
 from tiny.captioner import build_caption_tokenizer, caption_config
 from tiny.networks import LATENT_CHANNELS, SCHEDULER, build_vae
+from tiny.painter import build_painter_tokenizer
 from tiny.tokenizer import build_tokenizer, tie_capitals
+from tiny.train_painter import Painter, load_painter_vae, painter_pipeline
 from tiny.train_transformer import TextToLatents
+from tiny.writer import build_writer, build_writer_tokenizer
 
 SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINES = {"t2v": CogVideoXPipeline, "i2v": CogVideoXImageToVideoPipeline}
@@ -30,6 +34,10 @@ def export(folder: Path, target: Path) -> None:
             _export_one(task, state, vae, decoder, target)
     if state := loop.load_checkpoint(folder / "caption.pt"):
         _export_captioner(state, target)
+    if state := loop.load_checkpoint(folder / "writer.pt"):
+        _export_writer(state, target)
+    if state := loop.load_checkpoint(folder / "painter.pt"):
+        _export_painter(state, folder, target)
 
 
 def _export_one(task: str, state: dict, vae_state: dict, decoder_state: dict | None, target: Path) -> None:
@@ -67,6 +75,30 @@ def _export_captioner(state: dict, target: Path) -> None:
     partial.mkdir()
     save_model(model, partial)
     tokenizer.save_pretrained(partial)
+    _finish(partial)
+
+
+def _export_writer(state: dict, target: Path) -> None:
+    """Export the writer in fp16, with sampling that hardly varies."""
+    tokenizer = build_writer_tokenizer()
+    model = build_writer(len(tokenizer))
+    model.load_state_dict(state["average"])
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.2, top_k=20, top_p=0.9, eos_token_id=2, pad_token_id=0
+    )
+    partial = _partial(target, "writer")
+    model.half().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    _finish(partial)
+
+
+def _export_painter(state: dict, folder: Path, target: Path) -> None:
+    tokenizer = build_painter_tokenizer()
+    painter = Painter(len(tokenizer))
+    painter.load_state_dict(state["average"])
+    pipeline = painter_pipeline(painter.half().eval(), load_painter_vae(folder).half(), tokenizer)
+    partial = _partial(target, "painter")
+    pipeline.save_pretrained(partial)
     _finish(partial)
 
 

@@ -11,6 +11,10 @@ from lib.network import offline
 from lib.predictors import input_files
 from lib.weights import checkpoints
 
+EMBEDDED_WRITER, EMBEDDED_PAINTER = "tiny-writer", "tiny-painter"
+RELEASED_WRITER, RELEASED_PAINTER = "qwen3-4b-instruct", "flux.2-klein-4b"
+"""Names in weights/manifest.toml."""
+
 
 class MetricSink(Protocol):
     """The part of Cog's BaseRunner that metrics go to."""
@@ -39,6 +43,23 @@ class Model:
     def title(self) -> str:
         """The model in the line that a server prints when it is ready."""
         return f"{self.label} (embedded; COGVIDEOX_MODEL chooses another)" if self.embedded else self.label
+
+
+def locate_helpers() -> tuple[tuple[str, Path], tuple[str, Path]]:
+    """Return the label and folder of the writer and the painter, downloading them if needed.
+
+    They are those of COGVIDEOX_WRITER and COGVIDEOX_PAINTER; by default the embedded ones next to an embedded
+    video model, the released ones next to others. Raises UserError as resolve_model does.
+    """
+    variables = settings.current()
+    is_embedded = variables.model in ("", *specs.DEFAULT_MODELS.values())
+    names = (
+        variables.writer or (EMBEDDED_WRITER if is_embedded else RELEASED_WRITER),
+        variables.painter or (EMBEDDED_PAINTER if is_embedded else RELEASED_PAINTER),
+    )
+    folders = [checkpoints.locate(name) for name in names]
+    labels = [Path(name).name if Path(name).is_dir() else name for name in names]
+    return (labels[0], folders[0]), (labels[1], folders[1])
 
 
 def resolve_model(task: Task) -> Model:

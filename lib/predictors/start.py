@@ -15,11 +15,12 @@ from lib import settings
 from lib.lora import source
 from lib.models.specs import Task
 from lib.pipelines.prefetch import prefetch
-from lib.predictors.model import resolve_model
+from lib.predictors.model import locate_helpers, resolve_model
 
 if TYPE_CHECKING:
     from lib.predictors.caption import CaptionPredictor
     from lib.predictors.caption_dataset import DatasetCaptionPredictor
+    from lib.predictors.story import StoryModels, StoryPredictor
     from lib.predictors.video import VideoPredictor
 
 
@@ -54,6 +55,26 @@ def start_video(task: Task, weights_url: Path | str | None = None) -> "VideoPred
     from lib.predictors.video import VideoPredictor  # imports torch
 
     return VideoPredictor.load(model, default_lora=default_lora, started=started)
+
+
+@_collector_paused()
+def start_story() -> "StoryPredictor":
+    """Find or download the three models of stories. Raises UserError for an invalid setting."""
+    models = prepare_story()
+
+    from lib.predictors.story import StoryPredictor  # imports torch
+
+    return StoryPredictor.load(models)
+
+
+def prepare_story() -> "StoryModels":
+    """Find or download the three models of stories; loads none. Raises UserError for an invalid setting."""
+    model = resolve_model("i2v")
+    writer, painter = locate_helpers()
+
+    from lib.predictors.story import StoryModels  # imports torch
+
+    return StoryModels.prepare(model, writer=writer, painter=painter)
 
 
 @_collector_paused()

@@ -7,10 +7,10 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import av
 import numpy as np
@@ -18,6 +18,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from lib.errors import UserError
+
+if TYPE_CHECKING:
+    from av.container.core import Chapter
 
 ENCODER_THREADS = 4
 """Fixed, because x264's output depends on it, and the same seed must give the same file on every machine."""
@@ -51,8 +54,11 @@ def write_video(
     fps: int | float,
     format: Literal["mp4", "webm", "gif"],
     metadata: dict[str, str],
+    chapters: Sequence[tuple[int, str]] = (),
 ) -> Path:
     """Write frames, uint8 RGB [T, H, W, 3] or an iterable of [H, W, 3], and return the path.
+
+    `chapters` are (first frame, title) of an mp4's or webm's chapters, in order, the first from frame 0.
 
     mp4 is H.264 (width and height must be even), webm is VP9; both are BT.709 4:2:0 and encoded as frames
     arrive. gif keeps all frames in memory, for one palette of 256 colours without dithering, which would
@@ -71,7 +77,7 @@ def write_video(
         if format == "gif":
             _write_gif(_checked(frames), partial, rate, stored)
         elif format in VIDEO_FORMATS:
-            _write_stream(_checked(frames), partial, rate, stored, format)
+            _write_stream(_checked(frames), partial, rate, stored, format, chapters)
         else:
             raise ValueError(f"format is {format!r}, not mp4, webm or gif")
         os.replace(partial, path)
@@ -122,7 +128,12 @@ def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _write_stream(
-    frames: Iterator[np.ndarray], target: Path, rate: Fraction, stored: str, format: str
+    frames: Iterator[np.ndarray],
+    target: Path,
+    rate: Fraction,
+    stored: str,
+    format: str,
+    chapters: Sequence[tuple[int, str]],
 ) -> None:
     codec, codec_options, container_options = VIDEO_FORMATS[format]
     first = next(frames)
@@ -141,6 +152,7 @@ def _write_stream(
         context.thread_count = ENCODER_THREADS
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
+        index = 0
         for index, frame in enumerate(itertools.chain([first], frames)):
             picture = reformatter.reformat(
                 av.VideoFrame.from_ndarray(frame, format="rgb24"),
@@ -153,6 +165,16 @@ def _write_stream(
             picture.pts, picture.time_base = index, 1 / rate
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
+        if chapters:  # written with the trailer; the last one's end is known only now
+            container.set_chapters(_chapters(chapters, index + 1, rate))
+
+
+def _chapters(chapters: Sequence[tuple[int, str]], frames: int, rate: Fraction) -> "list[Chapter]":
+    ends = [*(start for start, _ in chapters[1:]), frames]
+    return [
+        {"id": number, "start": start, "end": end, "time_base": 1 / rate, "metadata": {"title": title}}
+        for number, ((start, title), end) in enumerate(zip(chapters, ends, strict=True), start=1)
+    ]
 
 
 def _write_gif(frames: Iterator[np.ndarray], target: Path, rate: Fraction, stored: str) -> None:

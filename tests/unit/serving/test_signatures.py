@@ -164,5 +164,9 @@ def test_the_static_reading_agrees_with_cogs_own_inspection(file):
             item.options.get("choices"),
         ]
     assert read == inspected["inputs"]
-    form = {} if file.name == "predict_caption.py" else {"format": "uri"}  # words, not a file
-    assert inspected["output"] == {"title": "Output", "type": "string"} | form
+    file_form = {"type": "string", "format": "uri"}
+    forms = {
+        "predict_caption.py": {"type": "string"},  # words, not a file
+        "predict_story.py": {"type": "array", "items": file_form},
+    }
+    assert inspected["output"] == {"title": "Output"} | forms.get(file.name, file_form)

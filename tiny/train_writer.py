@@ -1,0 +1,120 @@
+"""Training tiny-writer on requests and answers."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+from tiny import loop
+from tiny.writer import LONGEST, build_writer, build_writer_tokenizer, sample_exchange
+
+PEAK_RATE = 2e-3
+BATCH = 64
+"""Exchanges per step, over all processes."""
+PART = 16
+"""Exchanges of one forward pass."""
+EASY_SHARE = 0.1
+"""Share of the steps, at the start, with ideas of one scene only."""
+EVALUATED = 100
+
+
+def train_writer(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
+    """Train for `steps`, resuming from folder/writer.pt, with a checkpoint every 100 steps."""
+    tokenizer = build_writer_tokenizer()
+    model = build_writer(len(tokenizer)).to(worker.device)
+    average = loop.Average(model, 0.995)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
+    checkpoint, start = folder / "writer.pt", 0
+    if state := loop.load_checkpoint(checkpoint):
+        model.load_state_dict(state["model"])
+        average.module.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        if state["steps"] != steps:
+            raise SystemExit(
+                f"{checkpoint} was started with {state['steps']} steps in all; give the same number."
+            )
+    log, losses = loop.Log(folder / "writer.jsonl", worker), []
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = loop.learning_rate(step, steps, peak=PEAK_RATE)
+        rng = worker.rng(seed, step)
+        batches = _batches(tokenizer, rng, BATCH // worker.count, easy=step < EASY_SHARE * steps)
+        answered = sum(int((wanted != -100).sum()) for _, wanted in batches)
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for ids, wanted in batches:
+            part = _loss(model, ids.to(worker.device), wanted.to(worker.device)) / answered
+            part.backward()
+            loss += float(part.detach())
+        worker.average_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model, step)
+        losses.append(loss)
+        last = step + 1 == steps
+        if worker.is_main and ((step + 1) % 100 == 0 or last):
+            figures = _right(average.module, tokenizer) if (step + 1) % 500 == 0 or last else {}
+            log(step=step + 1, loss=float(np.mean(losses[-100:])), **figures)
+            loop.save_checkpoint(
+                checkpoint,
+                model=model.state_dict(),
+                average=average.module.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step + 1,
+                steps=steps,
+            )
+
+
+def _loss(model: Qwen3ForCausalLM, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the cross entropies of the answers' tokens."""
+    with loop.autocast(ids.device.type), loop.attention_in_fp32():
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        answered = wanted[:, 1:] != -100
+        logits = model.lm_head(hidden[:, :-1][answered])
+    return F.cross_entropy(logits.float(), wanted[:, 1:][answered], reduction="sum")
+
+
+def _batches(
+    tokenizer: Qwen2Tokenizer, rng: np.random.Generator, count: int, *, easy: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Sample `count` exchanges in parts of similar length.
+
+    Each part has ids [n, length] padded on the right, and labels (-100 for tokens without a loss).
+    """
+    exchanges = [sample_exchange(rng, easy=easy) for _ in range(count)]
+    asked = tokenizer([chat(request) for request, _ in exchanges])["input_ids"]
+    answers = tokenizer([f"{answer}<|im_end|>" for _, answer in exchanges])["input_ids"]
+    rows = [(a, b) for a, b in zip(asked, answers, strict=True) if len(a) + len(b) <= LONGEST]
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    parts = []
+    for start in range(0, len(rows), PART):
+        part = rows[start : start + PART]
+        ids = [torch.tensor(a + b) for a, b in part]
+        wanted = [torch.tensor([-100] * len(a) + b) for a, b in part]
+        pad = torch.nn.utils.rnn.pad_sequence
+        parts.append((pad(ids, batch_first=True), pad(wanted, batch_first=True, padding_value=-100)))
+    return parts
+
+
+def chat(request: str) -> str:
+    """Return a request in the tokenizer's chat template."""
+    return f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@torch.no_grad()
+def _right(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer) -> dict[str, float]:
+    """Return the share of sampled exchanges of another seed that are answered exactly."""
+    rng, right = np.random.default_rng(10**6), []
+    for _ in range(EVALUATED):
+        request, answer = sample_exchange(rng)
+        ids = tokenizer(chat(request), return_tensors="pt")["input_ids"].to(model.device)
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=320
+        )
+        right.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) == answer)
+    return {"right": float(np.mean(right))}
