@@ -63,7 +63,7 @@ def test_the_vae_keeps_shapes_colours_grounds_and_motions():
 def test_both_models_share_what_is_the_same_by_relative_links_and_stay_small():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file() and not path.is_symlink()]
     own = [path for path in files if not any(parent.is_symlink() for parent in path.parents)]
-    assert sum(path.stat().st_size for path in own) <= 33e6
+    assert sum(path.stat().st_size for path in own) <= 60e6
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         link = WEIGHTS / "tiny-i2v" / part
         assert os.readlink(link) == f"../tiny-t2v/{part}"
