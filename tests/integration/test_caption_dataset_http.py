@@ -131,7 +131,11 @@ def test_bad_archives_are_refused_and_the_next_request_works(server, folder, tmp
         reply = put(server, f"refused-{place}", input_videos=data_uri(archive))
         assert (reply["status"], message in reply["error"]) == ("failed", True), (archive.name, reply)
     with zipfile.ZipFile(folder / "clips.zip") as clips:
-        members = {"deep/ü.mp4": clips.read("stars/star-000.mp4"), "bad.mp4": b"text", "other.txt": b"no clip's"}
+        members = {
+            "deep/ü.mp4": clips.read("stars/star-000.mp4"),
+            "bad.mp4": b"text",
+            "other.txt": b"no clip's",
+        }
     archive = zip_with(tmp_path / "good.zip", members)
     reply = put(server, "good", input_videos=data_uri(archive), max_new_tokens=4, trigger_word="TOK")
     out = unpacked(reply, tmp_path / "good")
