@@ -131,6 +131,48 @@ def load_checkpoint(path: Path) -> dict | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
+def resume(
+    checkpoint: Path, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer, steps: int
+) -> int:
+    """Load a checkpoint of `save_training`, if there is one, and return the step to go on with.
+
+    The number of steps must be the same, since the learning rate depends on it.
+    """
+    state = load_checkpoint(checkpoint)
+    if state is None:
+        return 0
+    if state["steps"] != steps:
+        raise SystemExit(
+            f"{checkpoint} was started with {state['steps']} steps in all; give the same number."
+        )
+    module.load_state_dict(state["model"])
+    average.module.load_state_dict(state["average"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save_training(
+    checkpoint: Path,
+    module: nn.Module,
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    steps: int,
+    **others: object,
+) -> None:
+    """Write what `resume` reads, and `others`; `step` is the number of steps that are done."""
+    save_checkpoint(
+        checkpoint,
+        model=module.state_dict(),
+        average=average.module.state_dict(),
+        optimizer=optimizer.state_dict(),
+        step=step,
+        steps=steps,
+        **others,
+    )
+
+
 class Log:
     """Prints metrics and appends them to a .jsonl next to the checkpoint, in the main process only."""
 

@@ -92,16 +92,8 @@ def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) ->
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    checkpoint, start = folder / "caption.pt", 0
-    if state := loop.load_checkpoint(checkpoint):
-        student.load_state_dict(state["model"])
-        average.module.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        if state["steps"] != steps:
-            raise SystemExit(
-                f"{checkpoint} was started with {state['steps']} steps in all; give the same number."
-            )
+    checkpoint = folder / "caption.pt"
+    start = loop.resume(checkpoint, student, average, optimizer, steps)
     log, losses = loop.Log(folder / "caption.jsonl", worker), []
     seeing = int(SEEING_SHARE * steps)
     for step in range(start, steps):
@@ -129,14 +121,7 @@ def train_captioner(worker: loop.Worker, folder: Path, steps: int, seed: int) ->
         if worker.is_main and ((step + 1) % 100 == 0 or last):
             loss, hint = np.mean(losses[-100:], axis=0)
             log(step=step + 1, loss=loss, hint=hint, **_right(average.module, tokenizer, pool))
-            loop.save_checkpoint(
-                checkpoint,
-                model=student.state_dict(),
-                average=average.module.state_dict(),
-                optimizer=optimizer.state_dict(),
-                step=step + 1,
-                steps=steps,
-            )
+            loop.save_training(checkpoint, student, average, optimizer, step=step + 1, steps=steps)
 
 
 class Lesson:

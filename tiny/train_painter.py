@@ -57,7 +57,7 @@ def train_painter_vae(worker: loop.Worker, folder: Path, steps: int, seed: int) 
     average = loop.Average(vae, 0.995)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = folder / "painter-vae.pt"
-    start = _resume(checkpoint, vae, average, optimizer, steps)
+    start = loop.resume(checkpoint, vae, average, optimizer, steps)
     log = loop.Log(folder / "painter-vae.jsonl", worker)
     for step in range(start, steps):
         for group in optimizer.param_groups:
@@ -85,7 +85,7 @@ def train_painter_vae(worker: loop.Worker, folder: Path, steps: int, seed: int) 
                 psnr=_psnr(error),
                 **_reconstructions(average.module),
             )
-            _save(checkpoint, vae, average, optimizer, step + 1, steps)
+            loop.save_training(checkpoint, vae, average, optimizer, step=step + 1, steps=steps)
 
 
 def train_painter(worker: loop.Worker, folder: Path, steps: int, seed: int) -> None:
@@ -99,7 +99,7 @@ def train_painter(worker: loop.Worker, folder: Path, steps: int, seed: int) -> N
         painter.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     checkpoint = folder / "painter.pt"
-    start = _resume(checkpoint, painter, average, optimizer, steps)
+    start = loop.resume(checkpoint, painter, average, optimizer, steps)
     log, losses = loop.Log(folder / "painter.jsonl", worker), []
     for step in range(start, steps):
         for group in optimizer.param_groups:
@@ -131,7 +131,7 @@ def train_painter(worker: loop.Worker, folder: Path, steps: int, seed: int) -> N
             if (step + 1) % 500 == 0 or last:
                 figures = painted_right(painter_pipeline(average.module, vae, tokenizer), 45)
             log(step=step + 1, loss=float(np.mean(losses[-100:])), **figures)
-            _save(checkpoint, painter, average, optimizer, step + 1, steps)
+            loop.save_training(checkpoint, painter, average, optimizer, step=step + 1, steps=steps)
 
 
 def load_painter_vae(folder: Path) -> AutoencoderKLFlux2:
@@ -244,33 +244,6 @@ def _step(
     worker.average_gradients(module)
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
-
-
-def _resume(
-    checkpoint: Path, module: nn.Module, average: loop.Average, optimizer: torch.optim.Optimizer, steps: int
-) -> int:
-    """Load a checkpoint, if there is one, and return the step to go on with."""
-    state = loop.load_checkpoint(checkpoint)
-    if state is None:
-        return 0
-    if state["steps"] != steps:
-        raise SystemExit(
-            f"{checkpoint} was started with {state['steps']} steps in all; give the same number."
-        )
-    module.load_state_dict(state["model"])
-    average.module.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def _save(
-    checkpoint: Path, module: nn.Module, average: loop.Average, optimizer: torch.optim.Optimizer,
-    step: int, steps: int,
-) -> None:  # fmt: skip
-    loop.save_checkpoint(
-        checkpoint, model=module.state_dict(), average=average.module.state_dict(),
-        optimizer=optimizer.state_dict(), step=step, steps=steps,
-    )  # fmt: skip
 
 
 @torch.no_grad()

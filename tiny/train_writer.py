@@ -28,16 +28,8 @@ def train_writer(worker: loop.Worker, folder: Path, steps: int, seed: int) -> No
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
-    checkpoint, start = folder / "writer.pt", 0
-    if state := loop.load_checkpoint(checkpoint):
-        model.load_state_dict(state["model"])
-        average.module.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        if state["steps"] != steps:
-            raise SystemExit(
-                f"{checkpoint} was started with {state['steps']} steps in all; give the same number."
-            )
+    checkpoint = folder / "writer.pt"
+    start = loop.resume(checkpoint, model, average, optimizer, steps)
     log, losses = loop.Log(folder / "writer.jsonl", worker), []
     for step in range(start, steps):
         for group in optimizer.param_groups:
@@ -60,14 +52,7 @@ def train_writer(worker: loop.Worker, folder: Path, steps: int, seed: int) -> No
         if worker.is_main and ((step + 1) % 100 == 0 or last):
             figures = _right(average.module, tokenizer) if (step + 1) % 500 == 0 or last else {}
             log(step=step + 1, loss=float(np.mean(losses[-100:])), **figures)
-            loop.save_checkpoint(
-                checkpoint,
-                model=model.state_dict(),
-                average=average.module.state_dict(),
-                optimizer=optimizer.state_dict(),
-                step=step + 1,
-                steps=steps,
-            )
+            loop.save_training(checkpoint, model, average, optimizer, step=step + 1, steps=steps)
 
 
 def _loss(model: Qwen3ForCausalLM, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,8 @@ def _make(
     """Make all stories and return what to print: what was made, and where."""
     from lib.predictors.input_files import check_file
     from lib.predictors.start import prepare_story  # torch loads only after the arguments are checked
-    from lib.story.chain import build_story, make_story
+    from lib.story.chain import make_story
+    from lib.story.request import build_story
 
     models = prepare_story()
     for name in ("storyboard", "image"):
@@ -79,7 +80,6 @@ def _make(
     requests = [(build_story(models.spec, idea=idea, **values), folder) for idea, folder in ideas]
     lines = []
     for request, folder in requests:
-        folder.mkdir(parents=True, exist_ok=True)
         if len(requests) > 1:
             report(f"{folder.name} of {len(requests):03}: {request.idea}")
         with exclusive(folder / ".story", f"another process is making a story in {folder}"):

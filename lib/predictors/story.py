@@ -27,9 +27,10 @@ from lib.predictors.model import MetricSink, Model
 from lib.predictors.video import plan_loading
 from lib.progress import print_line, throttled
 from lib.storage.scratch import Scratch
-from lib.story.chain import MakeClip, build_story, make_story
+from lib.story.chain import MakeClip, make_story
 from lib.story.painter import Painter
 from lib.story.records import FILE as RECORDS
+from lib.story.request import build_story
 from lib.story.writer import Writer
 from lib.text_limits import READ
 from lib.video.stream_writer import StreamedVideo
@@ -165,7 +166,7 @@ class StoryPredictor:
     ) -> list[cog.Path]:
         """Make a story and return its files: storyboard, keyframes, clips, film.
 
-        They stay until the next request or shutdown. `inputs` are those of lib.story.chain.build_story.
+        They stay until the next request or shutdown. `inputs` are those of lib.story.request.build_story.
         Raises UserError.
         """
         self.scratch.clear()

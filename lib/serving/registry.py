@@ -95,7 +95,7 @@ def local_environment(config: PredictorConfig) -> dict[str, str]:
 
 
 def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
-    """Return absolute paths for the variables that name files: model, cache and COG_WEIGHTS.
+    """Return absolute paths for the variables that name files: models, cache and COG_WEIGHTS.
 
     They are relative to the caller's working directory, and a server has another. A known model's name is
     not a path even where a folder has the same name.
@@ -103,11 +103,11 @@ def absolute_folders(variables: dict[str, str]) -> dict[str, str]:
     found = {}
     if cache := variables.get("COGVIDEOX_CACHE"):
         found["COGVIDEOX_CACHE"] = str(Path(cache).expanduser().resolve())
-    model = variables.get("COGVIDEOX_MODEL")
-    if model and model not in specs.SPECS and model not in manifest.read_manifest(manifest.MANIFEST):
-        folder = Path(model).expanduser()
-        if folder.is_dir():
-            found["COGVIDEOX_MODEL"] = str(folder.resolve())
+    known = {*specs.SPECS, *manifest.read_manifest(manifest.MANIFEST)}
+    for name in ("COGVIDEOX_MODEL", "COGVIDEOX_WRITER", "COGVIDEOX_PAINTER"):
+        model = variables.get(name)
+        if model and model not in known and (folder := Path(model).expanduser()).is_dir():
+            found[name] = str(folder.resolve())
     lora = variables.get("COG_WEIGHTS")
     if lora and "://" not in lora and (path := Path(lora).expanduser()).exists():
         found["COG_WEIGHTS"] = str(path.resolve())

@@ -11,28 +11,24 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
-
-from PIL import Image
+from typing import Any, Protocol
 
 from lib.cancellation import check_stop, untimed
 from lib.errors import UserError
 from lib.generation.request import MAX_SEED, Request, build_request
 from lib.models.specs import ModelSpec
 from lib.progress import Report
-from lib.story.film import FilmClip, Transition, write_film
+from lib.story.film import FilmClip, write_film
 from lib.story.painter import Painter
 from lib.story.records import Records, content_fingerprint
-from lib.story.storyboard import MAX_SCENES, Storyboard, clean, parse_storyboard
+from lib.story.request import StoryRequest
+from lib.story.storyboard import Storyboard, parse_storyboard
 from lib.story.writer import Writer
-from lib.text_limits import check_length
 from lib.video.images import read_image
 
-StopAfter = Literal["storyboard", "images", "film"]
 STORYBOARD, FILM = "storyboard.json", "film.mp4"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of a keyframe; one that is not .png is a person's own, and comes first."""
-MAX_TRANSITION_SECONDS = 5.0
 
 MakeClip = Callable[[Request, Path, threading.Event | None], None]
 """Makes the clip of a request at a path; the event stops it."""
@@ -56,26 +52,6 @@ class Models(Protocol):
     def video(self) -> AbstractContextManager[MakeClip]: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoryRequest:
-    """What to make, checked. `build_story` makes one."""
-
-    idea: str
-    scenes: int
-    storyboard: Storyboard | None
-    image: Image.Image | None
-    """The first scene's keyframe."""
-    stop_after: StopAfter
-    only_scene: int | None
-    transition: Transition
-    transition_seconds: float
-    seed: int | None
-    width: int
-    height: int
-    video: dict[str, Any]
-    """The other inputs of build_request, the same for each scene."""
-
-
 @dataclass(kw_only=True, slots=True)
 class Made:
     """The files of a story that a request asked for, and what was made anew."""
@@ -87,63 +63,6 @@ class Made:
     """How many the storyboard has."""
     seed: int = 0
     """The first scene's."""
-
-
-def build_story(
-    spec: ModelSpec,
-    *,
-    idea: str,
-    scenes: int,
-    storyboard: Path | None,
-    image: Path | None,
-    stop_after: StopAfter,
-    only_scene: int | None,
-    transition: Transition,
-    transition_seconds: float,
-    seed: int | None,
-    width: int | None,
-    height: int | None,
-    **video: Any,
-) -> StoryRequest:
-    """Check a request against a video model's spec. Raises UserError.
-
-    `video` has the inputs of build_request besides prompt, image and seed.
-    """
-    check_length("idea", idea)
-    if not 1 <= scenes <= MAX_SCENES:
-        raise UserError(f"scenes={scenes} is not possible: use 1 to {MAX_SCENES}.")
-    for name, value, allowed in (
-        ("stop_after", stop_after, get_args(StopAfter)),
-        ("transition", transition, get_args(Transition)),
-    ):
-        if value not in allowed:
-            raise UserError(f"{name}={value} is unknown; allowed are {', '.join(allowed)}.")
-    if not 0 <= transition_seconds <= MAX_TRANSITION_SECONDS:
-        raise UserError(
-            f"transition_seconds={transition_seconds:g} is not possible: use 0 to {MAX_TRANSITION_SECONDS:g}."
-        )
-    if only_scene is not None and not 1 <= only_scene <= MAX_SCENES:
-        raise UserError(f"only_scene={only_scene} is not possible: use 1 to {MAX_SCENES}, or leave it empty.")
-    given = None if storyboard is None else parse_storyboard(storyboard.read_bytes())
-    picture = None if image is None else read_image(image, name="the given image")
-    if width is None and height is None and picture is not None:
-        width, height = spec.nearest_size(picture.width, picture.height)
-    video |= {"fps": None}  # the model's own: clips of one film have one rate
-    checked = build_request(spec, prompt="", seed=seed, width=width, height=height, **video)
-    return StoryRequest(
-        idea=clean(idea),
-        scenes=scenes,
-        storyboard=given,
-        image=picture,
-        stop_after=stop_after,
-        only_scene=only_scene,
-        transition=transition,
-        transition_seconds=transition_seconds,
-        seed=None if seed is None else checked.seed,
-        width=checked.width,
-        height=checked.height,
-        video=video,
-    )
 
 
 def make_story(
@@ -193,7 +112,6 @@ class _Work:
     records: Records = field(init=False)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.records = Records(self.folder)
 
     def storyboard(self) -> Storyboard:
@@ -271,10 +189,7 @@ class _Work:
                     with self.records.making(_name(number, ".png"), wanted[number]) as partial:
                         picture.save(partial)
                     self.made.new.append(_name(number, ".png"))
-        for number in numbers:
-            keyframe = self._keyframe(number)
-            if keyframe is not None:
-                self.made.files.append(keyframe)
+        self.made.files += filter(None, map(self._keyframe, numbers))
 
     def _keyframe_inputs(self, storyboard: Storyboard, number: int) -> dict[str, Any]:
         if number == 1 and self.request.image is not None:

@@ -32,7 +32,9 @@ class Painter:
     def load(cls, folder: Path, *, device: str, dtype: torch.dtype) -> Self:
         """Load a diffusers folder. Raises UserError for a pipeline that does not paint from a text."""
         silence_libraries()
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
         accepted = inspect.signature(pipeline.__call__).parameters
         if missing := [name for name in ("prompt", "width", "height") if name not in accepted]:
             raise UserError(

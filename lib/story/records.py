@@ -6,14 +6,12 @@ own, if its content is none that was made here. Contents are compared, not dates
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from lib.storage.disk import partial_path
+from lib.storage.disk import disk_error, replacing
 
 FILE = ".story.json"
 State = Literal["missing", "made", "outdated", "own"]
@@ -23,7 +21,14 @@ class Records:
     """The files made in a folder: name -> content fingerprint -> fingerprint of its inputs."""
 
     def __init__(self, folder: Path) -> None:
+        """Make the folder if needed, and remove what a killed run left half-written. Raises UserError."""
         self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*.partial*"):
+                leftover.unlink()
+        except OSError as error:
+            raise disk_error(error, folder) from error
         self._made: dict[str, dict[str, str]] = {}
         try:
             stored = json.loads((folder / FILE).read_text())
@@ -45,26 +50,15 @@ class Records:
     def making(self, name: str, inputs: object) -> Iterator[Path]:
         """Yield a path to write a file to; it gets its name, and is recorded, when the block ends.
 
-        The record comes first: after a kill between both, the old file is still known, as outdated.
+        The record comes first: after a kill between both, the old file is still known, as outdated. Raises
+        UserError for a disk error.
         """
-        partial = partial_path(self.folder / name).with_suffix(Path(name).suffix)
-        try:
+        target = self.folder / name
+        with replacing(target, partial=self.folder / f".{target.stem}.partial{target.suffix}") as partial:
             yield partial
-            made = self._made.setdefault(name, {})
-            made[content_fingerprint(partial)] = fingerprint(inputs)
-            self._save()
-            os.replace(partial, self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _save(self) -> None:
-        target = self.folder / FILE
-        partial = target.with_name(f"{FILE}.{secrets.token_hex(4)}")
-        try:
-            partial.write_text(json.dumps(self._made, indent=1))
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+            self._made.setdefault(name, {})[content_fingerprint(partial)] = fingerprint(inputs)
+            with replacing(self.folder / FILE, partial=self.folder / f"{FILE}.partial") as record:
+                record.write_text(json.dumps(self._made, indent=1))
 
 
 def fingerprint(inputs: object) -> str:

@@ -58,7 +58,7 @@ def parse_storyboard(data: bytes, *, name: str = "storyboard") -> Storyboard:
     HTML tags, control characters and line breaks in texts become spaces.
     """
     if len(data) > MAX_BYTES:
-        raise UserError(f"{name} has {len(data):,} bytes; at most {MAX_BYTES:,} are allowed.")
+        raise UserError(f"{name} has more than {MAX_BYTES:,} bytes.")
     try:
         content = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -56,7 +56,9 @@ class Writer:
                 f"The writer {folder.name} has no chat template, so it does not follow instructions; choose "
                 "an instruct model with COGVIDEOX_WRITER."
             )
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
         return cls(model=model.to(device).eval(), tokenizer=tokenizer, report=report)
 
     def write_scenes(

@@ -15,7 +15,8 @@ from PIL import Image
 from lib.predictors.model import Metrics
 from lib.predictors.start import prepare_story, start_story, start_video
 from lib.serving.client import request
-from lib.story.chain import build_story, make_story
+from lib.story.chain import make_story
+from lib.story.request import build_story
 from lib.story.storyboard import parse_storyboard
 from lib.story.writer import Writer
 from lib.video.reader import open_video

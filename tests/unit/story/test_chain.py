@@ -12,7 +12,8 @@ from PIL import Image
 from lib.cancellation import Stopped
 from lib.errors import UserError
 from lib.models.specs import SPECS
-from lib.story.chain import build_story, make_story
+from lib.story.chain import make_story
+from lib.story.request import build_story
 from lib.story.storyboard import Scene
 from lib.video.writer import write_video
 
@@ -253,3 +254,12 @@ def test_bad_requests_are_refused_before_anything_is_made(tmp_path, changes, mes
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         run(tmp_path, **changes)
     assert contents(tmp_path) == {}
+
+
+def test_a_folder_that_cannot_be_made_and_leftovers_of_a_kill(tmp_path, folder):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file could not be written"):
+        run(tmp_path / "file")
+    (folder / ".scene-01.partial.mp4").write_bytes(b"half")
+    assert run(folder)[1] == {}
+    assert {path.name for path in folder.iterdir()} == {*FILES, ".story.json"}

@@ -72,7 +72,7 @@ def test_texts_become_one_line_without_tags(text, kept):
             scene(file="a.png"),
             "storyboard, scene 2 has the unknown key 'file'; known are title, prompt, image_prompt.",
         ),
-        (b"x" * (2 << 20), "storyboard has 2,097,152 bytes; at most 1,048,576 are allowed."),
+        (b"x" * (2 << 20), "storyboard has more than 1,048,576 bytes."),
         (b'{"scenes": [', "storyboard is not a JSON file in UTF-8, line 1: Expecting value."),
         (b"<html></html>", "storyboard is not a JSON file in UTF-8, line 1: Expecting value."),
         (b"\xff\xfe\x00", "storyboard is not a JSON file in UTF-8."),
