@@ -1,6 +1,7 @@
 """A story's folder: only what is missing or depends on a change is made; a person's own files stay."""
 
 import json
+import os
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -205,9 +206,8 @@ class _Killed(BaseException):
 @pytest.mark.parametrize("moment", range(10))
 def test_a_run_that_ends_anywhere_is_continued_to_the_same_files(folder, tmp_path, monkeypatch, moment):
     """Every write of a file and every rename is a moment at which the process may end."""
-    from lib.story import records
 
-    target, left, replace = tmp_path / "killed", [2 * moment], records.os.replace
+    target, left, replace = tmp_path / "killed", [2 * moment], os.replace
 
     def replace_or_end(source, to):
         if left[0] == 0:
@@ -215,7 +215,7 @@ def test_a_run_that_ends_anywhere_is_continued_to_the_same_files(folder, tmp_pat
         left[0] -= 1
         replace(source, to)
 
-    monkeypatch.setattr(records.os, "replace", replace_or_end)
+    monkeypatch.setattr(os, "replace", replace_or_end)
     with pytest.raises(_Killed):
         run(target)
     monkeypatch.undo()
@@ -244,7 +244,7 @@ def test_a_stopped_run_ends_and_keeps_what_is_complete(tmp_path):
     [
         ({"scenes": 9}, "scenes=9 is not possible: use 1 to 8."),
         ({"idea": " "}, "idea is empty: say what the film shows, or give a storyboard."),
-        ({"stop_after": "clips"}, "stop_after=clips is unknown; allowed are storyboard, images, film."),
+        ({"stop_after": "clips"}, "stop_after='clips' is unknown; allowed are storyboard, images, film."),
         ({"transition_seconds": 9}, "transition_seconds=9 is not possible: use 0 to 5."),
         ({"num_frames": 10}, "num_frames=10 is not supported"),
         ({"idea": "x" * 10_001}, "idea has 10,001 characters; at most 10,000 are allowed."),
