@@ -27,6 +27,7 @@ COLOUR_LIKENESS = WORDS["colour_likeness"]
 GROUND_NOUNS = WORDS["ground_nouns"]
 GROUND_PHRASES = WORDS["ground_phrases"]
 ON = WORDS["on"]
+GROUND_HEADINGS = WORDS["ground_headings"]
 GO = WORDS["go"]
 WAYS = WORDS["ways"]
 UPRIGHT = WORDS["upright"]
@@ -107,6 +108,8 @@ def _described(rng: np.random.Generator, wanted: Attributes, before: Attributes)
 
     Now and then one of them is left out; it is then that of `before`.
     """
+    if rng.random() < 0.12:
+        return wanted, _headed(rng, wanted)
     left_out = _pick(rng, ("colour", "background", "motion")) if rng.random() < 0.1 else ""
     scene = dataclasses.replace(wanted, **{left_out: getattr(before, left_out)}) if left_out else wanted
     subject = _subject(rng, scene, with_colour=left_out != "colour")
@@ -120,6 +123,11 @@ def _described(rng: np.random.Generator, wanted: Attributes, before: Attributes)
 def _continued(rng: np.random.Generator, before: Attributes, wanted: Attributes) -> tuple[Attributes, str]:
     """Return the next scene of the same thing: with another motion, and perhaps another colour or ground."""
     scene = dataclasses.replace(before, motion=wanted.motion)
+    if rng.random() < 0.3:
+        scene = dataclasses.replace(scene, background=_pick(rng, (before.background, wanted.background)))
+        return scene, _sentence(
+            rng, _subject(rng, scene, with_colour=True), scene.motion, ground_phrase(rng, scene.background)
+        )
     subject = _pick(rng, ("it", "it", f"the {word(rng, SHAPE_WORDS[before.shape])}", "the same one", "it"))
     ground = ""
     if rng.random() < 0.4:
@@ -134,8 +142,41 @@ def _continued(rng: np.random.Generator, before: Attributes, wanted: Attributes)
     return scene, (f"{text} {ground}" if rng.random() < 0.7 or not ground else f"{ground} {text}").strip()
 
 
+def _headed(rng: np.random.Generator, scene: Attributes) -> str:
+    """Return a scene whose ground stands alone: "Fog. A red wheel rolls left."."""
+    place = word(rng, GROUND_HEADINGS[scene.background])
+    subject = _subject(rng, scene, with_colour=True)
+    moves, moving = _moving(rng, scene.motion), _moving(rng, scene.motion, gerund=True)
+    where = _pick(rng, WORDS["everywhere"])
+    floor = _pick(rng, WORDS["floors"])
+    noun = word(rng, GROUND_NOUNS[scene.background])
+    shape, colour = word(rng, SHAPE_WORDS[scene.shape]), word(rng, COLOUR_WORDS[scene.colour])
+    return _pick(
+        rng,
+        (
+            f"{place}: {subject} {moves}",
+            f"{place}. {subject} {moves}",
+            f"{place}, {subject}, {moving}",
+            f"{place}; {subject} {moving}",
+            f"{subject} {moves}, {place} {where}",
+            f"{subject} {moves}. {place} {where}",
+            f"{subject} {moving}, {noun} {where}",
+            f"{place} {where}. {subject} {moves}",
+            f"{place} {where}, and {subject} {moves}",
+            f"{noun}, and on it {subject} {moving}",
+            f"{subject}. it {moves}. {place} {where}",
+            f"{subject}, {place}, {moving}",
+            f"the {shape} is {colour}, the {floor} is {scene.background}, it {moves}",
+            f"the {shape} is {colour}, the background {noun}, and it {moves}",
+            f"{place} is all there is; {subject} {moves}",
+        ),
+    )
+
+
 def _sentence(rng: np.random.Generator, subject: str, motion: str, ground: str) -> str:
     ground = f" {ground}" if ground else ""
+    if rng.random() < 0.2:
+        return f"{subject} {_moving(rng, motion)}{ground}"
     place = ground.strip()
     moves, moving = _moving(rng, motion), _moving(rng, motion, gerund=True)
     forms = [
@@ -165,6 +206,18 @@ def _sentence(rng: np.random.Generator, subject: str, motion: str, ground: str) 
             f"{subject} {moves}. everything happens {place}",
             f"{place} one sees {subject} {moving}",
         ]
+    done = f"{_pick(rng, WORDS['moved'])} {word(rng, WAYS[motion])}" if motion != "still" else ""
+    if motion in WORDS["passive"]:
+        done = word(rng, WORDS["passive"][motion])
+    elif motion == "still":
+        done = _pick(rng, WORDS["held"])
+    forms += [
+        f"{subject} is {done}{ground}",
+        f"{subject} gets {done}{ground}",
+        f"{subject}, {done}{ground}",
+        f"{subject} {done}{ground}, it {moves}",
+        f"{subject} {moves}{ground}, {_moving(rng, motion, gerund=True)}",
+    ]
     if motion != "still":
         way = word(rng, WAYS[motion])
         verb = word(rng, GO)
@@ -341,6 +394,7 @@ def _gerund(verb: str) -> str:
         "trot",
         "flit",
         "plan",
+        "set",
     }
     if first in doubled:
         first += first[-1]

@@ -79,7 +79,7 @@ def build_writer_tokenizer() -> Qwen2Tokenizer:
 def sample_exchange(rng: np.random.Generator, *, easy: bool = False) -> tuple[str, str]:
     """Sample a request and the writer's answer: a storyboard in 75%, otherwise one prompt."""
     if easy or rng.random() < 0.75:
-        parts = 1 if easy else int(rng.choice([1, 2, 3, 4], p=[0.45, 0.27, 0.18, 0.1]))
+        parts = 1 if easy else int(rng.choice([1, 2, 3, 4], p=[0.25, 0.4, 0.25, 0.1]))
         idea = sample_terse(rng) if parts == 1 and rng.random() < 0.1 else sample_idea(rng, parts)
         scenes, wanted = idea.scenes, parts
         if not easy and rng.random() < 0.1:
